@@ -1,0 +1,1 @@
+//! Virtual disk formats, differencing chains, jobs and NBD.

@@ -1,0 +1,1 @@
+//! Leases, heartbeats, coordination, fencing, HA and placement for a cluster of hosts.

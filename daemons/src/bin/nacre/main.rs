@@ -1,0 +1,2 @@
+//! The `nacre` command line.
+fn main() {}

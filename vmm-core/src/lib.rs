@@ -1,0 +1,1 @@
+//! A virtual machine: accelerators, guest memory, boot, devices and lifecycle.

@@ -1,0 +1,1 @@
+//! A userspace virtual switch with vhost-user, tap and in-process ports.
