@@ -1,0 +1,1 @@
+//! The software CPU with local APIC, IO-APIC, PIC and timers in software.

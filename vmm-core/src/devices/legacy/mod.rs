@@ -1,0 +1,1 @@
+//! The chipset: serial port, real-time clock, keyboard-controller reset, power management.

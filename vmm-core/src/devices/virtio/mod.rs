@@ -1,0 +1,1 @@
+//! virtio 1.2 devices and their transports.

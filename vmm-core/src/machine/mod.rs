@@ -1,0 +1,1 @@
+//! Composes accelerator, memory, devices and boot into a running virtual machine.
