@@ -1,1 +1,49 @@
-//! Virtual disk formats, differencing chains, jobs and NBD.
+//! Virtual disks: formats, differencing chains, snapshots and jobs.
+//!
+//! The layers, from the bottom:
+//!
+//! * [`Storage`] is a flat array of bytes: a file, a block device, memory, or a wrapper that records
+//!   or injects faults.
+//! * [`Layer`] is one instance of a format (raw, qcow2, ...) on top of a storage. It answers where the
+//!   bytes of a guest range are ([`Layer::resolve_read`]) and takes writes; payload moves apart from
+//!   metadata.
+//! * [`Disk`] is a chain of layers plus policy. It is `Send + Sync`; every method may be called from any
+//!   thread, concurrently.
+//!
+//! Formats are named by the caller and never guessed from file contents, and every file that an image
+//! header names passes an [`OpenPolicy`] before it is opened.
+//!
+//! ```
+//! use blockfmt::{CreateOptions, Format, OpenOptions};
+//! # fn main() -> Result<(), blockfmt::Error> {
+//! # let dir = tempfile::tempdir().expect("temporary directory");
+//! let path = dir.path().join("disk.raw");
+//! CreateOptions::new(Format::Raw, 1 << 20).create(&path)?;
+//! let disk = OpenOptions::new(Format::Raw).open(&path)?;
+//! disk.write_at(b"hello", 4096)?;
+//! disk.flush()?;
+//! # Ok(()) }
+//! ```
+//!
+//! # Adding a format
+//!
+//! A format is a module under `src/format/` with a type that implements [`Layer`]. Add a variant to
+//! [`Format`], an arm to `format::open_layer` and one to `format::create_layer`. A format that can have a parent
+//! returns it from [`Layer::backing`]; the chain, the open policy, locks, jobs and the command line then
+//! work without further changes. The suite in `tests/layers.rs` runs over every format.
+
+mod error;
+mod gate;
+mod iobuf;
+mod layer;
+
+pub mod disk;
+pub mod format;
+pub mod storage;
+
+pub use disk::{CreateOptions, Disk, Geometry, OpenOptions, OpenPolicy, OpenRequest, Preallocation};
+pub use error::{Error, Result};
+pub use format::Format;
+pub use iobuf::{Gather, Scatter};
+pub use layer::{BackingRef, Below, Extent, Layer, LayerInfo, Source};
+pub use storage::{LockMode, Storage};

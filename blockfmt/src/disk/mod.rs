@@ -1,0 +1,259 @@
+//! A chain of layers with the policy of one disk.
+
+mod create;
+mod open;
+mod policy;
+
+pub use create::{CreateOptions, Preallocation};
+pub use open::OpenOptions;
+pub use policy::{OpenPolicy, OpenRequest, Role};
+
+use crate::gate::Gate;
+use crate::{Below, Error, Extent, Gather, Layer, Result, Scatter};
+use parking_lot::Mutex;
+use std::fmt;
+use std::sync::Arc;
+
+/// Addressing facts that a virtual device reports to its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Geometry {
+    /// Cylinders of the traditional geometry.
+    pub cylinders: u16,
+    /// Heads of the traditional geometry.
+    pub heads: u8,
+    /// Sectors per track of the traditional geometry.
+    pub sectors: u8,
+    /// Smallest addressable unit in bytes.
+    pub logical_block: u32,
+    /// Unit in bytes below which a write costs a read first.
+    pub physical_block: u32,
+    /// Unit of allocation in bytes, the best alignment of large requests and discards; 0 if unknown.
+    pub cluster: u32,
+}
+
+/// Sees the requests of a disk while jobs such as mirrors and backups run.
+pub trait Observer: Send + Sync {
+    /// Called before a range changes. An error fails the request.
+    fn before_change(&self, disk: Below<'_>, offset: u64, len: u64) -> Result<()> {
+        let _ = (disk, offset, len);
+        Ok(())
+    }
+
+    /// Called after a range changed, or may have changed.
+    fn after_change(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
+}
+
+/// What a request sees of a disk.
+#[derive(Clone)]
+pub(crate) struct State {
+    /// The layers, the writable one first.
+    pub(crate) layers: Vec<Arc<dyn Layer>>,
+    pub(crate) observers: Vec<Arc<dyn Observer>>,
+}
+
+impl State {
+    fn top(&self) -> &dyn Layer {
+        &*self.layers[0]
+    }
+
+    fn below(&self) -> Below<'_> {
+        Below::new(&self.layers[1..])
+    }
+
+    fn change(&self, offset: u64, len: u64, op: impl FnOnce() -> Result<()>) -> Result<()> {
+        for observer in &self.observers {
+            observer.before_change(Below::new(&self.layers), offset, len)?;
+        }
+        let result = op();
+        for observer in &self.observers {
+            observer.after_change(offset, len);
+        }
+        result
+    }
+}
+
+type ResizeCallback = Box<dyn Fn(u64) + Send + Sync>;
+
+struct Inner {
+    gate: Gate<Arc<State>>,
+    read_only: bool,
+    resize_callbacks: Mutex<Vec<ResizeCallback>>,
+}
+
+/// An open disk. Clones are handles to the same disk; the last one closes it.
+///
+/// Every method may be called from any thread, concurrently. Requests that overlap in time and range
+/// take effect in some order, as on a physical disk.
+#[derive(Clone)]
+pub struct Disk(Arc<Inner>);
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.0.gate.enter();
+        let names: Vec<_> = state.layers.iter().map(|l| l.storage().name()).collect();
+        f.debug_struct("Disk").field("layers", &names).field("read_only", &self.0.read_only).finish()
+    }
+}
+
+impl Disk {
+    /// A disk over layers that are open already, the uppermost first.
+    pub fn from_layers(layers: Vec<Arc<dyn Layer>>, read_only: bool) -> Result<Self> {
+        let top = layers.first().ok_or_else(|| Error::InvalidOption("A disk needs a layer".into()))?;
+        let read_only = read_only || top.read_only();
+        let state = Arc::new(State { layers, observers: Vec::new() });
+        Ok(Disk(Arc::new(Inner { gate: Gate::new(state), read_only, resize_callbacks: Mutex::default() })))
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.0.gate.enter().top().size()
+    }
+
+    /// Whether writes are refused.
+    pub fn is_read_only(&self) -> bool {
+        self.0.read_only
+    }
+
+    /// Addressing facts for a virtual device.
+    pub fn geometry(&self) -> Geometry {
+        let state = self.0.gate.enter();
+        let total = state.top().size() / 512;
+        let cylinders = (total / (16 * 63)).clamp(1, 16383) as u16;
+        let cluster = u32::try_from(state.top().cluster_size()).unwrap_or(0);
+        Geometry { cylinders, heads: 16, sectors: 63, logical_block: 512, physical_block: 4096, cluster }
+    }
+
+    /// The layers, the uppermost first.
+    pub fn layers(&self) -> Vec<Arc<dyn Layer>> {
+        self.0.gate.enter().layers.clone()
+    }
+
+    /// Reads all of `buf` from `offset`.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.read(Scatter::new(buf), offset)
+    }
+
+    /// Writes all of `buf` at `offset`.
+    pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write(Gather::new(buf), offset)
+    }
+
+    /// Reads into a list of buffers.
+    pub fn read(&self, dst: Scatter<'_>, offset: u64) -> Result<()> {
+        let state = self.0.gate.enter();
+        check(&state, offset, dst.len() as u64)?;
+        Below::new(&state.layers).read(dst, offset)
+    }
+
+    /// Writes from a list of buffers.
+    pub fn write(&self, src: Gather<'_>, offset: u64) -> Result<()> {
+        let state = self.enter_to_change(offset, src.len() as u64)?;
+        state.change(offset, src.len() as u64, || state.top().write(src, offset, state.below()))
+    }
+
+    /// Makes a range read as zeros; with `unmap`, its space may be released.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        let state = self.enter_to_change(offset, len)?;
+        state.change(offset, len, || state.top().write_zeroes(offset, len, unmap, state.below()))
+    }
+
+    /// Tells that the contents of a range do not matter any more. It reads as zeros or as before.
+    pub fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        let state = self.enter_to_change(offset, len)?;
+        state.change(offset, len, || state.top().discard(offset, len, state.below()))
+    }
+
+    /// Makes everything that was acknowledged before survive a crash of the host.
+    pub fn flush(&self) -> Result<()> {
+        match self.0.read_only {
+            true => Ok(()),
+            false => self.0.gate.enter().top().flush(),
+        }
+    }
+
+    /// Changes the size while the disk is in use. New space reads as zeros; shrinking loses what is cut.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        if self.0.read_only {
+            return Err(Error::ReadOnly);
+        }
+        {
+            let closed = self.0.gate.close();
+            let state = closed.get();
+            state.top().resize(size, state.below())?;
+            state.top().flush()?;
+        }
+        for callback in self.0.resize_callbacks.lock().iter() {
+            callback(size);
+        }
+        Ok(())
+    }
+
+    /// Calls `callback` with the new size after every resize, so that a device can tell its guest.
+    pub fn on_resize(&self, callback: impl Fn(u64) + Send + Sync + 'static) {
+        self.0.resize_callbacks.lock().push(Box::new(callback));
+    }
+
+    /// Where the bytes at `offset` are: the extent, and the number of the layer that holds it
+    /// (`None` if no layer does).
+    pub fn map(&self, offset: u64, len: u64) -> Result<(Extent, Option<usize>)> {
+        let state = self.0.gate.enter();
+        check(&state, offset, len)?;
+        Below::new(&state.layers).map(offset, len)
+    }
+
+    /// Writes everything back, marks the images as clean, and reports errors that a drop could not.
+    /// Requests through other handles remain possible and make the image dirty again.
+    pub fn close(&self) -> Result<()> {
+        let closed = self.0.gate.close();
+        match self.0.read_only {
+            true => Ok(()),
+            false => closed.get().top().close(),
+        }
+    }
+
+    /// Lets `observer` see every change from now on. No request is in flight while it is added.
+    pub fn add_observer(&self, observer: Arc<dyn Observer>) {
+        let mut closed = self.0.gate.close();
+        let mut state = State::clone(closed.get());
+        state.observers.push(observer);
+        closed.set(Arc::new(state));
+    }
+
+    /// Removes an observer. No request calls it any more when this returns.
+    pub fn remove_observer(&self, observer: &Arc<dyn Observer>) {
+        let mut closed = self.0.gate.close();
+        let mut state = State::clone(closed.get());
+        state.observers.retain(|o| !Arc::ptr_eq(o, observer));
+        closed.set(Arc::new(state));
+    }
+
+    fn enter_to_change(&self, offset: u64, len: u64) -> Result<crate::gate::Pass<'_, Arc<State>>> {
+        if self.0.read_only {
+            return Err(Error::ReadOnly);
+        }
+        let state = self.0.gate.enter();
+        check(&state, offset, len)?;
+        Ok(state)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let state = self.gate.enter();
+        if !self.read_only
+            && let Err(error) = state.top().close()
+        {
+            tracing::error!(%error, disk = state.top().storage().name(), "Closing the disk failed");
+        }
+    }
+}
+
+fn check(state: &State, offset: u64, len: u64) -> Result<()> {
+    let size = state.top().size();
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(Error::OutOfRange { offset, len, size }),
+    }
+}

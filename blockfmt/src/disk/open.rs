@@ -1,0 +1,148 @@
+//! Opening a disk and the chain below it.
+
+use super::{Disk, OpenPolicy, Role};
+use crate::format::{LayerOptions, open_layer};
+use crate::storage::{FileId, FileOptions, FileStorage, LockMode};
+use crate::{BackingRef, Error, Format, Layer, Result, Storage};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Longest chain that is opened.
+const MAX_DEPTH: usize = 512;
+
+/// How a disk is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    pub(crate) format: Format,
+    pub(crate) read_only: bool,
+    pub(crate) direct: bool,
+    pub(crate) lock: Option<LockMode>,
+    pub(crate) policy: OpenPolicy,
+    pub(crate) backing: bool,
+}
+
+impl OpenOptions {
+    /// Opens an image of `format` for writing, with locks, through the host's page cache.
+    pub fn new(format: Format) -> Self {
+        OpenOptions {
+            format,
+            read_only: false,
+            direct: false,
+            lock: None,
+            policy: OpenPolicy::default(),
+            backing: true,
+        }
+    }
+
+    /// Refuse writes.
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Bypass the host's page cache.
+    pub fn direct(mut self, direct: bool) -> Self {
+        self.direct = direct;
+        self
+    }
+
+    /// Locks against other processes. The default follows from reading or writing.
+    pub fn lock(mut self, lock: LockMode) -> Self {
+        self.lock = Some(lock);
+        self
+    }
+
+    /// Which files image headers may name.
+    pub fn policy(mut self, policy: OpenPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Whether to open the chain below the image. Without it, bytes of the chain read as zeros.
+    pub fn backing(mut self, backing: bool) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// Opens a file or block device.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Disk> {
+        let path = path.as_ref();
+        let options = FileOptions {
+            read_only: self.read_only,
+            direct: self.direct,
+            lock: self.lock_mode(self.read_only),
+            create: false,
+        };
+        let storage = Arc::new(FileStorage::open(path, options)?);
+        self.open_storage(storage, path)
+    }
+
+    /// Opens an image on a storage. Relative names in its header are relative to the directory of `path`.
+    pub fn open_storage(&self, storage: Arc<dyn Storage>, path: impl AsRef<Path>) -> Result<Disk> {
+        Disk::from_layers(self.open_chain(storage, path.as_ref())?, self.read_only)
+    }
+
+    fn lock_mode(&self, read_only: bool) -> LockMode {
+        match self.lock {
+            Some(LockMode::None) => LockMode::None,
+            Some(mode) if !read_only => mode,
+            _ if read_only => LockMode::Read,
+            _ => LockMode::Write,
+        }
+    }
+
+    fn open_chain(&self, storage: Arc<dyn Storage>, path: &Path) -> Result<Vec<Arc<dyn Layer>>> {
+        let mut seen: Vec<FileId> = storage.file_id().into_iter().collect();
+        let top = open_layer(self.format, storage, &LayerOptions { read_only: self.read_only })?;
+        let mut layers = vec![top];
+        let mut referrer = path.to_owned();
+        while self.backing
+            && let Some(backing) = layers[layers.len() - 1].backing()
+        {
+            let name = layers[layers.len() - 1].storage().name();
+            if layers.len() >= MAX_DEPTH {
+                return Err(Error::unsupported(name, format!("a chain of more than {MAX_DEPTH} images")));
+            }
+            let (layer, at) = self.open_backing(&name, &backing, &referrer)?;
+            if let Some(id) = layer.storage().file_id() {
+                if seen.contains(&id) {
+                    return Err(Error::corrupt(name, "its backing chain is a loop"));
+                }
+                seen.push(id);
+            }
+            layers.push(layer);
+            referrer = at;
+        }
+        Ok(layers)
+    }
+
+    fn open_backing(
+        &self,
+        name: &str,
+        backing: &BackingRef,
+        referrer: &Path,
+    ) -> Result<(Arc<dyn Layer>, PathBuf)> {
+        let path = resolve(name, &backing.path, referrer)?;
+        let Some(format) = &backing.format else {
+            return Err(Error::unsupported(name, "a backing file without a format; set one with a rebase"));
+        };
+        let format: Format = format.parse()?;
+        let file = self.policy.open(&path, referrer, Role::Backing, true, self.direct)?;
+        let options =
+            FileOptions { read_only: true, direct: self.direct, lock: self.lock_mode(true), create: false };
+        let storage = Arc::new(FileStorage::from_file(file, &path, options)?);
+        Ok((open_layer(format, storage, &LayerOptions { read_only: true })?, path))
+    }
+}
+
+/// The path of a file that the header of `referrer` names.
+pub(crate) fn resolve(image: &str, name: &str, referrer: &Path) -> Result<PathBuf> {
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    if let Some((protocol, _)) = name.split_once(':')
+        && !protocol.contains('/')
+        && protocol.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
+    {
+        return Err(Error::unsupported(image, format!("the protocol {protocol:?} of {name:?}")));
+    }
+    Ok(referrer.parent().unwrap_or(Path::new("")).join(name))
+}

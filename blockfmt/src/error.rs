@@ -1,0 +1,135 @@
+//! The error type of the crate.
+
+use std::io;
+use std::path::PathBuf;
+
+/// The result of an operation on a disk.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation on a disk failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The storage below a format failed.
+    #[error("Cannot {op} {name}")]
+    Io {
+        /// What was attempted, as a verb.
+        op: &'static str,
+        /// The storage.
+        name: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A request lies beyond the end of the disk.
+    #[error("The range of {len} bytes at {offset} is beyond the disk's end at {size}")]
+    OutOfRange {
+        /// First byte of the request.
+        offset: u64,
+        /// Length of the request in bytes.
+        len: u64,
+        /// Size of the disk in bytes.
+        size: u64,
+    },
+    /// A write to a disk that was opened for reading.
+    #[error("The disk is read-only")]
+    ReadOnly,
+    /// A format, or a feature of it, that is not implemented.
+    #[error("{name} uses an unsupported feature: {feature}")]
+    Unsupported {
+        /// The image.
+        name: String,
+        /// The feature, by its name in the format's specification.
+        feature: String,
+    },
+    /// An image that contradicts itself or its specification.
+    #[error("{name} is corrupt: {what}; run a check")]
+    Corrupt {
+        /// The image.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// The open policy refused a file that an image header names.
+    #[error("The open policy refuses {}: {reason}", path.display())]
+    NotAllowed {
+        /// The file.
+        path: PathBuf,
+        /// Why it was refused.
+        reason: &'static str,
+    },
+    /// Another process (or another open of this one) holds the image.
+    #[error("{} is in use: its \"{permission}\" lock is held by another process", path.display())]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// The permission that conflicts.
+        permission: &'static str,
+    },
+    /// An argument that makes no sense.
+    #[error("Invalid option: {0}")]
+    InvalidOption(String),
+    /// A snapshot, bitmap or layer that does not exist.
+    #[error("There is no {what} named {name:?}")]
+    NotFound {
+        /// What kind of thing was looked for.
+        what: &'static str,
+        /// The name that was looked for.
+        name: String,
+    },
+    /// Something with this name exists already.
+    #[error("A {what} named {name:?} exists already")]
+    Exists {
+        /// What kind of thing it is.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A job was cancelled.
+    #[error("The job was cancelled")]
+    Cancelled,
+    /// The password opens no key slot.
+    #[error("No key slot of {0} opens with this secret")]
+    WrongSecret(String),
+    /// A backing file changed behind its child.
+    #[error("{0} changed since its child was created")]
+    ParentChanged(String),
+}
+
+impl Error {
+    /// Wraps an I/O error of the storage `name`.
+    pub fn io(op: &'static str, name: impl Into<String>, source: io::Error) -> Self {
+        Error::Io { op, name: name.into(), source }
+    }
+
+    /// An image that contradicts its specification.
+    pub(crate) fn corrupt(name: impl Into<String>, what: impl Into<String>) -> Self {
+        Error::Corrupt { name: name.into(), what: what.into() }
+    }
+
+    /// A feature that is not implemented.
+    pub(crate) fn unsupported(name: impl Into<String>, feature: impl Into<String>) -> Self {
+        Error::Unsupported { name: name.into(), feature: feature.into() }
+    }
+
+    /// Whether the host ran out of space (`ENOSPC`, `EDQUOT`), so that a caller may pause and retry.
+    pub fn is_no_space(&self) -> bool {
+        matches!(self.errno(), libc::ENOSPC | libc::EDQUOT)
+    }
+
+    /// The `errno` value that describes this error best.
+    pub fn errno(&self) -> i32 {
+        match self {
+            Error::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Error::OutOfRange { .. } | Error::InvalidOption(_) => libc::EINVAL,
+            Error::ReadOnly => libc::EROFS,
+            Error::Unsupported { .. } => libc::ENOTSUP,
+            Error::Corrupt { .. } | Error::ParentChanged(_) => libc::EIO,
+            Error::NotAllowed { .. } | Error::WrongSecret(_) => libc::EACCES,
+            Error::Locked { .. } => libc::EAGAIN,
+            Error::NotFound { .. } => libc::ENOENT,
+            Error::Exists { .. } => libc::EEXIST,
+            Error::Cancelled => libc::ECANCELED,
+        }
+    }
+}

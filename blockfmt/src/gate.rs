@@ -1,0 +1,89 @@
+//! A gate that many threads pass cheaply and one thread can close.
+
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+const SHARDS: usize = 16;
+
+#[derive(Debug, Default)]
+#[repr(align(128))] // one cache line pair each, so that passers on different shards do not share one
+struct Shard<T>(RwLock<T>);
+
+/// A value read by every request and replaced rarely.
+///
+/// Readers lock one of several shards, chosen by thread, so that they touch no shared cache line.
+/// A writer locks all of them.
+#[derive(Debug)]
+pub(crate) struct Gate<T> {
+    shards: Box<[Shard<T>]>,
+}
+
+/// Passage through a [`Gate`]; the gate cannot be closed while it lives.
+pub(crate) type Pass<'a, T> = RwLockReadGuard<'a, T>;
+
+/// Exclusive possession of a [`Gate`].
+pub(crate) struct Closed<'a, T>(Vec<RwLockWriteGuard<'a, T>>);
+
+impl<T: Clone> Gate<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Gate { shards: (0..SHARDS).map(|_| Shard(RwLock::new(value.clone()))).collect() }
+    }
+
+    /// Enters; waits while the gate is closed. Must not be called by a thread that is inside already.
+    pub(crate) fn enter(&self) -> Pass<'_, T> {
+        self.shards[shard()].0.read()
+    }
+
+    /// Waits until everyone is out and keeps others from entering.
+    pub(crate) fn close(&self) -> Closed<'_, T> {
+        Closed(self.shards.iter().map(|s| s.0.write()).collect())
+    }
+}
+
+impl<T: Clone> Closed<'_, T> {
+    /// The value.
+    pub(crate) fn get(&self) -> &T {
+        &self.0[0]
+    }
+
+    /// Replaces the value for everyone who enters next.
+    pub(crate) fn set(&mut self, value: T) {
+        for guard in &mut self.0 {
+            **guard = value.clone();
+        }
+    }
+}
+
+/// The shard of the calling thread: a hash of the address of a thread-local.
+fn shard() -> usize {
+    thread_local!(static KEY: u8 = const { 0 });
+    let address = KEY.with(|key| std::ptr::from_ref(key) as u64);
+    (address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) as usize % SHARDS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    #[test]
+    fn close_excludes_passers() {
+        let gate = Gate::new(());
+        let (inside, seen) = (AtomicU64::new(0), AtomicU64::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2000 {
+                        let _pass = gate.enter();
+                        inside.fetch_add(1, Ordering::SeqCst);
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+            for _ in 0..200 {
+                let _closed = gate.close();
+                seen.fetch_add(inside.load(Ordering::SeqCst), Ordering::SeqCst);
+            }
+        });
+        assert_eq!(seen.into_inner(), 0);
+    }
+}

@@ -1,0 +1,258 @@
+//! One instance of a format.
+
+use crate::gate::Pass;
+use crate::storage::Storage;
+use crate::{Format, Gather, Result, Scatter};
+use std::fmt::Debug;
+use std::sync::Arc;
+
+/// Where the bytes of an [`Extent`] are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// In the layer's data file number `file` at `offset`, as they are.
+    Data {
+        /// The file, for [`Layer::data_file`].
+        file: u32,
+        /// First byte in the file.
+        offset: u64,
+    },
+    /// Nowhere: they are zero.
+    Zero {
+        /// Whether the format has space allocated for them nevertheless.
+        allocated: bool,
+    },
+    /// In the layer below; zero if there is none.
+    Below,
+    /// In this layer, compressed or encrypted: only [`Layer::read_opaque`] can read them.
+    Opaque {
+        /// Whether they are compressed (else encrypted).
+        compressed: bool,
+    },
+}
+
+/// A run of guest bytes with one source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes, never zero and never more than was asked for.
+    pub len: u64,
+    /// Where the bytes are.
+    pub source: Source,
+}
+
+/// The file that a layer names as its parent.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct BackingRef {
+    /// The name as the image stores it; relative names are relative to the child.
+    pub path: String,
+    /// The parent's format, if the image names one.
+    pub format: Option<String>,
+}
+
+/// Facts about a layer for people and management software.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LayerInfo {
+    /// Name of the storage, usually a path.
+    pub filename: String,
+    /// The format.
+    pub format: Format,
+    /// Size of the disk that the layer describes, in bytes.
+    pub virtual_size: u64,
+    /// Bytes that the storage takes on its host.
+    pub actual_size: u64,
+    /// Unit of allocation in bytes, if the format has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size: Option<u64>,
+    /// The parent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing: Option<BackingRef>,
+    /// Whether the image was not closed properly.
+    pub dirty_flag: bool,
+    /// Facts that only this format has.
+    #[serde(skip_serializing_if = "serde_json::Value::is_null")]
+    pub format_specific: serde_json::Value,
+}
+
+/// The layers below another one, read as one disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Below<'a>(&'a [Arc<dyn Layer>]);
+
+impl<'a> Below<'a> {
+    /// The given layers, the uppermost first.
+    pub fn new(layers: &'a [Arc<dyn Layer>]) -> Self {
+        Below(layers)
+    }
+
+    /// Whether there is no layer.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Reads; bytes that no layer holds are zero.
+    pub fn read(&self, mut dst: Scatter<'_>, offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < dst.len() {
+            let left = dst.len() - done;
+            done += self.read_some(dst.slice(done, left), offset + done as u64)?;
+        }
+        Ok(())
+    }
+
+    fn read_some(&self, mut dst: Scatter<'_>, offset: u64) -> Result<usize> {
+        let mut want = dst.len();
+        for layer in self.0 {
+            let size = layer.size();
+            if offset >= size {
+                break; // a shorter backing file reads as zeros beyond its end
+            }
+            want = want.min(usize::try_from(size - offset).unwrap_or(usize::MAX));
+            let _pass = layer.enter();
+            let extent = layer.resolve_read(offset, want as u64)?;
+            want = want.min(extent.len as usize);
+            match extent.source {
+                Source::Data { file, offset: host } => {
+                    let storage = layer.data_file(file);
+                    storage
+                        .readv(dst.slice(0, want), host)
+                        .map_err(|e| crate::Error::io("read", storage.name(), e))?;
+                    return Ok(want);
+                }
+                Source::Zero { .. } => break,
+                Source::Opaque { .. } => {
+                    layer.read_opaque(dst.slice(0, want), offset)?;
+                    return Ok(want);
+                }
+                Source::Below => {}
+            }
+        }
+        dst.slice(0, want).zero();
+        Ok(want)
+    }
+
+    /// The extent at `offset`, mapped through all layers, and the index of the layer that decided.
+    /// The index is `None` for bytes that no layer holds.
+    pub fn map(&self, offset: u64, len: u64) -> Result<(Extent, Option<usize>)> {
+        let mut want = len;
+        for (index, layer) in self.0.iter().enumerate() {
+            let size = layer.size();
+            if offset >= size {
+                return Ok((Extent { len: want, source: Source::Zero { allocated: false } }, Some(index)));
+            }
+            want = want.min(size - offset);
+            let _pass = layer.enter();
+            let extent = layer.map(offset, want)?;
+            want = extent.len;
+            if !matches!(extent.source, Source::Below) {
+                return Ok((extent, Some(index)));
+            }
+        }
+        Ok((Extent { len: want, source: Source::Zero { allocated: false } }, None))
+    }
+
+    /// Whether the whole range reads as zeros for reasons of metadata alone.
+    pub fn is_zero(&self, offset: u64, len: u64) -> Result<bool> {
+        let mut done = 0;
+        while done < len {
+            let (extent, _) = self.map(offset + done, len - done)?;
+            if !matches!(extent.source, Source::Zero { .. } | Source::Below) {
+                return Ok(false);
+            }
+            done += extent.len;
+        }
+        Ok(true)
+    }
+}
+
+/// Permission to be inside of a layer while it moves payload; see [`Layer::enter`].
+#[derive(Debug)]
+pub struct LayerPass<'a>(#[expect(dead_code, reason = "held for its drop")] pub(crate) Option<Pass<'a, ()>>);
+
+/// One instance of a format over a storage.
+///
+/// All methods may be called concurrently. Ranges are within [`size`](Layer::size); the [`Disk`](crate::Disk)
+/// checks that. Methods that read or write payload enter the layer themselves, except for
+/// [`resolve_read`](Layer::resolve_read) and [`read_opaque`](Layer::read_opaque), which the caller
+/// brackets with [`enter`](Layer::enter).
+pub trait Layer: Send + Sync + Debug {
+    /// The format.
+    fn format(&self) -> Format;
+
+    /// Size in bytes of the disk that this layer describes.
+    fn size(&self) -> u64;
+
+    /// The storage that holds the layer's metadata.
+    fn storage(&self) -> &Arc<dyn Storage>;
+
+    /// The storage of payload that [`Source::Data`] points into.
+    fn data_file(&self, file: u32) -> &Arc<dyn Storage> {
+        let _ = file;
+        self.storage()
+    }
+
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+
+    /// Facts for people and management software.
+    fn info(&self) -> Result<LayerInfo>;
+
+    /// The parent that the image names.
+    fn backing(&self) -> Option<BackingRef> {
+        None
+    }
+
+    /// Unit of allocation in bytes; 0 if the format has none.
+    fn cluster_size(&self) -> u64 {
+        0
+    }
+
+    /// Keeps what [`resolve_read`](Layer::resolve_read) returns valid while the guard lives: space is not
+    /// given to other guest ranges meanwhile. A thread enters a layer once at a time.
+    fn enter(&self) -> LayerPass<'_> {
+        LayerPass(None)
+    }
+
+    /// Where the bytes at `offset` are, for at most `len` bytes.
+    fn resolve_read(&self, offset: u64, len: u64) -> Result<Extent>;
+
+    /// Like [`resolve_read`](Layer::resolve_read), but may spend time to find holes. For jobs and listings.
+    fn map(&self, offset: u64, len: u64) -> Result<Extent> {
+        self.resolve_read(offset, len)
+    }
+
+    /// Reads bytes of an extent whose source is [`Source::Opaque`].
+    fn read_opaque(&self, dst: Scatter<'_>, offset: u64) -> Result<()>;
+
+    /// Writes. `below` supplies bytes of clusters that the write covers in part.
+    fn write(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()>;
+
+    /// Makes a range read as zeros. With `unmap`, space may be released.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()>;
+
+    /// Tells that the contents of a range do not matter any more. Afterwards it reads as zeros or as
+    /// before, never as anything else.
+    fn discard(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()>;
+
+    /// Makes everything written so far survive a crash of the host.
+    fn flush(&self) -> Result<()>;
+
+    /// Writes metadata back and marks the image as clean. Called when the layer is closed; also brings
+    /// the image into a state in which another process may open it.
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
+
+    /// Changes the size. New space reads as zeros.
+    fn resize(&self, size: u64, below: Below<'_>) -> Result<()>;
+
+    /// Forgets a range, so that it is read from the layer below. Returns `false` if the format cannot.
+    fn make_below(&self, offset: u64, len: u64) -> Result<bool> {
+        let _ = (offset, len);
+        Ok(false)
+    }
+
+    /// Changes the parent that the image names. Contents are not touched.
+    fn set_backing(&self, backing: Option<&BackingRef>) -> Result<()> {
+        let _ = backing;
+        Err(crate::Error::unsupported(self.storage().name(), "backing files"))
+    }
+}

@@ -1,0 +1,423 @@
+//! Files and block devices.
+
+use super::{FileId, LockMode, Storage, checked_end, lock};
+use crate::iobuf::AlignedBuf;
+use crate::{Error, Gather, Result, Scatter};
+use parking_lot::Mutex;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Segments handed to one system call.
+const MAX_SEGMENTS: usize = 64;
+/// Largest unit of zeroing by writing.
+const ZERO_CHUNK: usize = 1 << 20;
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileOptions {
+    /// Open for reading only.
+    pub read_only: bool,
+    /// Bypass the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// Locks against other processes.
+    pub lock: LockMode,
+    /// Create the file; it must not exist.
+    pub create: bool,
+}
+
+/// A file or block device of the host.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    path: PathBuf,
+    id: FileId,
+    read_only: bool,
+    block_device: bool,
+    /// Alignment that direct I/O needs; 1 if there is none.
+    align: usize,
+    /// Serialises read-modify-write cycles of unaligned direct writes.
+    bounce: Mutex<()>,
+    flush_failed: AtomicBool,
+}
+
+impl FileStorage {
+    /// Opens a file or block device and takes its locks.
+    pub fn open(path: &Path, options: FileOptions) -> Result<Self> {
+        let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK; // not to hang on a FIFO
+        if options.direct {
+            flags |= libc::O_DIRECT;
+        }
+        let file = File::options()
+            .read(true)
+            .write(!options.read_only)
+            .create_new(options.create)
+            .custom_flags(flags)
+            .open(path)
+            .map_err(|e| Error::io("open", path.display().to_string(), e))?;
+        Self::from_file(file, path, options)
+    }
+
+    /// Wraps an open file; `path` is its name in messages. `options.create` has no meaning here.
+    pub fn from_file(file: File, path: &Path, options: FileOptions) -> Result<Self> {
+        let fail = |op, e| Error::io(op, path.display().to_string(), e);
+        let meta = file.metadata().map_err(|e| fail("inspect", e))?;
+        let block_device = meta.file_type().is_block_device();
+        if !block_device && !meta.is_file() {
+            return Err(Error::unsupported(path.display().to_string(), "a file that is no disk image"));
+        }
+        let id = match block_device {
+            true => FileId { device: meta.rdev(), inode: 0 },
+            false => FileId { device: meta.dev(), inode: meta.ino() },
+        };
+        lock::apply(file.as_fd(), path, options.lock)?;
+        Ok(FileStorage {
+            file,
+            path: path.to_owned(),
+            id,
+            read_only: options.read_only,
+            block_device,
+            align: if options.direct { 4096 } else { 1 },
+            bounce: Mutex::new(()),
+            flush_failed: AtomicBool::new(false),
+        })
+    }
+
+    /// The path that the file was opened with.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn raw(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Reads until the end of the list or of the file; returns the number of bytes read.
+    fn read_list(&self, mut dst: Scatter<'_>, offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        let mut iov = [EMPTY; MAX_SEGMENTS];
+        while done < dst.len() {
+            let left = dst.len() - done;
+            let n = dst.slice(done, left).fill_iovecs(&mut iov);
+            // SAFETY: the first `n` segments are writable memory by the contract of `Scatter`.
+            let got = unsafe {
+                match n {
+                    1 => libc::pread(
+                        self.raw(),
+                        iov[0].iov_base,
+                        iov[0].iov_len,
+                        (offset + done as u64) as i64,
+                    ),
+                    _ => libc::preadv(self.raw(), iov.as_ptr(), n as i32, (offset + done as u64) as i64),
+                }
+            };
+            match check(got)? {
+                Some(0) => break,
+                Some(got) => done += got,
+                None => {}
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_list(&self, src: Gather<'_>, offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        let mut iov = [EMPTY; MAX_SEGMENTS];
+        while done < src.len() {
+            let n = src.slice(done, src.len() - done).fill_iovecs(&mut iov);
+            // SAFETY: the first `n` segments are readable memory by the contract of `Gather`.
+            let put = unsafe {
+                match n {
+                    1 => libc::pwrite(
+                        self.raw(),
+                        iov[0].iov_base,
+                        iov[0].iov_len,
+                        (offset + done as u64) as i64,
+                    ),
+                    _ => libc::pwritev(self.raw(), iov.as_ptr(), n as i32, (offset + done as u64) as i64),
+                }
+            };
+            match check(put)? {
+                Some(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Some(put) => done += put,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn is_aligned(&self, offset: u64, len: usize) -> bool {
+        offset.is_multiple_of(self.align as u64) && len.is_multiple_of(self.align)
+    }
+
+    /// The aligned range around a request.
+    fn widened(&self, offset: u64, len: usize) -> (u64, usize) {
+        let align = self.align as u64;
+        let start = offset / align * align;
+        (start, ((offset + len as u64).next_multiple_of(align) - start) as usize)
+    }
+
+    fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
+        loop {
+            // SAFETY: a system call on an open descriptor without pointers.
+            let rc = unsafe { libc::fallocate(self.raw(), mode, offset as i64, len as i64) };
+            if rc == 0 {
+                return Ok(true);
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EOPNOTSUPP | libc::ENOSYS) => return Ok(false),
+                Some(libc::EINVAL) if self.block_device => return Ok(false), // unaligned
+                _ => return Err(error),
+            }
+        }
+    }
+
+    fn write_zero_bytes(&self, offset: u64, len: u64) -> io::Result<()> {
+        let zeros = AlignedBuf::new(ZERO_CHUNK.min(len as usize), self.align.max(8));
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(ZERO_CHUNK as u64) as usize;
+            self.writev(Gather::new(&zeros[..n]), offset + done)?;
+            done += n as u64;
+        }
+        Ok(())
+    }
+}
+
+const EMPTY: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
+/// The byte count of a transfer, or `None` if it was interrupted.
+fn check(rc: isize) -> io::Result<Option<usize>> {
+    if rc >= 0 {
+        return Ok(Some(rc as usize));
+    }
+    let error = io::Error::last_os_error();
+    match error.kind() {
+        io::ErrorKind::Interrupted => Ok(None),
+        _ => Err(error),
+    }
+}
+
+impl Storage for FileStorage {
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.block_device {
+            // SAFETY: a system call on an open descriptor without pointers.
+            let end = unsafe { libc::lseek(self.raw(), 0, libc::SEEK_END) };
+            return if end < 0 { Err(io::Error::last_os_error()) } else { Ok(end as u64) };
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.block_device {
+            return match self.len()? >= len {
+                true => Ok(()),
+                false => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            };
+        }
+        self.file.set_len(len)
+    }
+
+    fn readv(&self, mut dst: Scatter<'_>, offset: u64) -> io::Result<()> {
+        checked_end(offset, dst.len() as u64)?;
+        let len = dst.len();
+        if self.align == 1 || (self.is_aligned(offset, len) && dst.aligned(512)) {
+            let got = self.read_list(dst.slice(0, len), offset)?;
+            dst.slice(got, len - got).zero();
+            return Ok(());
+        }
+        let (start, wide) = self.widened(offset, len);
+        let mut buf = AlignedBuf::new(wide, self.align);
+        self.read_list(Scatter::new(&mut buf), start)?; // the rest stays zero
+        let skip = (offset - start) as usize;
+        dst.copy_from(&buf[skip..skip + len]);
+        Ok(())
+    }
+
+    fn writev(&self, src: Gather<'_>, offset: u64) -> io::Result<()> {
+        checked_end(offset, src.len() as u64)?;
+        if self.align == 1 || (self.is_aligned(offset, src.len()) && src.aligned(512)) {
+            return self.write_list(src, offset);
+        }
+        let (start, wide) = self.widened(offset, src.len());
+        let skip = (offset - start) as usize;
+        let mut buf = AlignedBuf::new(wide, self.align);
+        if wide == src.len() {
+            src.copy_to(&mut buf); // only the memory is unaligned
+            return self.write_list(Gather::new(&buf), start);
+        }
+        let _bounce = self.bounce.lock();
+        let (end, old_len) = (offset + src.len() as u64, self.len()?);
+        self.read_list(Scatter::new(&mut buf), start)?;
+        src.copy_to(&mut buf[skip..skip + src.len()]);
+        self.write_list(Gather::new(&buf), start)?;
+        // The widened write must not make the file longer than the caller did.
+        if !self.block_device && start + wide as u64 > old_len.max(end) {
+            self.set_len(old_len.max(end))?;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.flush_failed.load(Ordering::Acquire) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        // After a failure the kernel may drop dirty pages and report success next time.
+        self.file.sync_data().inspect_err(|_| self.flush_failed.store(true, Ordering::Release))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let end = checked_end(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        if unmap && self.fallocate(punch, offset, len)? {
+            if !self.block_device && self.len()? < end {
+                self.set_len(end)?;
+            }
+            return Ok(());
+        }
+        if self.fallocate(libc::FALLOC_FL_ZERO_RANGE, offset, len)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        checked_end(offset, len)?;
+        if len > 0 {
+            self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)?;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = checked_end(offset, len)?;
+        if self.block_device {
+            return self.set_len(end);
+        }
+        if len > 0 && !self.fallocate(0, offset, len)? {
+            let old = self.len()?;
+            if end > old {
+                self.write_zero_bytes(old.max(offset), end - old.max(offset))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn data_at(&self, offset: u64, len: u64) -> io::Result<(bool, u64)> {
+        let end = checked_end(offset, len)?;
+        if self.block_device {
+            return Ok((true, len));
+        }
+        // SAFETY: system calls on an open descriptor without pointers.
+        let seek = |whence| match unsafe { libc::lseek(self.raw(), offset as i64, whence) } {
+            -1 => Err(io::Error::last_os_error()),
+            at => Ok(at as u64),
+        };
+        let data = match seek(libc::SEEK_DATA) {
+            Ok(at) => at,
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => return Ok((false, len)),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok((true, len)),
+            Err(e) => return Err(e),
+        };
+        if data > offset {
+            return Ok((false, data.min(end) - offset));
+        }
+        let hole = seek(libc::SEEK_HOLE)?;
+        // Another thread may have punched a hole between the two calls.
+        Ok((true, hole.clamp(offset + 1, end) - offset))
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        match self.block_device {
+            true => self.len(),
+            false => Ok(self.file.metadata()?.blocks() * 512),
+        }
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn file_id(&self) -> Option<FileId> {
+        Some(self.id)
+    }
+
+    fn modified(&self) -> Option<i128> {
+        let meta = self.file.metadata().ok()?;
+        Some(i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec()))
+    }
+
+    fn fd(&self) -> Option<RawFd> {
+        Some(self.raw())
+    }
+
+    fn set_lock(&self, mode: LockMode) -> Result<()> {
+        lock::apply(self.file.as_fd(), &self.path, mode)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(direct: bool) -> (tempfile::TempDir, FileStorage) {
+        let dir = tempfile::tempdir().unwrap();
+        let options = FileOptions { create: true, direct, ..FileOptions::default() };
+        let file = FileStorage::open(&dir.path().join("f"), options).unwrap();
+        (dir, file)
+    }
+
+    #[test]
+    fn unaligned_direct_io_keeps_neighbours_and_length() {
+        let (_dir, file) = scratch(true);
+        let file: &dyn Storage = &file;
+        file.write_at(&[7; 10000], 0).unwrap();
+        file.write_at(&[9; 100], 5000).unwrap();
+        file.write_at(&[8; 3], 10000).unwrap();
+        assert_eq!(file.len().unwrap(), 10003);
+        let mut back = vec![0xff; 10010];
+        file.read_at(&mut back, 0).unwrap();
+        let expect: Vec<u8> = [vec![7; 5000], vec![9; 100], vec![7; 4900], vec![8; 3], vec![0; 7]].concat();
+        assert!(back == expect);
+    }
+
+    #[test]
+    fn zeroing_extends_and_leaves_holes() {
+        let (_dir, file) = scratch(false);
+        let file: &dyn Storage = &file;
+        file.write_at(&[1; 65536], 0).unwrap();
+        file.write_zeroes(4096, 131072, true).unwrap();
+        assert_eq!(file.len().unwrap(), 135168);
+        assert_eq!(file.data_at(0, 135168).unwrap(), (true, 4096));
+        assert_eq!(file.data_at(4096, 131072).unwrap(), (false, 131072));
+        file.write_zeroes(135168, 10, false).unwrap();
+        assert_eq!(file.len().unwrap(), 135178);
+    }
+
+    #[test]
+    fn locks_follow_readers_and_writers() {
+        let (dir, file) = scratch(false);
+        let path = dir.path().join("f");
+        let open =
+            |lock, read_only| FileStorage::open(&path, FileOptions { lock, read_only, ..Default::default() });
+        assert!(matches!(open(LockMode::Write, false), Err(Error::Locked { .. })));
+        assert!(matches!(open(LockMode::Read, true), Err(Error::Locked { .. })));
+        file.set_lock(LockMode::Read).unwrap();
+        let reader = open(LockMode::Read, true).unwrap();
+        assert!(matches!(file.set_lock(LockMode::Write), Err(Error::Locked { .. })));
+        drop((reader, file));
+        open(LockMode::Write, false).unwrap();
+    }
+}
