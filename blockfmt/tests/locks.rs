@@ -14,12 +14,8 @@ fn qemu_refuses_what_we_hold() {
     CreateOptions::new(Format::Raw, 1 << 20).create(&path).unwrap();
     let image = text(&path);
     let disk = OpenOptions::new(Format::Raw).open(&path).unwrap();
-    for args in
-        [["-f", "raw", "-c", "write 0 4k", image].as_slice(), &["-r", "-f", "raw", "-c", "read 0 4k", image]]
-    {
-        let output = qemu("qemu-io", args);
-        assert!(String::from_utf8_lossy(&output.stderr).contains("lock"), "{output:?}");
-    }
+    let output = qemu("qemu-io", &["-f", "raw", "-c", "write 0 4k", image]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("lock"), "{output:?}");
     drop(disk);
     qemu_ok("qemu-io", &["-f", "raw", "-c", "write 0 4k", image]);
 
