@@ -1,0 +1,23 @@
+//! libnacre: the C ABI over Nacre's crates.
+//!
+//! The rules of this interface, which every function keeps:
+//!
+//! - Objects are opaque handles. A handle is checked at every call: a null, stale, freed or foreign one is an error
+//!   ([`status::nacre_status::NACRE_BAD_HANDLE`]), never undefined behaviour.
+//! - Every call that can fail returns a [`status::nacre_status`] and, if the caller passes an `error` pointer, an error
+//!   object with a code, a message and the chain of causes.
+//! - Option structures start with `struct_size`; a program built against an older header keeps working.
+//! - Inputs are copied and descriptors duplicated: the caller may free its own at once.
+//! - Nothing here ends the process, installs signal handlers or loggers, or lets a Rust panic cross the border.
+//! - Objects may be used from several threads at once.
+//!
+//! `include/nacre.h` is generated from this crate; see `CONTRIBUTING.md`.
+
+#![expect(non_camel_case_types, reason = "the names are those of the C header")]
+
+pub mod border;
+pub mod error;
+pub mod handle;
+pub mod options;
+pub mod status;
+pub mod text;
