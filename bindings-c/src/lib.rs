@@ -16,6 +16,7 @@
 #![expect(non_camel_case_types, reason = "the names are those of the C header")]
 
 pub mod border;
+pub mod disk;
 pub mod error;
 pub mod handle;
 pub mod options;

@@ -8,13 +8,15 @@ const MAX_SIZE: usize = 4096;
 /// A C option structure whose first field is `size_t struct_size`.
 ///
 /// # Safety
-/// The type is `repr(C)`, starts with a `usize`, any bit pattern is a valid value (raw pointers, integers), and all
-/// zeros mean the defaults.
+/// The type is `repr(C)`, starts with a `usize`, any bit pattern is a valid value (raw pointers, integers;
+/// `bool` fields are listed in [`Options::FLAGS`]), and all zeros mean the defaults.
 pub unsafe trait Options: Copy {
     /// The size of the first released version of the structure; smaller ones are refused.
     const FIRST_SIZE: usize;
     /// The structure's name, for messages.
     const NAME: &'static str;
+    /// Offsets of the `bool` fields: a caller's byte there must be 0 or 1.
+    const FLAGS: &'static [usize] = &[];
 }
 
 /// Copies a caller's option structure. What an older caller does not have stays zero; what a newer caller has and this
@@ -50,7 +52,17 @@ pub unsafe fn read<T: Options>(options: *const T) -> Result<T, Failure> {
             )));
         }
     }
-    // SAFETY: zeroed or copied from the caller, and `Options` promises that any bit pattern is valid.
+    for &at in T::FLAGS {
+        // SAFETY: the value is initialised and `at` lies inside it.
+        let flag = unsafe { value.as_ptr().cast::<u8>().add(at).read() };
+        if flag > 1 {
+            return Err(Failure::invalid(format!(
+                "{} has {flag} where a bool belongs, at byte {at}",
+                T::NAME
+            )));
+        }
+    }
+    // SAFETY: zeroed or copied from the caller; the bools were checked, and any other bits are valid (`Options`).
     Ok(unsafe { value.assume_init() })
 }
 

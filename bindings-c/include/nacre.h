@@ -1,0 +1,291 @@
+/* libnacre: the C interface of the Nacre hypervisor engine.
+ *
+ * Generated; do not edit. Every object is an opaque handle that is checked at each call; every call that can fail
+ * returns a status and, through `error`, an error object. Option structures start with `struct_size`. Inputs are
+ * copied and descriptors duplicated. All functions may be called from any thread.
+ *
+ * SPDX-License-Identifier: Apache-2.0 OR MIT */
+
+#ifndef NACRE_H
+#define NACRE_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+/*
+ The result of a call. Numbers never change their meaning; new ones are added at the end.
+ */
+enum nacre_status {
+    /*
+     The call did what it says.
+     */
+    NACRE_OK = 0,
+    /*
+     An argument is null, out of range, not UTF-8, or contradicts another one.
+     */
+    NACRE_INVALID_ARGUMENT = 1,
+    /*
+     The handle is null, was freed, or is of another type.
+     */
+    NACRE_BAD_HANDLE = 2,
+    /*
+     The object is not in a state in which this can be done.
+     */
+    NACRE_WRONG_STATE = 3,
+    /*
+     A file, device or peer failed.
+     */
+    NACRE_IO = 4,
+    /*
+     What was named does not exist.
+     */
+    NACRE_NOT_FOUND = 5,
+    /*
+     Somebody else holds it (a locked disk, a lease, an address).
+     */
+    NACRE_BUSY = 6,
+    /*
+     The host denied access.
+     */
+    NACRE_PERMISSION = 7,
+    /*
+     This build, host or accelerator cannot do it.
+     */
+    NACRE_UNSUPPORTED = 8,
+    /*
+     A file or message is malformed.
+     */
+    NACRE_CORRUPT = 9,
+    /*
+     The time given ran out first.
+     */
+    NACRE_TIMEOUT = 10,
+    /*
+     The operation was cancelled.
+     */
+    NACRE_CANCELLED = 11,
+    /*
+     The host has too little memory, space or descriptors.
+     */
+    NACRE_NO_RESOURCES = 12,
+    /*
+     A defect in the library, caught at the border. The object concerned should be freed.
+     */
+    NACRE_INTERNAL = 13,
+};
+
+/*
+ An open disk: a chain of images. Free it with `nacre_disk_free`.
+ */
+struct nacre_disk;
+
+/*
+ An error object: a code, a message, and the chain of causes. Free it with `nacre_error_free`.
+ */
+struct nacre_error;
+
+/*
+ How an image is created. Set `struct_size` and zero the rest for defaults.
+ */
+struct nacre_disk_create_options {
+    /*
+     `sizeof(struct nacre_disk_create_options)`.
+     */
+    size_t struct_size;
+    /*
+     The image file to create. Required.
+     */
+    const char *path;
+    /*
+     The format. Required.
+     */
+    const char *format;
+    /*
+     Size of the disk in bytes. 0 with a backing file: that of the backing file.
+     */
+    uint64_t size;
+    /*
+     The parent of a differencing image, or null.
+     */
+    const char *backing_path;
+    /*
+     The parent's format. Required with a parent.
+     */
+    const char *backing_format;
+};
+
+/*
+ How a disk is opened. Set `struct_size` and zero the rest for defaults.
+ */
+struct nacre_disk_options {
+    /*
+     `sizeof(struct nacre_disk_options)`.
+     */
+    size_t struct_size;
+    /*
+     The image file. Required.
+     */
+    const char *path;
+    /*
+     The format: "raw", "qcow2", ... Required: formats are never guessed, since a guest can rewrite a header.
+     */
+    const char *format;
+    /*
+     Refuse writes.
+     */
+    bool read_only;
+    /*
+     Bypass the host's page cache.
+     */
+    bool direct;
+    /*
+     Open whatever files the image's headers name. By default only those in the image's own directory.
+     */
+    bool trust_headers;
+    /*
+     Must be zero.
+     */
+    uint8_t reserved[5];
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/*
+ Creates an image file.
+
+ # Safety
+ `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `error` is
+ null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_create(const struct nacre_disk_create_options *options,
+                                    struct nacre_error **error);
+
+/*
+ Opens a disk and its parents.
+
+ # Safety
+ `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `disk` and
+ `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_disk_open(const struct nacre_disk_options *options,
+                                  struct nacre_disk **disk,
+                                  struct nacre_error **error);
+
+/*
+ The disk's size in bytes.
+
+ # Safety
+ `size` is null or points to room for a `uint64_t`; `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_size(const struct nacre_disk *disk, uint64_t *size, struct nacre_error **error);
+
+/*
+ Reads `len` bytes at `offset`.
+
+ # Safety
+ `buffer` has room for `len` bytes; `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_read(const struct nacre_disk *disk,
+                                  void *buffer,
+                                  size_t len,
+                                  uint64_t offset,
+                                  struct nacre_error **error);
+
+/*
+ Writes `len` bytes at `offset`. They are on stable storage after the next successful `nacre_disk_flush`.
+
+ # Safety
+ `buffer` holds `len` readable bytes; `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_write(const struct nacre_disk *disk,
+                                   const void *buffer,
+                                   size_t len,
+                                   uint64_t offset,
+                                   struct nacre_error **error);
+
+/*
+ Makes everything written so far durable.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_flush(const struct nacre_disk *disk, struct nacre_error **error);
+
+/*
+ Makes a range read as zeros; with `unmap` its space is given back where the format can.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_write_zeroes(const struct nacre_disk *disk,
+                                          uint64_t offset,
+                                          uint64_t len,
+                                          bool unmap,
+                                          struct nacre_error **error);
+
+/*
+ Tells the disk that a range's contents are no longer needed.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_discard(const struct nacre_disk *disk,
+                                     uint64_t offset,
+                                     uint64_t len,
+                                     struct nacre_error **error);
+
+/*
+ Changes the disk's size while it is open.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_resize(const struct nacre_disk *disk, uint64_t size, struct nacre_error **error);
+
+/*
+ Flushes, closes and frees a disk. The handle is stale afterwards, whatever the result says. A call that another
+ thread has under way completes first in the background; the files close after it.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_free(struct nacre_disk *disk,
+                                  struct nacre_error **error);
+
+/*
+ The status that the failed call returned; `NACRE_BAD_HANDLE` when `error` is not an error object.
+ */
+enum nacre_status nacre_error_status(const struct nacre_error *error);
+
+/*
+ The number of messages: 1 for the failure itself, and one for each cause. 0 when `error` is not an error object.
+ */
+size_t nacre_error_depth(const struct nacre_error *error);
+
+/*
+ Copies message `index` (0: the failure itself, then its causes) into `buffer` of `size` bytes, cut if need be and
+ always terminated. Returns the message's whole length without the terminator, or -1 when there is no such message.
+
+ # Safety
+ `buffer` is null, or has room for `size` bytes.
+ */
+int nacre_error_message(const struct nacre_error *error,
+                        size_t index,
+                        char *buffer,
+                        size_t size);
+
+/*
+ Frees an error object. Null and stale handles are ignored.
+ */
+void nacre_error_free(struct nacre_error *error);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* NACRE_H */
