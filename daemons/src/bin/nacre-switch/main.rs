@@ -1,0 +1,65 @@
+//! `nacre-switch`: a virtual switch as a process of its own.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
+use vswitch::{GatewayConfig, GatewayPort, PortConfig, StreamMode, StreamPort, Switch};
+
+/// A virtual switch: connects VMs to each other and to the host's networks.
+#[derive(Parser)]
+#[command(version, about)]
+struct Args {
+    /// Listen on a Unix stream socket for a VM (QEMU and passt framing); may be repeated.
+    #[arg(long, value_name = "SOCKET")]
+    unix: Vec<PathBuf>,
+    /// Connect to a Unix stream socket, for example of passt; may be repeated.
+    #[arg(long, value_name = "SOCKET")]
+    connect: Vec<PathBuf>,
+    /// Run a DHCP server for this network (a.b.c.d/prefix) at its first address.
+    #[arg(long, value_name = "NETWORK")]
+    dhcp: Option<String>,
+    /// Worker threads.
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+    /// Cores for the workers, in order.
+    #[arg(long, value_name = "CORE", value_delimiter = ',')]
+    cores: Vec<usize>,
+}
+
+fn main() -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let args = Args::parse();
+    // Blocked before any thread starts, so that the signals wait for `wait` below.
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    signals.thread_block().context("Cannot block signals")?;
+    let switch = Switch::builder().workers(args.workers.max(1)).cores(args.cores.clone()).build()?;
+    add_ports(&switch, &args)?;
+    for p in switch.ports() {
+        println!("port {} {} {}", p.id, p.kind, p.name);
+    }
+    signals.wait().context("Cannot wait for signals")?;
+    Ok(())
+}
+
+fn add_ports(switch: &Switch, args: &Args) -> Result<()> {
+    let streams = args.unix.iter().map(|p| (p, StreamMode::Listen));
+    let streams = streams.chain(args.connect.iter().map(|p| (p, StreamMode::Connect)));
+    for (path, mode) in streams {
+        let port = StreamPort::new(path, mode)?;
+        switch.add_port(&path.to_string_lossy(), port, PortConfig::default())?;
+    }
+    if let Some(network) = &args.dhcp {
+        let (address, prefix) = network.split_once('/').context("Write --dhcp as a.b.c.d/prefix")?;
+        let config = GatewayConfig::network(
+            address.parse().context("The address of --dhcp is wrong")?,
+            prefix.parse().context("The prefix of --dhcp is wrong")?,
+        )?;
+        switch.add_port("dhcp", GatewayPort::new(config, switch.clock().clone())?, PortConfig::default())?;
+    }
+    Ok(())
+}

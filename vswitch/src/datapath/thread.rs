@@ -1,0 +1,228 @@
+//! A worker's thread: adaptive polling. A queue is polled while packets come; when it stays empty it is armed and
+//! watched through its descriptor, so an idle switch sleeps.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::worker::Forwarder;
+use crate::error::{Error, Result};
+use crate::port::Port;
+use crate::shared::{PortEntry, Shared};
+use crate::sys::{Epoll, EventFd};
+
+/// Empty polls after which a queue in shared memory goes to sleep.
+const IDLE_POLLS_MEMORY: u32 = 20_000;
+/// Empty polls after which a queue that costs a system call goes to sleep.
+const IDLE_POLLS_SYSCALL: u32 = 2;
+/// Rounds over the polled queues between two looks at the sleeping ones.
+const ROUNDS_PER_EVENT_CHECK: u32 = 32;
+/// Longest sleep, so that ports without a descriptor (a peer that does not notify) are looked at.
+const SLEEP_MS: i32 = 100;
+const CONTROL_TOKEN: u64 = u64::MAX;
+
+/// What the control side uses to reach a worker.
+pub(crate) struct WorkerHandle {
+    control: Arc<Control>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Control {
+    stop: AtomicBool,
+    wake: EventFd,
+    /// Number of requests for a quiet point, and how many the worker has answered.
+    requested: AtomicU64,
+    answered: AtomicU64,
+}
+
+impl WorkerHandle {
+    /// Starts worker `id`, on core `core` if one is given.
+    pub fn start(shared: Arc<Shared>, id: usize, core: Option<usize>) -> Result<Self> {
+        let fail = |e| Error::io("start a worker thread", e);
+        let control = Arc::new(Control {
+            stop: AtomicBool::new(false),
+            wake: EventFd::new().map_err(fail)?,
+            requested: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+        });
+        let c = control.clone();
+        let thread = thread::Builder::new()
+            .name(format!("nacre-switch-{id}"))
+            .spawn(move || {
+                if let Some(core) = core
+                    && let Err(e) = crate::sys::pin_to_core(core)
+                {
+                    tracing::warn!(core, error = %e, "cannot pin a worker");
+                }
+                if let Err(e) = Loop::new(shared, id, c).and_then(|mut l| l.run()) {
+                    tracing::error!(worker = id, error = %e, "worker failed");
+                }
+            })
+            .map_err(fail)?;
+        Ok(Self { control, thread: Some(thread) })
+    }
+
+    /// Asks for a quiet point; see [`WorkerHandle::wait_quiet`].
+    pub fn request_quiet(&self) -> u64 {
+        let n = self.control.requested.fetch_add(1, Ordering::AcqRel) + 1;
+        self.control.wake.signal();
+        n
+    }
+
+    /// Waits until the worker has finished the burst that was under way and has collected its counters.
+    pub fn wait_quiet(&self, request: u64) {
+        let end = Instant::now() + Duration::from_secs(2);
+        while self.control.answered.load(Ordering::Acquire) < request && Instant::now() < end {
+            thread::sleep(Duration::from_micros(20));
+        }
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.control.stop.store(true, Ordering::Release);
+        self.control.wake.signal();
+        if let Some(t) = self.thread.take() {
+            let _ = t.join();
+        }
+    }
+}
+
+struct Queue {
+    entry: Arc<PortEntry>,
+    queue: usize,
+    idle: u32,
+    asleep: bool,
+    idle_limit: u32,
+}
+
+struct Loop {
+    forwarder: Forwarder,
+    id: usize,
+    workers: usize,
+    control: Arc<Control>,
+    epoll: Epoll,
+    queues: Vec<Queue>,
+    awake: usize,
+}
+
+impl Loop {
+    fn new(shared: Arc<Shared>, id: usize, control: Arc<Control>) -> std::io::Result<Self> {
+        let workers = shared.workers;
+        Ok(Self {
+            forwarder: Forwarder::new(shared, id),
+            id,
+            workers: workers.max(1),
+            control,
+            epoll: Epoll::new()?,
+            queues: Vec::new(),
+            awake: 0,
+        })
+    }
+
+    fn run(&mut self) -> std::io::Result<()> {
+        let mut rounds = 0u32;
+        self.rebuild()?;
+        while !self.control.stop.load(Ordering::Relaxed) {
+            if self.forwarder.refresh() {
+                self.rebuild()?;
+            }
+            self.answer();
+            self.round();
+            rounds += 1;
+            if self.awake == 0 {
+                self.wait(SLEEP_MS)?;
+            } else if rounds >= ROUNDS_PER_EVENT_CHECK {
+                rounds = 0;
+                self.wait(0)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self) {
+        let requested = self.control.requested.load(Ordering::Acquire);
+        if self.control.answered.load(Ordering::Relaxed) != requested {
+            self.forwarder.collect_stats();
+            self.control.answered.store(requested, Ordering::Release);
+        }
+    }
+
+    /// Lists the queues that this worker serves after the ports changed. All start awake.
+    fn rebuild(&mut self) -> std::io::Result<()> {
+        self.epoll = Epoll::new()?;
+        {
+            use std::os::fd::AsRawFd;
+            self.epoll.add(self.control.wake.as_raw_fd(), CONTROL_TOKEN)?;
+        }
+        self.queues.clear();
+        for entry in self.forwarder.ports().iter() {
+            for queue in 0..entry.port.rx_queues() {
+                if (entry.id as usize + queue) % self.workers != self.id {
+                    continue;
+                }
+                if let Some(fd) = entry.port.ready_fd(queue) {
+                    self.epoll.add(fd, self.queues.len() as u64)?;
+                }
+                entry.port.arm(queue, false);
+                let cheap = entry.port.is_cheap_to_poll();
+                self.queues.push(Queue {
+                    entry: entry.clone(),
+                    queue,
+                    idle: 0,
+                    asleep: false,
+                    idle_limit: if cheap { IDLE_POLLS_MEMORY } else { IDLE_POLLS_SYSCALL },
+                });
+            }
+        }
+        self.awake = self.queues.len();
+        Ok(())
+    }
+
+    /// Polls every queue that is awake once.
+    fn round(&mut self) {
+        for q in self.queues.iter_mut().filter(|q| !q.asleep) {
+            if self.forwarder.run_queue(&q.entry, q.queue) > 0 {
+                q.idle = 0;
+                continue;
+            }
+            q.idle += 1;
+            if q.idle < q.idle_limit {
+                std::hint::spin_loop();
+            } else if !q.entry.port.arm(q.queue, true) {
+                q.asleep = true;
+                self.awake -= 1;
+            } else {
+                q.entry.port.arm(q.queue, false);
+                q.idle = 0;
+            }
+        }
+    }
+
+    /// Looks for sleeping queues with work, waiting up to `timeout_ms`.
+    fn wait(&mut self, timeout_ms: i32) -> std::io::Result<()> {
+        let (queues, awake, control) = (&mut self.queues, &mut self.awake, &self.control);
+        let n = self.epoll.wait(timeout_ms, |token| {
+            if token == CONTROL_TOKEN {
+                control.wake.clear();
+            } else if let Some(q) = queues.get_mut(token as usize) {
+                wake(q, awake);
+            }
+        })?;
+        if n == 0 && timeout_ms > 0 {
+            queues.iter_mut().for_each(|q| wake(q, awake));
+        }
+        Ok(())
+    }
+}
+
+fn wake(q: &mut Queue, awake: &mut usize) {
+    if q.asleep {
+        let port: &dyn Port = &*q.entry.port;
+        port.arm(q.queue, false);
+        q.asleep = false;
+        q.idle = 0;
+        *awake += 1;
+    }
+}

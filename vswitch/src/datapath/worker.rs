@@ -1,0 +1,303 @@
+//! Workers: each polls its share of the receive queues and carries every burst from receive to transmit.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::cache::FlowCache;
+use super::translate::Translation;
+use super::verdict::{Op, Verdict};
+use crate::clock::Nanos;
+use crate::packet::key::{self, CACHE_WORDS, FlowKey};
+use crate::packet::offload::{self, OffloadCaps};
+use crate::packet::vlan::VlanOp;
+use crate::packet::{BURST, Burst, Packet};
+use crate::port::{Batch, PortId};
+use crate::shared::{PortEntry, PortTable, Shared};
+use crate::stats::{WorkerStats, size_class};
+
+/// A cached decision and what it handled since the counters were last collected.
+#[derive(Debug)]
+struct Flow {
+    verdict: Verdict,
+    packets: u64,
+    bytes: u64,
+}
+
+/// Packets that wait to go out of one port, by their place in the burst.
+#[derive(Debug, Default)]
+struct OutQueue {
+    index: Vec<u16>,
+    tags: Vec<VlanOp>,
+}
+
+/// The packet-handling part of a worker, without its thread.
+pub(crate) struct Forwarder {
+    shared: Arc<Shared>,
+    id: usize,
+    ports: Arc<PortTable>,
+    generation: u64,
+    cache: FlowCache<Flow>,
+    burst: Burst,
+    keys: Box<[FlowKey; BURST]>,
+    out: Vec<OutQueue>,
+    active: Vec<PortId>,
+    finished: Vec<Packet>,
+    undo: Vec<(u16, VlanOp)>,
+}
+
+impl Forwarder {
+    pub fn new(shared: Arc<Shared>, id: usize) -> Self {
+        Self {
+            ports: shared.ports.load_full(),
+            shared,
+            id,
+            generation: 0,
+            cache: FlowCache::new(),
+            burst: Burst::new(),
+            keys: Box::new([FlowKey::default(); BURST]),
+            out: Vec::new(),
+            active: Vec::new(),
+            finished: Vec::new(),
+            undo: Vec::new(),
+        }
+    }
+
+    /// The ports as this worker sees them.
+    pub fn ports(&self) -> &Arc<PortTable> {
+        &self.ports
+    }
+
+    /// Takes notice of configuration changes; says whether there was one.
+    #[inline]
+    pub fn refresh(&mut self) -> bool {
+        let generation = self.shared.generation.load(Ordering::Acquire);
+        if generation == self.generation {
+            return false;
+        }
+        self.collect_stats();
+        self.cache.clear();
+        self.generation = generation;
+        self.ports = self.shared.ports.load_full();
+        self.out.resize_with(self.ports.end(), OutQueue::default);
+        true
+    }
+
+    /// Adds what flows counted to their rules.
+    pub fn collect_stats(&mut self) {
+        let now = self.shared.clock.now();
+        for f in self.cache.values_mut() {
+            settle(f, now);
+        }
+    }
+
+    /// Receives one burst from a queue and forwards it; returns the number of packets.
+    pub fn run_queue(&mut self, entry: &PortEntry, queue: usize) -> usize {
+        self.burst.clear();
+        entry.port.receive(queue, &mut self.burst);
+        let n = self.burst.len();
+        if n > 0 {
+            let now = self.shared.clock.now();
+            self.classify(entry, n, now);
+            self.flush();
+        }
+        if n > 0 || self.burst.errors > 0 {
+            entry.stats.of(self.id).rx_errors.add(u64::from(self.burst.errors));
+            entry.port.complete(queue);
+            self.burst.clear();
+        }
+        n
+    }
+
+    fn classify(&mut self, entry: &PortEntry, n: usize, now: Nanos) {
+        let stats = entry.stats.of(self.id);
+        let l2_only = self.cache.is_l2_only();
+        let mut bytes = 0;
+        for (p, key) in self.burst.packets()[..n].iter().zip(self.keys.iter_mut()) {
+            let at = key::extract_l2(p.head(), entry.id, key);
+            if !l2_only {
+                key.w[3..CACHE_WORDS].fill(0);
+                key::extract_l3(p.head(), at, key);
+            }
+            bytes += count_received(stats, p, key);
+        }
+        stats.rx_packets.add(n as u64);
+        stats.rx_bytes.add(bytes);
+        let mut found = [None; BURST];
+        self.cache.lookup_burst(&self.keys[..n], &mut found[..n]);
+        for (i, hit) in found.iter().enumerate().take(n) {
+            self.decide(entry, i, *hit, now);
+        }
+    }
+
+    /// Applies the cached decision to packet `i`, or asks the slow path for one.
+    #[inline]
+    fn decide(&mut self, entry: &PortEntry, i: usize, hit: Option<u32>, now: Nanos) {
+        let hit = match hit {
+            Some(h) if self.is_current(h) => h,
+            _ => self.miss(entry, i, now),
+        };
+        let Some(flow) = self.cache.value_mut(hit) else { return };
+        flow.packets += 1;
+        flow.bytes += self.burst.packets()[i].len() as u64;
+        if let Some(e) = &flow.verdict.source {
+            e.touch(now);
+        }
+        // The usual case, one output, needs no copy of the steps.
+        if let [Op::Output { port, vlan }] = flow.verdict.ops[..] {
+            enqueue(&mut self.out, &mut self.active, port, i as u16, vlan);
+        } else if flow.verdict.ops.is_empty() {
+            entry.stats.of(self.id).rx_dropped.add(1);
+        } else {
+            self.execute(hit, i);
+        }
+    }
+
+    #[inline]
+    fn is_current(&self, hit: u32) -> bool {
+        self.cache
+            .value(hit)
+            .is_some_and(|f| f.verdict.depends.iter().all(|d| self.shared.macs.is_current(*d)))
+    }
+
+    #[cold]
+    fn miss(&mut self, entry: &PortEntry, i: usize, now: Nanos) -> u32 {
+        // The key in `keys` may lack the upper layers.
+        let key = key::extract(self.burst.packets()[i].head(), entry.id);
+        // Another packet of this burst may have brought the entry already.
+        if let Some(h) = self.cache.lookup(&key) {
+            if self.is_current(h) {
+                return h;
+            }
+            if let Some(mut old) = self.cache.remove(h) {
+                settle(&mut old, now);
+            }
+        }
+        let mut t = Translation::new(&self.shared, &self.ports, now, key);
+        t.run();
+        let (mask, verdict) = (t.mask, t.verdict);
+        let flow = Flow { verdict, packets: 0, bytes: 0 };
+        self.cache.insert(&key, &mask, flow, |mut old| settle(&mut old, now))
+    }
+
+    /// Runs all steps of a decision with several.
+    fn execute(&mut self, hit: u32, i: usize) {
+        let Some(flow) = self.cache.value(hit) else { return };
+        for op in &flow.verdict.ops {
+            match *op {
+                Op::Output { port, vlan } => enqueue(&mut self.out, &mut self.active, port, i as u16, vlan),
+            }
+        }
+    }
+
+    /// Sends everything that was enqueued.
+    fn flush(&mut self) {
+        while let Some(port) = self.active.pop() {
+            let mut q = std::mem::take(&mut self.out[port as usize]);
+            if let Some(entry) = self.ports.get(port).cloned() {
+                self.send(&entry, &q);
+            }
+            q.index.clear();
+            q.tags.clear();
+            self.out[port as usize] = q;
+        }
+    }
+
+    fn send(&mut self, entry: &PortEntry, q: &OutQueue) {
+        let stats = entry.stats.of(self.id);
+        let caps = entry.port.offloads();
+        let queue = self.id % entry.port.tx_queues().max(1);
+        self.undo.clear();
+        for (&i, &tag) in q.index.iter().zip(&q.tags) {
+            if tag != VlanOp::None {
+                let p = self.burst.packet_mut(usize::from(i));
+                self.undo.push((i, tag.inverse(p)));
+                tag.apply(p);
+            }
+        }
+        let packets = self.burst.packets();
+        // Runs of packets that can go as they are; between them, packets that need work first.
+        let mut start = 0;
+        for (at, &i) in q.index.iter().enumerate() {
+            let p = &packets[usize::from(i)];
+            let too_long =
+                entry.config.mtu.is_some_and(|m| !p.offload.is_gso() && offload::payload_len(p) > m.into());
+            if p.offload.fits(caps) && !too_long {
+                continue;
+            }
+            transmit(entry, queue, stats, &Batch::select(packets, &q.index[start..at]));
+            start = at + 1;
+            if too_long {
+                stats.tx_too_long.add(1);
+            } else {
+                finish_and_transmit(entry, queue, stats, p, caps, &mut self.finished);
+            }
+        }
+        transmit(entry, queue, stats, &Batch::select(packets, &q.index[start..]));
+        for (i, op) in self.undo.drain(..) {
+            op.apply(self.burst.packet_mut(usize::from(i)));
+        }
+    }
+}
+
+/// Moves a flow's counts to its rules.
+fn settle(f: &mut Flow, now: Nanos) {
+    if f.packets != 0 {
+        for r in &f.verdict.rules {
+            r.add(f.packets, f.bytes, now);
+        }
+        (f.packets, f.bytes) = (0, 0);
+    }
+}
+
+#[inline]
+fn enqueue(out: &mut [OutQueue], active: &mut Vec<PortId>, port: PortId, i: u16, tag: VlanOp) {
+    let Some(q) = out.get_mut(port as usize) else { return };
+    if q.index.is_empty() {
+        active.push(port);
+    }
+    q.index.push(i);
+    q.tags.push(tag);
+}
+
+#[inline]
+fn count_received(stats: &WorkerStats, p: &Packet, key: &FlowKey) -> u64 {
+    let len = p.len();
+    stats.rx_size[size_class(len)].add(1);
+    let dst = key.w[1] & key::BROADCAST_MAC;
+    if key::is_group_mac(dst) {
+        if dst == key::BROADCAST_MAC { stats.rx_broadcast.add(1) } else { stats.rx_multicast.add(1) }
+    }
+    len as u64
+}
+
+fn transmit(entry: &PortEntry, queue: usize, stats: &WorkerStats, batch: &Batch<'_>) {
+    let n = batch.len();
+    if n == 0 {
+        return;
+    }
+    let sent = entry.port.transmit(queue, batch).min(n);
+    let bytes: usize = (0..sent).map(|i| batch.get(i).len()).sum();
+    stats.tx_packets.add(sent as u64);
+    stats.tx_bytes.add(bytes as u64);
+    if sent < n {
+        stats.tx_dropped.add((n - sent) as u64);
+    }
+}
+
+#[cold]
+fn finish_and_transmit(
+    entry: &PortEntry,
+    queue: usize,
+    stats: &WorkerStats,
+    p: &Packet,
+    caps: OffloadCaps,
+    finished: &mut Vec<Packet>,
+) {
+    finished.clear();
+    if !offload::finish(p, caps, finished) {
+        return stats.tx_dropped.add(1);
+    }
+    for part in finished.chunks(BURST) {
+        transmit(entry, queue, stats, &Batch::all(part));
+    }
+}

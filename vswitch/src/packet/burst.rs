@@ -1,0 +1,120 @@
+//! A burst: the packets that one receive call takes from one queue.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use super::{FRAME_MAX, FRAME_MIN, Packet};
+
+/// Most packets that one receive call takes from a queue, so that no port starves the others.
+pub const BURST: usize = 32;
+
+/// Up to [`BURST`] received packets, and copies that the pipeline makes of them.
+#[derive(Debug, Default)]
+pub struct Burst {
+    packets: Vec<Packet>,
+    len: usize,
+    received: usize,
+    memory: Option<Arc<dyn Any + Send + Sync>>,
+    /// Frames that the port refused while it filled the burst (too long, too short, malformed descriptors).
+    pub errors: u32,
+}
+
+impl Burst {
+    /// An empty burst.
+    pub fn new() -> Self {
+        Self { packets: (0..BURST).map(|_| Packet::default()).collect(), ..Self::default() }
+    }
+
+    /// Drops all packets and the hold on guest memory.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.packets[..self.len].iter_mut().for_each(Packet::clear);
+        self.len = 0;
+        self.received = 0;
+        self.errors = 0;
+        self.memory = None;
+    }
+
+    /// Number of packets.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no packet.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// How many more packets a port may add.
+    #[inline]
+    pub fn room(&self) -> usize {
+        BURST.saturating_sub(self.len)
+    }
+
+    /// The packets.
+    #[inline]
+    pub fn packets(&self) -> &[Packet] {
+        &self.packets[..self.len]
+    }
+
+    /// One packet, to be edited.
+    #[inline]
+    pub(crate) fn packet_mut(&mut self, i: usize) -> &mut Packet {
+        &mut self.packets[i]
+    }
+
+    /// Adds an empty packet for a port to fill; `None` when the burst is full.
+    #[inline]
+    pub(crate) fn push(&mut self) -> Option<&mut Packet> {
+        if self.len >= BURST {
+            return None;
+        }
+        self.len += 1;
+        self.received = self.len;
+        let p = &mut self.packets[self.len - 1];
+        p.clear();
+        Some(p)
+    }
+
+    /// Takes back the last packet added.
+    #[inline]
+    pub(crate) fn pop(&mut self) {
+        self.len = self.len.saturating_sub(1);
+        self.received = self.len;
+        self.packets[self.len].clear();
+    }
+
+    /// Adds a copy of `frame`; `false` when the burst is full. A frame of impossible length counts as an error.
+    pub fn push_frame(&mut self, frame: &[u8]) -> bool {
+        if !(FRAME_MIN..=FRAME_MAX).contains(&frame.len()) {
+            self.errors += 1;
+            return true;
+        }
+        match self.push() {
+            Some(p) => {
+                p.set_frame(frame);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Adds a copy of packet `i`, beyond the limit for received packets, and returns its index.
+    pub(crate) fn duplicate(&mut self, i: usize) -> usize {
+        if self.packets.len() == self.len {
+            self.packets.push(Packet::default());
+        }
+        let (old, new) = self.packets.split_at_mut(self.len);
+        new[0].clone_from_same_burst(&old[i]);
+        self.len += 1;
+        self.len - 1
+    }
+
+    /// Keeps guest memory mapped until the burst is cleared.
+    #[inline]
+    pub(crate) fn hold(&mut self, memory: Arc<dyn Any + Send + Sync>) {
+        self.memory = Some(memory);
+    }
+}

@@ -1,0 +1,330 @@
+//! The switch: ports, workers and control operations.
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::clock::Clock;
+use crate::datapath::thread::WorkerHandle;
+use crate::datapath::translate::Translation;
+use crate::datapath::worker::Forwarder;
+use crate::error::{Error, Result};
+use crate::mac_table::MacRow;
+use crate::packet::key;
+use crate::port::{PORT_MAX, Port, PortId};
+use crate::port_config::PortConfig;
+use crate::shared::{PortEntry, PortTable, Shared};
+use crate::stats::{PortStats, StatsCell};
+use crate::sys::{EventFd, poll_readable};
+
+/// How often the housekeeping thread runs.
+const HOUSEKEEPING: Duration = Duration::from_millis(100);
+/// Most workers.
+const WORKERS_MAX: usize = 64;
+
+/// Makes a [`Switch`].
+#[derive(Clone, Debug, Default)]
+pub struct SwitchBuilder {
+    workers: Option<usize>,
+    cores: Vec<usize>,
+    clock: Clock,
+}
+
+impl SwitchBuilder {
+    /// Number of worker threads (default: one). With zero there is no thread at all: the owner calls
+    /// [`Switch::poll`], which makes every step deterministic.
+    #[must_use]
+    pub fn workers(mut self, n: usize) -> Self {
+        self.workers = Some(n.min(WORKERS_MAX));
+        self
+    }
+
+    /// Cores that the workers are pinned to, in order; workers beyond the list float.
+    #[must_use]
+    pub fn cores(mut self, cores: Vec<usize>) -> Self {
+        self.cores = cores;
+        self
+    }
+
+    /// The time source.
+    #[must_use]
+    pub fn clock(mut self, clock: Clock) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Starts the switch, with no port yet.
+    pub fn build(self) -> Result<Switch> {
+        let workers = self.workers.unwrap_or(1);
+        let shared = Arc::new(Shared::new(self.clock, workers.max(1)));
+        let mut handles = Vec::new();
+        for id in 0..workers {
+            handles.push(WorkerHandle::start(shared.clone(), id, self.cores.get(id).copied())?);
+        }
+        let manual = (workers == 0).then(|| Mutex::new(Forwarder::new(shared.clone(), 0)));
+        let housekeeper = if workers > 0 { Some(Housekeeper::start(shared.clone())?) } else { None };
+        Ok(Switch { shared, control: Mutex::default(), manual, _housekeeper: housekeeper, workers: handles })
+    }
+}
+
+/// A virtual switch. Many can live in one process. Dropping one stops its threads and closes its ports.
+pub struct Switch {
+    shared: Arc<Shared>,
+    /// Held by operations that change the configuration.
+    control: Mutex<()>,
+    manual: Option<Mutex<Forwarder>>,
+    _housekeeper: Option<Housekeeper>,
+    workers: Vec<WorkerHandle>,
+}
+
+/// What [`Switch::ports`] tells of a port.
+#[derive(Clone, Debug)]
+pub struct PortInfo {
+    /// Number.
+    pub id: PortId,
+    /// Name.
+    pub name: String,
+    /// Kind, as `vhost-user`.
+    pub kind: &'static str,
+    /// Whether a peer is there.
+    pub link_up: bool,
+    /// Configuration.
+    pub config: PortConfig,
+    /// Counters.
+    pub stats: PortStats,
+}
+
+impl Switch {
+    /// Starts to describe a switch.
+    pub fn builder() -> SwitchBuilder {
+        SwitchBuilder::default()
+    }
+
+    /// The switch's clock.
+    pub fn clock(&self) -> &Clock {
+        &self.shared.clock
+    }
+
+    /// Adds a port under the lowest free number.
+    pub fn add_port(&self, name: &str, port: impl Port + 'static, config: PortConfig) -> Result<PortId> {
+        self.add_port_as(None, name, Arc::new(port), config)
+    }
+
+    /// Adds a port, under the number `id` if given.
+    pub fn add_port_as(
+        &self,
+        id: Option<PortId>,
+        name: &str,
+        port: Arc<dyn Port>,
+        config: PortConfig,
+    ) -> Result<PortId> {
+        let _control = self.control.lock();
+        let mut table = PortTable::clone(&self.shared.ports.load());
+        let id = match id {
+            Some(id) if !(1..=PORT_MAX).contains(&id) => {
+                return Err(Error::Invalid(format!("Port number {id} is not within 1 to {PORT_MAX}")));
+            }
+            Some(id) if table.get(id).is_some() => return Err(Error::PortExists(id.to_string())),
+            Some(id) => id,
+            None => table.free_id().ok_or(Error::TooManyPorts)?,
+        };
+        if table.by_name(name).is_some() {
+            return Err(Error::PortExists(name.to_string()));
+        }
+        let entry = PortEntry {
+            id,
+            name: name.to_string(),
+            port,
+            config: Arc::new(config),
+            stats: Arc::new(StatsCell::new(self.shared.workers, PortStats::default())),
+        };
+        table.set(id, Some(Arc::new(entry)));
+        self.publish(table);
+        Ok(id)
+    }
+
+    /// Removes a port and forgets the addresses learned on it. No worker uses it any more on return.
+    pub fn remove_port(&self, id: PortId) -> Result<()> {
+        let _control = self.control.lock();
+        let mut table = PortTable::clone(&self.shared.ports.load());
+        if table.get(id).is_none() {
+            return Err(Error::NoSuchPort(id.to_string()));
+        }
+        table.set(id, None);
+        self.publish(table);
+        self.shared.macs.flush(Some(id), true);
+        Ok(())
+    }
+
+    /// Changes a port's configuration in place; its link and counters stay.
+    pub fn set_port_config(&self, id: PortId, config: PortConfig) -> Result<()> {
+        let _control = self.control.lock();
+        let mut table = PortTable::clone(&self.shared.ports.load());
+        let mut entry = PortEntry::clone(table.get(id).ok_or_else(|| Error::NoSuchPort(id.to_string()))?);
+        entry.config = Arc::new(config);
+        table.set(id, Some(Arc::new(entry)));
+        self.publish(table);
+        Ok(())
+    }
+
+    /// Number of the port called `name`.
+    pub fn port_id(&self, name: &str) -> Option<PortId> {
+        self.shared.ports.load().by_name(name).map(|p| p.id)
+    }
+
+    /// All ports by number, with fresh counters.
+    pub fn ports(&self) -> Vec<PortInfo> {
+        self.shared
+            .ports
+            .load()
+            .iter()
+            .map(|p| PortInfo {
+                id: p.id,
+                name: p.name.clone(),
+                kind: p.port.kind(),
+                link_up: p.port.link_up(),
+                config: PortConfig::clone(&p.config),
+                stats: p.stats.sum(),
+            })
+            .collect()
+    }
+
+    /// Counters of one port.
+    pub fn port_stats(&self, id: PortId) -> Result<PortStats> {
+        let ports = self.shared.ports.load();
+        let port = ports.get(id).ok_or_else(|| Error::NoSuchPort(id.to_string()))?;
+        Ok(port.stats.sum())
+    }
+
+    /// The MAC address table.
+    pub fn mac_table(&self) -> Vec<MacRow> {
+        self.shared.macs.rows(self.shared.clock.now())
+    }
+
+    /// Fixes an address to a port.
+    pub fn add_static_mac(&self, vlan: u16, mac: [u8; 6], port: PortId) -> Result<()> {
+        if self.shared.ports.load().get(port).is_none() {
+            return Err(Error::NoSuchPort(port.to_string()));
+        }
+        self.shared.macs.add_static(vlan, key::mac_u64(&mac), port);
+        Ok(())
+    }
+
+    /// Forgets the learned addresses of a port (`None`: of all).
+    pub fn flush_macs(&self, port: Option<PortId>) {
+        self.shared.macs.flush(port, false);
+    }
+
+    /// Sets after how many seconds an unseen address is forgotten; zero: never.
+    pub fn set_mac_ageing(&self, seconds: u64) {
+        self.shared.macs.set_ageing(seconds);
+    }
+
+    /// Explains, a line a step, what would happen to `frame` if it came in by `port`. Nothing is changed or sent.
+    pub fn trace(&self, port: PortId, frame: &[u8]) -> Result<Vec<String>> {
+        let ports = self.shared.ports.load_full();
+        let entry = ports.get(port).ok_or_else(|| Error::NoSuchPort(port.to_string()))?;
+        let head = &frame[..frame.len().min(crate::packet::HEAD_MAX)];
+        let key = key::extract(head, port);
+        let mut t = Translation::new(&self.shared, &ports, self.shared.clock.now(), key);
+        t.trace = Some(vec![format!("in by port {port} ({}): {key:?}", entry.name)]);
+        t.run();
+        let mut lines = t.trace.take().unwrap_or_default();
+        lines.push(format!("depends on: {:?}", t.mask));
+        Ok(lines)
+    }
+
+    /// Forwards what waits in all ports, without threads: for a switch built with zero workers. Returns the number
+    /// of packets; call it again until that is zero to let answers pass.
+    pub fn poll(&self) -> usize {
+        let Some(manual) = &self.manual else { return 0 };
+        let mut f = manual.lock();
+        f.refresh();
+        let ports = f.ports().clone();
+        let mut n = 0;
+        for entry in ports.iter() {
+            for queue in 0..entry.port.rx_queues() {
+                n += f.run_queue(entry, queue);
+            }
+        }
+        drop(f);
+        housekeep(&self.shared);
+        n
+    }
+
+    /// Polls until no packet moves any more, but at most `rounds` times.
+    pub fn settle(&self, rounds: usize) {
+        for _ in 0..rounds {
+            if self.poll() == 0 {
+                break;
+            }
+        }
+    }
+
+    /// Waits until every worker has passed a point between two bursts and has collected its counters.
+    pub fn barrier(&self) {
+        if let Some(m) = &self.manual {
+            m.lock().collect_stats();
+        }
+        let requests: Vec<u64> = self.workers.iter().map(WorkerHandle::request_quiet).collect();
+        for (w, r) in self.workers.iter().zip(requests) {
+            w.wait_quiet(r);
+        }
+    }
+
+    fn publish(&self, table: PortTable) {
+        self.shared.ports.store(Arc::new(table));
+        self.shared.invalidate();
+        if let Some(m) = &self.manual {
+            m.lock().refresh();
+        }
+        self.barrier();
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        // Workers first: they use the ports.
+        self.workers.clear();
+    }
+}
+
+/// Timed work: ageing.
+fn housekeep(shared: &Shared) {
+    shared.macs.age(shared.clock.now());
+}
+
+/// The thread that runs [`housekeep`].
+struct Housekeeper {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Housekeeper {
+    fn start(shared: Arc<Shared>) -> Result<Self> {
+        use std::os::fd::AsRawFd;
+        let fail = |e| Error::io("start the housekeeping thread", e);
+        let stop = Arc::new(EventFd::new().map_err(fail)?);
+        let s = stop.clone();
+        let thread = thread::Builder::new()
+            .name("nacre-switch-hk".into())
+            .spawn(move || {
+                while let Ok([false]) = poll_readable([s.as_raw_fd()], HOUSEKEEPING.as_millis() as i32) {
+                    housekeep(&shared);
+                }
+            })
+            .map_err(fail)?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Housekeeper {
+    fn drop(&mut self) {
+        self.stop.signal();
+        if let Some(t) = self.thread.take() {
+            let _ = t.join();
+        }
+    }
+}
