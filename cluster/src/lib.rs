@@ -1,1 +1,12 @@
 //! Leases, heartbeats, coordination, fencing, HA and placement for a cluster of hosts.
+//!
+//! The core is a set of *sans-IO* state machines: each has a `step(now, input, out)` that neither reads a
+//! clock nor touches a disk or a socket. Thin adapters drive them in production, a deterministic
+//! simulator drives the same code in the tests.
+#![deny(unsafe_code)]
+
+pub mod lease;
+pub mod lock;
+pub mod mutants;
+pub mod ondisk;
+pub mod types;

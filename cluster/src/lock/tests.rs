@@ -1,0 +1,256 @@
+//! The locker against an in-memory area, several hosts interleaved.
+
+use super::*;
+use crate::lease::{IoFailed, Timing};
+use crate::ondisk::HostBlock;
+use crate::types::{Time, Token};
+use proptest::prelude::*;
+use std::collections::HashSet;
+
+/// Everything one test host believes.
+#[derive(Clone, Default)]
+struct Ctx {
+    generation: Generation,
+    gone: HashSet<Incarnation>,
+}
+
+impl LockContext for Ctx {
+    fn owner(&self, owner: Incarnation) -> OwnerState {
+        if self.gone.contains(&owner) { OwnerState::Gone } else { OwnerState::Alive }
+    }
+    fn fresh_generation(&self) -> Option<Generation> {
+        (self.generation > 0).then_some(self.generation)
+    }
+}
+
+struct Area {
+    leader: Leader,
+    blocks: Vec<HostBlock>,
+}
+
+struct Host {
+    id: HostId,
+    locker: Locker,
+    ctx: Ctx,
+    todo: Vec<LockOutput>,
+    events: Vec<LockOutput>,
+}
+
+impl Host {
+    fn new(id: u16) -> Self {
+        let timing = Timing::default();
+        Host {
+            id: HostId(id),
+            locker: Locker::new(HostId(id), timing),
+            ctx: Ctx { generation: 1, ..Ctx::default() },
+            todo: vec![],
+            events: vec![],
+        }
+    }
+
+    fn input(&mut self, now: u64, input: LockInput) {
+        let mut out = Vec::new();
+        self.locker.step(Time(now), input, &self.ctx, &mut out);
+        for o in out {
+            match o {
+                LockOutput::WakeAt(_) => {}
+                LockOutput::Acquired(_)
+                | LockOutput::Denied(_)
+                | LockOutput::Released
+                | LockOutput::HandedOver(_)
+                | LockOutput::HandOverFailed { .. } => self.events.push(o),
+                io => self.todo.push(io),
+            }
+        }
+    }
+
+    /// Serves the oldest request.
+    fn serve(&mut self, now: u64, area: &mut Area) -> bool {
+        if self.todo.is_empty() {
+            return false;
+        }
+        let input = match self.todo.remove(0) {
+            LockOutput::ReadLeader { op } => LockInput::LeaderRead { op, result: Ok(area.leader) },
+            LockOutput::ReadBlocks { op } => LockInput::BlocksRead { op, result: Ok(area.blocks.clone()) },
+            LockOutput::WriteBlock { op, block } => {
+                area.blocks[usize::from(self.id.0) - 1] = block;
+                LockInput::Wrote { op, result: Ok(()) }
+            }
+            LockOutput::WriteLeader { op, leader } => {
+                area.leader = leader;
+                LockInput::Wrote { op, result: Ok(()) }
+            }
+            other => panic!("not a request: {other:?}"),
+        };
+        self.input(now, input);
+        true
+    }
+
+    fn finish(&mut self, now: u64, area: &mut Area) -> LockOutput {
+        for t in now.. {
+            self.input(t, LockInput::Tick);
+            while self.serve(t, area) {}
+            if let Some(e) = self.events.pop() {
+                return e;
+            }
+        }
+        unreachable!()
+    }
+}
+
+fn area() -> Area {
+    Area { leader: Leader::default(), blocks: vec![HostBlock::default(); 4] }
+}
+
+fn token(o: LockOutput) -> Token {
+    match o {
+        LockOutput::Acquired(t) | LockOutput::HandedOver(t) => t,
+        other => panic!("no token: {other:?}"),
+    }
+}
+
+#[test]
+fn take_deny_release_take() {
+    let (mut a, mut b, mut disk) = (Host::new(1), Host::new(2), area());
+    a.input(0, LockInput::Acquire(LockMode::Exclusive));
+    let first = token(a.finish(0, &mut disk));
+    assert_eq!(first.lver, 1);
+    b.input(0, LockInput::Acquire(LockMode::Exclusive));
+    assert_eq!(b.finish(0, &mut disk), LockOutput::Denied(DenyReason::Held(first.owner)));
+    a.input(1, LockInput::Release);
+    assert_eq!(a.finish(1, &mut disk), LockOutput::Released);
+    b.input(2, LockInput::Acquire(LockMode::Exclusive));
+    assert!(token(b.finish(2, &mut disk)) > first);
+}
+
+#[test]
+fn a_gone_owner_is_replaced_and_a_late_leader_write_does_no_harm() {
+    let (mut a, mut b, mut c, mut disk) = (Host::new(1), Host::new(2), Host::new(3), area());
+    a.input(0, LockInput::Acquire(LockMode::Exclusive));
+    let first = token(a.finish(0, &mut disk));
+    let stale = disk.leader;
+    b.ctx.gone.insert(first.owner);
+    c.ctx.gone.insert(first.owner);
+    b.input(1, LockInput::Acquire(LockMode::Exclusive));
+    let second = token(b.finish(1, &mut disk));
+    assert!(second > first);
+    disk.leader = stale;
+    c.input(2, LockInput::Acquire(LockMode::Exclusive));
+    assert_eq!(c.finish(2, &mut disk), LockOutput::Denied(DenyReason::Held(second.owner)));
+    b.input(3, LockInput::Release);
+    b.finish(3, &mut disk);
+    disk.leader = stale;
+    c.input(4, LockInput::Acquire(LockMode::Exclusive));
+    assert!(token(c.finish(4, &mut disk)) > second);
+}
+
+#[test]
+fn shared_and_exclusive_exclude_each_other() {
+    let (mut a, mut b, mut c, mut disk) = (Host::new(1), Host::new(2), Host::new(3), area());
+    for h in [&mut a, &mut b] {
+        h.input(0, LockInput::Acquire(LockMode::Shared));
+        token(h.finish(0, &mut disk));
+    }
+    c.input(1, LockInput::Acquire(LockMode::Exclusive));
+    assert!(matches!(c.finish(1, &mut disk), LockOutput::Denied(DenyReason::HeldShared(_))));
+    a.input(2, LockInput::Release);
+    assert_eq!(a.finish(2, &mut disk), LockOutput::Released);
+    c.ctx.gone.insert(Incarnation { host: HostId(2), generation: 1 });
+    c.input(3, LockInput::Acquire(LockMode::Exclusive));
+    token(c.finish(3, &mut disk));
+    a.input(4, LockInput::Acquire(LockMode::Shared));
+    assert!(matches!(a.finish(4, &mut disk), LockOutput::Denied(DenyReason::Held(_))));
+}
+
+#[test]
+fn a_hand_over_moves_the_lock_without_a_gap() {
+    let (mut a, mut b, mut c, mut disk) = (Host::new(1), Host::new(2), Host::new(3), area());
+    a.input(0, LockInput::Acquire(LockMode::Exclusive));
+    let first = token(a.finish(0, &mut disk));
+    let to = Incarnation { host: HostId(2), generation: 1 };
+    a.input(1, LockInput::HandOver(to));
+    let second = token(a.finish(1, &mut disk));
+    assert!(second > first && second.owner == to);
+    c.input(2, LockInput::Acquire(LockMode::Exclusive));
+    assert_eq!(c.finish(2, &mut disk), LockOutput::Denied(DenyReason::Held(to)));
+    b.input(3, LockInput::Acquire(LockMode::Exclusive));
+    assert!(token(b.finish(3, &mut disk)) > second);
+}
+
+#[test]
+fn a_hand_over_that_fails_early_leaves_the_lock_and_late_gives_it_up() {
+    for (failing, still_ours) in [(1, true), (3, false)] {
+        let (mut a, mut disk) = (Host::new(1), area());
+        a.input(0, LockInput::Acquire(LockMode::Exclusive));
+        a.finish(0, &mut disk);
+        a.input(1, LockInput::HandOver(Incarnation { host: HostId(2), generation: 1 }));
+        for _ in 0..failing {
+            a.serve(1, &mut disk);
+        }
+        let op = match a.todo.remove(0) {
+            LockOutput::WriteBlock { op, .. } => op,
+            other => panic!("expected a write: {other:?}"),
+        };
+        a.input(2, LockInput::Wrote { op, result: Err(IoFailed) });
+        assert_eq!(a.events.pop(), Some(LockOutput::HandOverFailed { still_ours }));
+        assert_eq!(a.locker.held().is_some(), still_ours);
+    }
+}
+
+#[test]
+fn nothing_is_written_without_a_fresh_lease_or_while_a_lost_write_may_land() {
+    let (mut a, mut disk) = (Host::new(1), area());
+    a.ctx.generation = 0;
+    a.input(0, LockInput::Acquire(LockMode::Exclusive));
+    assert_eq!(a.events.pop(), Some(LockOutput::Denied(DenyReason::NoLease)));
+    a.ctx.generation = 1;
+    a.input(0, LockInput::Acquire(LockMode::Exclusive));
+    a.serve(0, &mut disk);
+    a.serve(0, &mut disk);
+    a.ctx.generation = 0;
+    a.serve(0, &mut disk);
+    a.serve(0, &mut disk);
+    assert_eq!(a.events.pop(), Some(LockOutput::Denied(DenyReason::NoLease)));
+    a.ctx.generation = 2;
+    a.input(0, LockInput::Acquire(LockMode::Exclusive));
+    a.serve(0, &mut disk);
+    a.serve(0, &mut disk);
+    let Some(LockOutput::WriteBlock { op, .. }) = a.todo.pop() else { panic!("no write") };
+    a.input(5, LockInput::Wrote { op, result: Err(IoFailed) });
+    assert_eq!(a.events.pop(), Some(LockOutput::Denied(DenyReason::Io)));
+    a.input(6, LockInput::Acquire(LockMode::Exclusive));
+    assert!(a.todo.is_empty());
+    a.input(5 + Timing::default().drain(), LockInput::Tick);
+    assert_eq!(a.todo.len(), 1);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    /// Any interleaving of four hosts' I/O has at most one owner, and versions rise.
+    #[test]
+    fn contenders_never_share_a_lock(schedule in proptest::collection::vec((0usize..4, any::<u8>()), 50..400)) {
+        let mut disk = area();
+        let mut hosts: Vec<_> = (1..=4).map(Host::new).collect();
+        let mut last = 0;
+        for (i, (who, what)) in schedule.into_iter().enumerate() {
+            let now = i as u64 * 50;
+            let h = &mut hosts[who];
+            if !h.serve(now, &mut disk) {
+                if h.locker.held().is_some() {
+                    if what < 100 { h.input(now, LockInput::Release); }
+                } else if h.locker.is_idle() {
+                    h.input(now, LockInput::Acquire(LockMode::Exclusive));
+                } else {
+                    h.input(now, LockInput::Tick);
+                }
+            }
+            for e in hosts[who].events.drain(..) {
+                if let LockOutput::Acquired(t) = e {
+                    prop_assert!(t.lver > last, "{} after {last}", t.lver);
+                    last = t.lver;
+                }
+            }
+            prop_assert!(hosts.iter().filter(|h| h.locker.held().is_some()).count() <= 1);
+        }
+    }
+}

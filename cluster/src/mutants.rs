@@ -1,0 +1,102 @@
+//! Bugs planted on purpose, so that the simulator can show that it finds them.
+//!
+//! Without the `mutants` feature (and outside of the crate's own tests) [`active`] is a constant `false`
+//! and nothing of this is compiled in.
+
+/// A planted bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    /// The lease is counted from the completion of a renewal instead of its submission.
+    RenewalCountedFromCompletion,
+    /// A restarted host keeps the generation of its former life.
+    GenerationNotRaised,
+    /// A taker counts the dead-time without the watchdog's share.
+    DeadTimeWithoutWatchdog,
+    /// A taker trusts the dead-time of a host that has no watchdog.
+    DeadTimeWithoutWatchdogDevice,
+    /// The watchdog is fed although a lease with users has expired.
+    WatchdogAlwaysFed,
+    /// An expired lease does not kill the VMs on its volume, and the watchdog is fed on.
+    NoKillOnExpiry,
+    /// The fencer believes the exit status of "off" without looking at the power state.
+    FenceTrustsExitStatus,
+    /// A lock is taken although its owner is alive.
+    OwnerLivenessIgnored,
+    /// Disk Paxos skips the check of higher ballots after its second phase.
+    NoSecondPhaseCheck,
+    /// A chosen value of another host is overwritten with our own.
+    BallotIgnoresAccepted,
+    /// A lock is not released on its block, only on the leader.
+    NoReleasedFlag,
+    /// A migration target starts before the lease is its own.
+    TargetRunsBeforeHandOver,
+    /// A failed hand-over resumes the source although the outcome is unknown.
+    SourceResumesWhenUncertain,
+    /// A host without quorum may fence.
+    FenceWithoutQuorum,
+    /// The coordinator keeps its role after its key's lease has run out.
+    CoordinatorNeverStepsDown,
+    /// State is written without the coordinator's token.
+    WriteWithoutToken,
+    /// Admission ignores the reserve for failed hosts.
+    AdmissionIgnoresReserve,
+    /// Restarts have neither a limit nor a back-off.
+    NoRestartLimit,
+    /// Failed hosts are never fenced nor their VMs restarted.
+    FailureIgnored,
+}
+
+impl Mutant {
+    /// Every planted bug.
+    pub const ALL: [Mutant; 19] = [
+        Mutant::RenewalCountedFromCompletion,
+        Mutant::GenerationNotRaised,
+        Mutant::DeadTimeWithoutWatchdog,
+        Mutant::DeadTimeWithoutWatchdogDevice,
+        Mutant::WatchdogAlwaysFed,
+        Mutant::NoKillOnExpiry,
+        Mutant::FenceTrustsExitStatus,
+        Mutant::OwnerLivenessIgnored,
+        Mutant::NoSecondPhaseCheck,
+        Mutant::BallotIgnoresAccepted,
+        Mutant::NoReleasedFlag,
+        Mutant::TargetRunsBeforeHandOver,
+        Mutant::SourceResumesWhenUncertain,
+        Mutant::FenceWithoutQuorum,
+        Mutant::CoordinatorNeverStepsDown,
+        Mutant::WriteWithoutToken,
+        Mutant::AdmissionIgnoresReserve,
+        Mutant::NoRestartLimit,
+        Mutant::FailureIgnored,
+    ];
+}
+
+#[cfg(any(test, feature = "mutants"))]
+mod switch {
+    use super::Mutant;
+    use core::cell::Cell;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+    }
+
+    /// Plants `mutant` in the current thread's state machines (or none).
+    pub fn plant(mutant: Option<Mutant>) {
+        ACTIVE.set(mutant);
+    }
+
+    pub(crate) fn active(mutant: Mutant) -> bool {
+        ACTIVE.get() == Some(mutant)
+    }
+}
+
+#[cfg(any(test, feature = "mutants"))]
+pub(crate) use switch::active;
+#[cfg(any(test, feature = "mutants"))]
+pub use switch::plant;
+
+#[cfg(not(any(test, feature = "mutants")))]
+#[inline(always)]
+pub(crate) const fn active(_: Mutant) -> bool {
+    false
+}
