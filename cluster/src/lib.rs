@@ -5,8 +5,10 @@
 //! simulator drives the same code in the tests.
 #![deny(unsafe_code)]
 
+pub mod fence;
 pub mod lease;
 pub mod lock;
+pub mod membership;
 pub mod mutants;
 pub mod ondisk;
 pub mod types;
