@@ -72,9 +72,13 @@ enum nacre_status {
      */
     NACRE_NO_RESOURCES = 12,
     /*
+     Something with this name exists already.
+     */
+    NACRE_EXISTS = 13,
+    /*
      A defect in the library, caught at the border. The object concerned should be freed.
      */
-    NACRE_INTERNAL = 13,
+    NACRE_INTERNAL = 14,
 };
 
 /*

@@ -52,6 +52,7 @@ fn io_status(error: &std::io::Error) -> Option<nacre_status> {
     use std::io::ErrorKind as K;
     Some(match error.kind() {
         K::NotFound => nacre_status::NACRE_NOT_FOUND,
+        K::AlreadyExists => nacre_status::NACRE_EXISTS,
         K::PermissionDenied => nacre_status::NACRE_PERMISSION,
         K::TimedOut => nacre_status::NACRE_TIMEOUT,
         K::OutOfMemory | K::StorageFull | K::QuotaExceeded => nacre_status::NACRE_NO_RESOURCES,

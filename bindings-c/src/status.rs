@@ -30,6 +30,8 @@ pub enum nacre_status {
     NACRE_CANCELLED = 11,
     /// The host has too little memory, space or descriptors.
     NACRE_NO_RESOURCES = 12,
+    /// Something with this name exists already.
+    NACRE_EXISTS = 13,
     /// A defect in the library, caught at the border. The object concerned should be freed.
-    NACRE_INTERNAL = 13,
+    NACRE_INTERNAL = 14,
 }

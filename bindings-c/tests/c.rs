@@ -1,0 +1,109 @@
+//! The C interface used from C: the examples and the hostile caller, by gcc with all warnings as errors, linked with
+//! the shared and with the static library; the header as C++.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn crate_dir() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Where cargo put `libnacre.so` and `libnacre.a`: beside this test.
+fn library_dir() -> PathBuf {
+    std::env::current_exe().unwrap().parent().unwrap().to_owned()
+}
+
+fn run(command: &mut Command) -> Output {
+    let program = command.get_program().to_owned();
+    let output =
+        command.output().unwrap_or_else(|e| panic!("{}: {e}; install the Debian package", program.display()));
+    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    output
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Link {
+    Shared,
+    Static,
+}
+
+/// Compiles a C program and returns the executable.
+fn compile(source: &Path, link: Link, out: &Path) -> PathBuf {
+    let name = format!("{}-{link:?}", source.file_stem().unwrap().display());
+    let exe = out.join(name);
+    let lib = library_dir();
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-pedantic", "-O1", "-g", "-o"])
+        .arg(&exe)
+        .arg(source)
+        .arg("-I")
+        .arg(crate_dir().join("include"));
+    match link {
+        Link::Shared => {
+            gcc.arg(lib.join("libnacre.so")).arg(format!("-Wl,-rpath,{}", lib.display())).arg("-lpthread")
+        }
+        Link::Static => {
+            gcc.arg(lib.join("libnacre.a")).args(["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"])
+        }
+    };
+    run(&mut gcc);
+    exe
+}
+
+#[test]
+fn hostile_callers_get_errors() {
+    let source = crate_dir().join("tests/c/hostile.c");
+    for link in [Link::Shared, Link::Static] {
+        let dir = tempfile::tempdir().unwrap();
+        let exe = compile(&source, link, dir.path());
+        let output = run(Command::new(exe).arg(dir.path()));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "hostile: ok\n");
+    }
+}
+
+#[test]
+fn hostile_callers_are_clean_under_valgrind() {
+    let dir = tempfile::tempdir().unwrap();
+    let exe = compile(&crate_dir().join("tests/c/hostile.c"), Link::Shared, dir.path());
+    run(Command::new("valgrind")
+        .args([
+            "--error-exitcode=9",
+            "--leak-check=full",
+            "--show-leak-kinds=definite",
+            "--errors-for-leak-kinds=definite",
+            "-q",
+        ])
+        .arg(exe)
+        .arg(dir.path()));
+}
+
+#[test]
+fn header_compiles_as_cxx() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("header.cc");
+    std::fs::write(&source, "#include <nacre.h>\nint main() { return nacre_error_depth(nullptr) != 0; }\n")
+        .unwrap();
+    run(Command::new("g++")
+        .args(["-std=c++17", "-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only", "-I"])
+        .arg(crate_dir().join("include"))
+        .arg(&source));
+}
+
+#[test]
+fn example_disk_chain() {
+    let source = crate_dir().join("../examples/c/disk_chain.c");
+    for link in [Link::Shared, Link::Static] {
+        let dir = tempfile::tempdir().unwrap();
+        let exe = compile(&source, link, dir.path());
+        let output = run(Command::new(exe).arg(dir.path()));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "1048576 bytes\nfrom the base\nfrom the child\n");
+    }
+}
