@@ -7,10 +7,12 @@
 //! - [`accel`]: the traits of a hypervisor, a VM and a vCPU, implemented by KVM and by the software CPU.
 //! - [`interrupt`]: how a device raises an interrupt, whatever the accelerator.
 //! - [`pci`] and [`devices`]: PCI, the chipset's legacy devices, and virtio.
+//! - [`acpi`]: the tables that describe the machine to the guest.
 //! - [`boot`]: kernel and firmware loaders.
 //! - [`machine`]: composes all of these into a running virtual machine.
 
 pub mod accel;
+pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod devices;

@@ -1,6 +1,6 @@
 //! ELF64 executables: Linux's vmlinux and freestanding guests.
 
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::image::{CopyError, Image};
 use super::{BootError, HIGH_RAM, KernelEntry, Loaded, MAX_COMMAND_LINE};
