@@ -10,6 +10,9 @@ pub mod soft;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+/// Architectural state of one CPU, the same for both accelerators.
+pub use softcpu::CpuState;
+
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
 
@@ -293,7 +296,3 @@ pub trait VcpuHandle: Send + Sync {
     /// Raises a non-maskable interrupt.
     fn nmi(&self);
 }
-
-/// Architectural state of one CPU.
-#[derive(Clone, Debug, Default)]
-pub struct CpuState {}

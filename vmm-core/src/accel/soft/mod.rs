@@ -16,6 +16,7 @@ mod pic;
 mod pit;
 mod timer;
 mod vcpu;
+mod walk;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -133,7 +134,14 @@ impl Vm for SoftVm {
             bootstrap: id == 0,
             ..CpuConfig::new(self.clock.clone())
         };
-        Ok(Box::new(SoftVcpu::new(config, self.memory.clone(), self.ram.clone(), &self.bus, &self.apics, lapic)))
+        Ok(Box::new(SoftVcpu::new(
+            config,
+            self.memory.clone(),
+            self.ram.clone(),
+            &self.bus,
+            &self.apics,
+            lapic,
+        )))
     }
 
     fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, AccelError> {
@@ -156,7 +164,10 @@ impl Vm for SoftVm {
         let decoded = Message::from_msi(message);
         match decoded {
             Some(m) if self.apics.deliver(&m) => Ok(()),
-            _ => Err(AccelError::Unsupported(format!("a message to {:#x}: no local APIC there", message.address))),
+            _ => Err(AccelError::Unsupported(format!(
+                "a message to {:#x}: no local APIC there",
+                message.address
+            ))),
         }
     }
 
