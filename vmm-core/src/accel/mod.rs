@@ -6,6 +6,7 @@
 
 pub mod kvm;
 pub mod soft;
+mod state;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -15,6 +16,9 @@ pub use softcpu::CpuState;
 
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
+
+pub use softcpu::CpuState;
+pub use state::{ApicState, ExtraState, PendingEvent};
 
 /// Which accelerator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -261,13 +265,29 @@ pub trait Vcpu: Send {
     /// Fails when the host refuses to run the vCPU at all.
     fn run(&mut self) -> Result<VcpuExit, AccelError>;
 
-    /// All architectural state, including the local APIC.
+    /// The architectural state, without the local APIC.
     ///
     /// # Errors
     /// Fails when the host refuses.
     fn state(&mut self) -> Result<CpuState, AccelError>;
 
-    /// Loads architectural state.
+    /// The local APIC, and what else a snapshot needs beside [`Vcpu::state`].
+    ///
+    /// # Errors
+    /// Fails when the host refuses or the accelerator cannot tell.
+    fn extra_state(&mut self) -> Result<ExtraState, AccelError> {
+        Err(AccelError::Unsupported("saving the local APIC".into()))
+    }
+
+    /// Loads what [`Vcpu::extra_state`] returned, after [`Vcpu::set_state`].
+    ///
+    /// # Errors
+    /// Fails when the state is not valid on this accelerator.
+    fn set_extra_state(&mut self, _state: &ExtraState) -> Result<(), AccelError> {
+        Err(AccelError::Unsupported("loading the local APIC".into()))
+    }
+
+    /// Loads architectural state; drops a pending event.
     ///
     /// # Errors
     /// Fails when the state is not valid on this accelerator.

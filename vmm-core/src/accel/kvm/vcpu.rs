@@ -1,0 +1,221 @@
+//! A virtual CPU: its run loop and the debugger's side of it.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
+    kvm_guest_debug,
+};
+use kvm_ioctls::VcpuFd;
+
+use super::exit::{self, Exit};
+use super::kick::Kicker;
+use super::vm::Shared;
+use super::{failed, fault, msr, state, sys};
+use crate::accel::{
+    AccelError, BreakKind, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint, IoBus, Vcpu,
+    VcpuExit, VcpuHandle,
+};
+use crate::memory::GuestMemory;
+
+/// #BP's vector.
+const BREAKPOINT_VECTOR: u32 = 3;
+
+/// A virtual CPU on KVM.
+pub struct KvmVcpu {
+    vm: Arc<Shared>,
+    fd: VcpuFd,
+    id: u32,
+    kicker: Arc<Kicker>,
+    /// Signals that KVM was told to block while the guest runs.
+    guest_mask: Option<u64>,
+    /// After a triple fault, until new state is loaded.
+    shut_down: bool,
+    /// Size of the mapping of the shared page.
+    page_size: usize,
+}
+
+fn os(operation: &'static str) -> impl FnOnce(std::io::Error) -> AccelError {
+    move |source| AccelError::Os { operation, source }
+}
+
+impl KvmVcpu {
+    pub fn new(vm: Arc<Shared>, id: u32, cpuid: &CpuId) -> Result<Self, AccelError> {
+        let fd = vm.fd.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        // Firmware switches fast string operations on; kernels that boot without one complain when they are off.
+        msr::write(&fd, &[(msr::index::MISC_ENABLE, 1)]).map_err(os("KVM_SET_MSRS"))?;
+        let kicker = Kicker::new(vm.host.options.kick_signal);
+        let page_size = vm.fd.run_size();
+        Ok(Self { vm, fd, id, kicker, guest_mask: None, shut_down: false, page_size })
+    }
+
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub fn memory(&self) -> &GuestMemory {
+        &self.vm.memory
+    }
+
+    /// Runs until something is left for the caller to do.
+    fn run_loop(&mut self, kicker: &Kicker) -> Result<VcpuExit, AccelError> {
+        loop {
+            if kicker.take_nmi() {
+                self.fd.nmi().map_err(failed("KVM_NMI"))?;
+            }
+            // Enter the kernel even when kicked: it completes the access of the last exit, without which the state
+            // could not be saved.
+            self.fd.set_kvm_immediate_exit(kicker.is_kicked().into());
+            if let Err(error) = sys::run(&self.fd) {
+                match error.raw_os_error() {
+                    // An application processor got INIT or SIPI.
+                    Some(libc::EAGAIN) => continue,
+                    Some(libc::EINTR) => {
+                        kicker.drain();
+                        if !kicker.take_kick() && kicker.take_nmi() {
+                            self.fd.nmi().map_err(failed("KVM_NMI"))?;
+                            continue;
+                        }
+                        return Ok(VcpuExit::Interrupted);
+                    }
+                    _ => return Err(AccelError::Os { operation: "KVM_RUN", source: error }),
+                }
+            }
+            match exit::decode(self.fd.get_kvm_run(), self.page_size) {
+                Exit::Port { port, size, write, data } => port_access(&*self.vm.bus, port, size, write, data),
+                Exit::Mmio { address, write: true, data } => self.vm.bus.mmio_write(address, data),
+                Exit::Mmio { address, write: false, data } => self.vm.bus.mmio_read(address, data),
+                Exit::Interrupted => return Ok(VcpuExit::Interrupted),
+                Exit::Shutdown => {
+                    self.shut_down = true;
+                    return Ok(VcpuExit::TripleFault);
+                }
+                Exit::System(event) => return Ok(VcpuExit::SystemEvent(event)),
+                Exit::Debug(stop) => {
+                    let software = stop.exception == BREAKPOINT_VECTOR;
+                    return Ok(VcpuExit::Debug(DebugExit { rip: stop.pc, dr6: stop.dr6, software }));
+                }
+                Exit::EmulationFailed { bytes } => {
+                    let fault = fault::describe(self, fault::emulation_reason(), bytes)?;
+                    return Ok(VcpuExit::Fault(Box::new(fault)));
+                }
+                Exit::Failed(reason) => {
+                    let fault = fault::describe(self, reason, Vec::new())?;
+                    return Ok(VcpuExit::Fault(Box::new(fault)));
+                }
+            }
+        }
+    }
+}
+
+/// Dispatches each element of a port access.
+fn port_access(bus: &dyn IoBus, port: u16, size: usize, write: bool, data: &mut [u8]) {
+    for element in data.chunks_exact_mut(size) {
+        if write {
+            bus.port_write(port, element);
+        } else {
+            bus.port_read(port, element);
+        }
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self) -> Result<VcpuExit, AccelError> {
+        if self.shut_down {
+            return Ok(VcpuExit::TripleFault);
+        }
+        let kicker = Arc::clone(&self.kicker);
+        let _running = kicker.enter(&self.fd, &mut self.guest_mask).map_err(os("KVM_SET_SIGNAL_MASK"))?;
+        self.run_loop(&kicker)
+    }
+
+    fn state(&mut self) -> Result<CpuState, AccelError> {
+        let mut state = state::read(&self.fd)?;
+        if self.shut_down {
+            state.mp_state = softcpu::MpState::Shutdown;
+        }
+        Ok(state)
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), AccelError> {
+        state::write(&self.fd, state)?;
+        self.shut_down = state.mp_state == softcpu::MpState::Shutdown;
+        Ok(())
+    }
+
+    fn extra_state(&mut self) -> Result<ExtraState, AccelError> {
+        state::read_extra(&self.fd, self.vm.host.saved_msrs()?)
+    }
+
+    fn set_extra_state(&mut self, state: &ExtraState) -> Result<(), AccelError> {
+        state::write_extra(&self.fd, state, self.vm.host.saved_msrs()?)
+    }
+
+    fn handle(&self) -> Arc<dyn VcpuHandle> {
+        self.kicker.clone()
+    }
+
+    fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {
+        let mut request = kvm_guest_debug::default();
+        let mut enable =
+            |flag: u32, on: bool| request.control |= if on { flag | KVM_GUESTDBG_ENABLE } else { 0 };
+        enable(KVM_GUESTDBG_SINGLESTEP, control.single_step);
+        enable(KVM_GUESTDBG_USE_SW_BP, control.software_breakpoints);
+        enable(KVM_GUESTDBG_USE_HW_BP, !control.hardware.is_empty());
+        request.arch.debugreg = debug_registers(&control.hardware)?;
+        self.fd.set_guest_debug(&request).map_err(failed("KVM_SET_GUEST_DEBUG"))
+    }
+
+    fn translate(&mut self, linear: u64) -> Result<Option<u64>, AccelError> {
+        let translation = self.fd.translate_gva(linear).map_err(failed("KVM_TRANSLATE"))?;
+        Ok((translation.valid != 0).then_some(translation.physical_address))
+    }
+}
+
+/// DR0 to DR3 and DR7 for the breakpoints (Intel SDM volume 3, section 18.2.4).
+fn debug_registers(breakpoints: &[HardwareBreakpoint]) -> Result<[u64; 8], AccelError> {
+    if breakpoints.len() > 4 {
+        return Err(AccelError::Unsupported("more than 4 hardware breakpoints".into()));
+    }
+    let mut registers = [0; 8];
+    // Bit 10 is always set; bits 8 and 9 ask for exact data breakpoints.
+    let mut dr7 = 0x700;
+    for (n, breakpoint) in breakpoints.iter().enumerate() {
+        registers[n] = breakpoint.address;
+        let kind = match breakpoint.kind {
+            BreakKind::Execute => 0b00,
+            BreakKind::Write => 0b01,
+            BreakKind::Access => 0b11,
+        };
+        let len = match (breakpoint.kind, breakpoint.len) {
+            (_, 1) => 0b00,
+            (BreakKind::Write | BreakKind::Access, 2) => 0b01,
+            (BreakKind::Write | BreakKind::Access, 4) => 0b11,
+            (BreakKind::Write | BreakKind::Access, 8) => 0b10,
+            (_, len) => {
+                return Err(AccelError::Unsupported(format!("a hardware breakpoint of {len} bytes")));
+            }
+        };
+        dr7 |= 0b10 << (2 * n) | (len << 2 | kind) << (16 + 4 * n);
+    }
+    registers[7] = dr7;
+    Ok(registers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_registers_encode_kind_and_length() {
+        let at = |address, len, kind| HardwareBreakpoint { address, len, kind };
+        let r =
+            debug_registers(&[at(0x1000, 1, BreakKind::Execute), at(0x2000, 4, BreakKind::Write)]).unwrap();
+        assert_eq!(r[..2], [0x1000, 0x2000]);
+        assert_eq!(r[7], 0x700 | 0b10 | 0b1000 | 0b1101 << 20);
+        assert!(debug_registers(&[at(0, 2, BreakKind::Execute)]).is_err());
+        assert!(debug_registers(&[at(0, 3, BreakKind::Write)]).is_err());
+        assert!(debug_registers(&[at(0, 1, BreakKind::Write); 5]).is_err());
+    }
+}

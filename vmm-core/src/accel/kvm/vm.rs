@@ -1,0 +1,171 @@
+//! A virtual machine.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
+use kvm_ioctls::{Cap, VmFd};
+use parking_lot::Mutex;
+
+use super::cpuid::{self, Topology};
+use super::interrupts::{self, Line, MsiRoutes, Vector};
+use super::vcpu::KvmVcpu;
+use super::{Host, failed, sys};
+use crate::accel::{AccelError, IOAPIC_PINS, IoAddress, IoBus, Vcpu, Vm, VmSpec};
+use crate::interrupt::{IrqLine, Msi, MsiVector};
+use crate::memory::GuestMemory;
+
+/// Three pages that VMX without unrestricted guests needs below 4 GiB, and the page of its identity map: below the
+/// firmware and away from the interrupt controllers, where no VM has RAM.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// A virtual machine on KVM.
+pub struct KvmVm {
+    shared: Arc<Shared>,
+    tracking: AtomicBool,
+}
+
+/// What the VM's vCPUs and interrupt sources share.
+pub struct Shared {
+    pub fd: VmFd,
+    pub memory: GuestMemory,
+    pub bus: Arc<dyn IoBus>,
+    pub routes: Mutex<MsiRoutes>,
+    pub(super) host: Arc<Host>,
+    vcpus: u32,
+}
+
+impl KvmVm {
+    pub(super) fn new(host: &Arc<Host>, spec: VmSpec) -> Result<Arc<Self>, AccelError> {
+        let most = host.kvm.get_max_vcpus().min(255) as u32;
+        if spec.vcpus == 0 || spec.vcpus > most {
+            return Err(AccelError::Unsupported(format!("{} vCPUs; ask for 1 to {most}", spec.vcpus)));
+        }
+        if spec.memory.regions().len() > host.kvm.get_nr_memslots() {
+            return Err(AccelError::Unsupported("that many memory regions".into()));
+        }
+        let fd = loop {
+            match host.kvm.create_vm() {
+                // The kernel gives up when a signal arrives meanwhile.
+                Err(e) if e.errno() == libc::EINTR => {}
+                other => break other.map_err(failed("KVM_CREATE_VM"))?,
+            }
+        };
+        if host.kvm.check_extension(Cap::SetIdentityMapAddr) {
+            fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        }
+        fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        if host.options.pit {
+            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            fd.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
+        }
+        for (slot, region) in spec.memory.regions().iter().enumerate() {
+            sys::set_memory(&fd, slot as u32, region, false).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        let shared = Arc::new(Shared {
+            fd,
+            memory: spec.memory,
+            bus: spec.bus,
+            routes: Mutex::default(),
+            host: Arc::clone(host),
+            vcpus: spec.vcpus,
+        });
+        Ok(Arc::new(Self { shared, tracking: AtomicBool::new(false) }))
+    }
+
+    /// Nanoseconds of the guest's kvmclock.
+    ///
+    /// # Errors
+    /// Fails when the host refuses.
+    pub fn clock(&self) -> Result<u64, AccelError> {
+        Ok(self.shared.fd.get_clock().map_err(failed("KVM_GET_CLOCK"))?.clock)
+    }
+
+    /// Sets the guest's kvmclock to `nanoseconds`, so that time does not jump over a snapshot or a migration.
+    ///
+    /// # Errors
+    /// Fails when the host refuses.
+    pub fn set_clock(&self, nanoseconds: u64) -> Result<(), AccelError> {
+        let data = kvm_clock_data { clock: nanoseconds, ..Default::default() };
+        self.shared.fd.set_clock(&data).map_err(failed("KVM_SET_CLOCK"))
+    }
+}
+
+impl Vm for KvmVm {
+    fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, AccelError> {
+        let shared = &self.shared;
+        if id >= shared.vcpus {
+            return Err(AccelError::Unsupported(format!("vCPU {id} of {}", shared.vcpus)));
+        }
+        let topology = Topology {
+            apic_id: id,
+            cpus: shared.vcpus,
+            tsc_deadline: shared.host.kvm.check_extension(Cap::TscDeadlineTimer),
+        };
+        let cpuid = cpuid::for_vcpu(shared.host.supported_cpuid()?, topology)?;
+        Ok(Box::new(KvmVcpu::new(Arc::clone(shared), id, &cpuid)?))
+    }
+
+    fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, AccelError> {
+        if gsi >= IOAPIC_PINS {
+            return Err(AccelError::Unsupported(format!("interrupt input {gsi} of {IOAPIC_PINS}")));
+        }
+        Ok(Arc::new(Line::new(Arc::clone(&self.shared), gsi)))
+    }
+
+    fn msi_vector(&self) -> Result<Arc<dyn MsiVector>, AccelError> {
+        Ok(Arc::new(Vector::new(Arc::clone(&self.shared))))
+    }
+
+    fn send_msi(&self, message: Msi) -> Result<(), AccelError> {
+        interrupts::send(&self.shared, message)
+    }
+
+    fn add_doorbell(
+        &self,
+        address: IoAddress,
+        len: u32,
+        value: Option<u64>,
+        event: BorrowedFd<'_>,
+    ) -> Result<bool, AccelError> {
+        sys::ioeventfd(&self.shared.fd, address, len, value, event, false)
+            .map_err(|source| AccelError::Os { operation: "adding of an ioeventfd", source })?;
+        Ok(true)
+    }
+
+    fn remove_doorbell(
+        &self,
+        address: IoAddress,
+        len: u32,
+        value: Option<u64>,
+        event: BorrowedFd<'_>,
+    ) -> Result<(), AccelError> {
+        sys::ioeventfd(&self.shared.fd, address, len, value, event, true)
+            .map_err(|source| AccelError::Os { operation: "removal of an ioeventfd", source })
+    }
+
+    fn set_dirty_tracking(&self, on: bool) -> Result<(), AccelError> {
+        for (slot, region) in self.shared.memory.regions().iter().enumerate() {
+            sys::set_memory(&self.shared.fd, slot as u32, region, on)
+                .map_err(failed("switching of dirty page tracking"))?;
+        }
+        self.tracking.store(on, Ordering::Release);
+        Ok(())
+    }
+
+    fn take_dirty_pages(&self, index: usize) -> Result<Vec<u64>, AccelError> {
+        let region = self.shared.memory.regions().get(index);
+        let region = region.filter(|_| self.tracking.load(Ordering::Acquire)).ok_or_else(|| {
+            AccelError::Unsupported(
+                "dirty pages while tracking is off or of a region that is not there".into(),
+            )
+        })?;
+        self.shared
+            .fd
+            .get_dirty_log(index as u32, region.size() as usize)
+            .map_err(failed("KVM_GET_DIRTY_LOG"))
+    }
+}
