@@ -71,11 +71,16 @@ pub fn hardware_breakpoints(target: &Target) {
     machine.cpu.set_debug(&DebugControl { hardware, ..Default::default() }).unwrap();
     let first = stop(&mut machine);
     assert_eq!((first.rip, first.dr6 & 3, first.software), (CODE + 1, 1, false));
-    let second = stop(&mut machine);
-    assert_eq!(second.dr6 & 3, 2);
-    assert_eq!(machine.memory.read_obj::<u32>(0x5004).unwrap(), 1, "a watchpoint stops after the write");
-    machine.cpu.set_debug(&DebugControl::default()).unwrap();
-    machine.run_to_end();
+    if target.holes.kernel_watchpoints {
+        machine.run_to_end();
+    } else {
+        let second = stop(&mut machine);
+        assert_eq!(second.dr6 & 3, 2);
+        let written = machine.memory.read_obj::<u32>(0x5004).unwrap();
+        assert_eq!(written, 1, "a watchpoint stops after the write");
+        machine.cpu.set_debug(&DebugControl::default()).unwrap();
+        machine.run_to_end();
+    }
     assert_eq!(machine.cpu.state().unwrap().gpr[3], 2);
 }
 

@@ -41,6 +41,10 @@ pub struct Holes {
     pub kernel_sse: bool,
     /// int3 in guest kernel code cannot be intercepted.
     pub kernel_breakpoints: bool,
+    /// Data watchpoints do not stop guest kernel code.
+    pub kernel_watchpoints: bool,
+    /// The guest reads the host's time-stamp counter.
+    pub host_tsc: bool,
 }
 
 /// KVM, or `None` when the environment says that this host has none. On a host without KVM, the test fails with the
@@ -49,7 +53,12 @@ pub fn kvm() -> Option<Target> {
     match KvmHypervisor::new() {
         Ok(hypervisor) => {
             let software = KvmHypervisor::is_software();
-            let holes = Holes { kernel_sse: software, kernel_breakpoints: software };
+            let holes = Holes {
+                kernel_sse: software,
+                kernel_breakpoints: software,
+                kernel_watchpoints: software,
+                host_tsc: software,
+            };
             Some(Target { hypervisor: Box::new(hypervisor), holes })
         }
         Err(error) if std::env::var_os("NACRE_TEST_NO_KVM").is_some_and(|v| v == "1") => {

@@ -33,7 +33,13 @@ pub struct KvmVcpu {
     shut_down: bool,
     /// Size of the mapping of the shared page.
     page_size: usize,
+    debug: DebugControl,
+    /// The address of the execution breakpoint that ended the last run.
+    stopped_at: Option<u64>,
 }
+
+/// DR6: a single step.
+const DR6_STEP: u64 = 1 << 14;
 
 fn os(operation: &'static str) -> impl FnOnce(std::io::Error) -> AccelError {
     move |source| AccelError::Os { operation, source }
@@ -47,7 +53,17 @@ impl KvmVcpu {
         msr::write(&fd, &[(msr::index::MISC_ENABLE, 1)]).map_err(os("KVM_SET_MSRS"))?;
         let kicker = Kicker::new(vm.host.options.kick_signal);
         let page_size = vm.fd.run_size();
-        Ok(Self { vm, fd, id, kicker, guest_mask: None, shut_down: false, page_size })
+        Ok(Self {
+            vm,
+            fd,
+            id,
+            kicker,
+            guest_mask: None,
+            shut_down: false,
+            page_size,
+            debug: DebugControl::default(),
+            stopped_at: None,
+        })
     }
 
     pub fn id(&self) -> u32 {
@@ -56,6 +72,45 @@ impl KvmVcpu {
 
     pub fn memory(&self) -> &GuestMemory {
         &self.vm.memory
+    }
+
+    fn executes_breakpoint(&self, address: u64) -> bool {
+        self.debug.hardware.iter().any(|b| b.kind == BreakKind::Execute && b.address == address)
+    }
+
+    fn apply_debug(&self, control: &DebugControl) -> Result<(), AccelError> {
+        let mut request = kvm_guest_debug::default();
+        let mut enable =
+            |flag: u32, on: bool| request.control |= if on { flag | KVM_GUESTDBG_ENABLE } else { 0 };
+        enable(KVM_GUESTDBG_SINGLESTEP, control.single_step);
+        enable(KVM_GUESTDBG_USE_SW_BP, control.software_breakpoints);
+        enable(KVM_GUESTDBG_USE_HW_BP, !control.hardware.is_empty());
+        request.arch.debugreg = debug_registers(&control.hardware)?;
+        self.fd.set_guest_debug(&request).map_err(failed("KVM_SET_GUEST_DEBUG"))
+    }
+
+    /// A run that begins where an execution breakpoint stopped the last one executes that instruction first: the
+    /// processor would stop there again and again. Returns the exit if the step came to another end.
+    fn step_off_breakpoint(&mut self, kicker: &Kicker) -> Result<Option<VcpuExit>, AccelError> {
+        let Some(address) = self.stopped_at.take() else { return Ok(None) };
+        let regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        let sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        if sregs.cs.base.wrapping_add(regs.rip) != address || !self.executes_breakpoint(address) {
+            return Ok(None);
+        }
+        let mut step = self.debug.clone();
+        step.single_step = true;
+        step.hardware.retain(|b| b.kind != BreakKind::Execute);
+        self.apply_debug(&step)?;
+        let exit = self.run_loop(kicker);
+        self.apply_debug(&self.debug)?;
+        Ok(match exit? {
+            // Only the step was done, unless the caller asked for it or a watchpoint hit too.
+            VcpuExit::Debug(stop) if !self.debug.single_step && stop.dr6 & (DR6_STEP | 0xf) == DR6_STEP => {
+                None
+            }
+            other => Some(other),
+        })
     }
 
     /// Runs until something is left for the caller to do.
@@ -94,6 +149,8 @@ impl KvmVcpu {
                 Exit::System(event) => return Ok(VcpuExit::SystemEvent(event)),
                 Exit::Debug(stop) => {
                     let software = stop.exception == BREAKPOINT_VECTOR;
+                    let hit = self.executes_breakpoint(stop.pc) && !software;
+                    self.stopped_at = hit.then_some(stop.pc);
                     return Ok(VcpuExit::Debug(DebugExit { rip: stop.pc, dr6: stop.dr6, software }));
                 }
                 Exit::EmulationFailed { bytes } => {
@@ -127,7 +184,10 @@ impl Vcpu for KvmVcpu {
         }
         let kicker = Arc::clone(&self.kicker);
         let _running = kicker.enter(&self.fd, &mut self.guest_mask).map_err(os("KVM_SET_SIGNAL_MASK"))?;
-        self.run_loop(&kicker)
+        match self.step_off_breakpoint(&kicker)? {
+            Some(exit) => Ok(exit),
+            None => self.run_loop(&kicker),
+        }
     }
 
     fn state(&mut self) -> Result<CpuState, AccelError> {
@@ -157,14 +217,10 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {
-        let mut request = kvm_guest_debug::default();
-        let mut enable =
-            |flag: u32, on: bool| request.control |= if on { flag | KVM_GUESTDBG_ENABLE } else { 0 };
-        enable(KVM_GUESTDBG_SINGLESTEP, control.single_step);
-        enable(KVM_GUESTDBG_USE_SW_BP, control.software_breakpoints);
-        enable(KVM_GUESTDBG_USE_HW_BP, !control.hardware.is_empty());
-        request.arch.debugreg = debug_registers(&control.hardware)?;
-        self.fd.set_guest_debug(&request).map_err(failed("KVM_SET_GUEST_DEBUG"))
+        self.apply_debug(control)?;
+        self.debug = control.clone();
+        self.stopped_at = None;
+        Ok(())
     }
 
     fn translate(&mut self, linear: u64) -> Result<Option<u64>, AccelError> {
