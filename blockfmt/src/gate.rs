@@ -33,6 +33,13 @@ impl<T: Clone> Gate<T> {
         self.shards[shard()].0.read()
     }
 
+    /// Waits until everyone who is inside now has left once; others may enter meanwhile.
+    pub(crate) fn synchronize(&self) {
+        for shard in &self.shards {
+            drop(shard.0.write());
+        }
+    }
+
     /// Waits until everyone is out and keeps others from entering.
     pub(crate) fn close(&self) -> Closed<'_, T> {
         Closed(self.shards.iter().map(|s| s.0.write()).collect())
@@ -54,7 +61,7 @@ impl<T: Clone> Closed<'_, T> {
 }
 
 /// The shard of the calling thread: a hash of the address of a thread-local.
-fn shard() -> usize {
+pub(crate) fn shard() -> usize {
     thread_local!(static KEY: u8 = const { 0 });
     let address = KEY.with(|key| std::ptr::from_ref(key) as u64);
     (address.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) as usize % SHARDS

@@ -218,6 +218,18 @@ impl<'a> Gather<'a> {
         });
     }
 
+    /// Calls `f` with the list between two other buffers.
+    pub(crate) fn with_edges<R>(&self, head: &[u8], tail: &[u8], f: impl FnOnce(Gather<'_>) -> R) -> R {
+        let part = |bytes: &[u8]| iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        let mut iov = vec![part(head)];
+        self.view.for_each(|ptr, len| {
+            iov.push(iovec { iov_base: ptr.cast(), iov_len: len });
+            true
+        });
+        iov.push(part(tail));
+        f(Gather { view: View::many(&iov), _lifetime: PhantomData })
+    }
+
     /// The whole list as one vector.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut out = vec![0; self.len()];

@@ -83,6 +83,11 @@ impl<'a> Below<'a> {
         Below(layers)
     }
 
+    /// Size of the uppermost layer in bytes; 0 if there is none.
+    pub fn size(&self) -> u64 {
+        self.0.first().map_or(0, |layer| layer.size())
+    }
+
     /// Whether there is no layer.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -254,5 +259,10 @@ pub trait Layer: Send + Sync + Debug {
     fn set_backing(&self, backing: Option<&BackingRef>) -> Result<()> {
         let _ = backing;
         Err(crate::Error::unsupported(self.storage().name(), "backing files"))
+    }
+
+    /// The layer as a qcow2 image, for operations that only qcow2 has.
+    fn as_qcow2(&self) -> Option<&crate::format::qcow2::Qcow2> {
+        None
     }
 }

@@ -1,5 +1,6 @@
 //! Creation of images.
 
+use crate::format::qcow2::Qcow2Options;
 use crate::storage::{FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Format, Result, Storage, format};
 use std::path::Path;
@@ -30,12 +31,20 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// The parent that the image names. Its existence is not checked.
     pub backing: Option<BackingRef>,
+    /// Options that only qcow2 has.
+    pub qcow2: Qcow2Options,
 }
 
 impl CreateOptions {
     /// An image of `size` bytes with the format's defaults.
     pub fn new(format: Format, size: u64) -> Self {
-        CreateOptions { format, size, preallocation: Preallocation::Off, backing: None }
+        CreateOptions {
+            format,
+            size,
+            preallocation: Preallocation::Off,
+            backing: None,
+            qcow2: Qcow2Options::default(),
+        }
     }
 
     /// Sets what is allocated in advance.
@@ -50,11 +59,17 @@ impl CreateOptions {
         self
     }
 
+    /// Sets the options that only qcow2 has.
+    pub fn qcow2(mut self, qcow2: Qcow2Options) -> Self {
+        self.qcow2 = qcow2;
+        self
+    }
+
     /// Creates the file `path`, which must not exist, and makes it an image.
     pub fn create(&self, path: &Path) -> Result<()> {
         let options = FileOptions { create: true, lock: LockMode::Write, ..FileOptions::default() };
         let storage = Arc::new(FileStorage::open(path, options)?);
-        let result = self.create_on(storage);
+        let result = self.create_files(storage, path, options);
         if result.is_err() {
             // The error is what matters; a file that cannot be removed is left as it is.
             let _ = std::fs::remove_file(path);
@@ -62,8 +77,19 @@ impl CreateOptions {
         result
     }
 
-    /// Makes an empty storage an image.
+    fn create_files(&self, storage: Arc<dyn Storage>, path: &Path, options: FileOptions) -> Result<()> {
+        let data: Option<Arc<dyn Storage>> = match &self.qcow2.data_file {
+            Some(name) if self.format == Format::Qcow2 => {
+                let path = super::open::resolve(&storage.name(), name, path)?;
+                Some(Arc::new(FileStorage::open(&path, options)?))
+            }
+            _ => None,
+        };
+        format::create_layer(storage, data, self)
+    }
+
+    /// Makes an empty storage an image. It cannot have an external data file.
     pub fn create_on(&self, storage: Arc<dyn Storage>) -> Result<()> {
-        format::create_layer(storage, self)
+        format::create_layer(storage, None, self)
     }
 }

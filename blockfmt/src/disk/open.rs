@@ -1,7 +1,7 @@
 //! Opening a disk and the chain below it.
 
 use super::{Disk, OpenPolicy, Role};
-use crate::format::{LayerOptions, open_layer};
+use crate::format::{LayerOptions, data_file_name, open_layer};
 use crate::storage::{FileId, FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Error, Format, Layer, Result, Storage};
 use std::path::{Path, PathBuf};
@@ -93,7 +93,10 @@ impl OpenOptions {
 
     fn open_chain(&self, storage: Arc<dyn Storage>, path: &Path) -> Result<Vec<Arc<dyn Layer>>> {
         let mut seen: Vec<FileId> = storage.file_id().into_iter().collect();
-        let top = open_layer(self.format, storage, &LayerOptions { read_only: self.read_only })?;
+        let top = self.open_layer(self.format, storage, path, self.read_only)?;
+        if !self.backing && !self.read_only && top.backing().is_some() {
+            return Err(Error::InvalidOption("Writing needs the whole backing chain".into()));
+        }
         let mut layers = vec![top];
         let mut referrer = path.to_owned();
         while self.backing
@@ -127,11 +130,40 @@ impl OpenOptions {
             return Err(Error::unsupported(name, "a backing file without a format; set one with a rebase"));
         };
         let format: Format = format.parse()?;
-        let file = self.policy.open(&path, referrer, Role::Backing, true, self.direct)?;
-        let options =
-            FileOptions { read_only: true, direct: self.direct, lock: self.lock_mode(true), create: false };
-        let storage = Arc::new(FileStorage::from_file(file, &path, options)?);
-        Ok((open_layer(format, storage, &LayerOptions { read_only: true })?, path))
+        let storage = self.open_named(&path, referrer, Role::Backing, true)?;
+        Ok((self.open_layer(format, storage, &path, true)?, path))
+    }
+
+    /// Opens a file that a header names.
+    fn open_named(
+        &self,
+        path: &Path,
+        referrer: &Path,
+        role: Role,
+        read_only: bool,
+    ) -> Result<Arc<dyn Storage>> {
+        let file = self.policy.open(path, referrer, role, read_only, self.direct)?;
+        let lock = self.lock_mode(read_only);
+        let options = FileOptions { read_only, direct: self.direct, lock, create: false };
+        Ok(Arc::new(FileStorage::from_file(file, path, options)?))
+    }
+
+    /// Opens one layer, with its external data file if it has one.
+    fn open_layer(
+        &self,
+        format: Format,
+        storage: Arc<dyn Storage>,
+        path: &Path,
+        read_only: bool,
+    ) -> Result<Arc<dyn Layer>> {
+        let data_file = match data_file_name(format, &storage)? {
+            None => None,
+            Some(name) => {
+                let data = resolve(&storage.name(), &name, path)?;
+                Some(self.open_named(&data, path, Role::Data, read_only)?)
+            }
+        };
+        open_layer(format, storage, &LayerOptions { read_only, data_file })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The formats.
 
+pub mod qcow2;
 pub mod raw;
 
 use crate::disk::CreateOptions;
@@ -15,16 +16,19 @@ use std::sync::Arc;
 pub enum Format {
     /// The bytes of the disk, nothing else.
     Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: &'static [Format] = &[Format::Raw];
+    pub const ALL: &'static [Format] = &[Format::Raw, Format::Qcow2];
 
     /// The name that QEMU and this crate use.
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
         }
     }
 }
@@ -48,6 +52,16 @@ impl FromStr for Format {
 pub struct LayerOptions {
     /// Refuse writes and leave the image untouched.
     pub read_only: bool,
+    /// The external data file, for images that have one.
+    pub data_file: Option<Arc<dyn Storage>>,
+}
+
+/// The name of the external data file that an image's header demands, if it does.
+pub(crate) fn data_file_name(format: Format, storage: &Arc<dyn Storage>) -> Result<Option<String>> {
+    match format {
+        Format::Qcow2 => qcow2::data_file_name(storage),
+        Format::Raw => Ok(None),
+    }
 }
 
 /// Opens a layer of `format` on `storage`.
@@ -58,12 +72,18 @@ pub(crate) fn open_layer(
 ) -> Result<Arc<dyn Layer>> {
     match format {
         Format::Raw => Ok(Arc::new(raw::Raw::open(storage, options)?)),
+        Format::Qcow2 => Ok(Arc::new(qcow2::Qcow2::open(storage, options)?)),
     }
 }
 
-/// Writes an empty image onto an empty storage.
-pub(crate) fn create_layer(storage: Arc<dyn Storage>, options: &CreateOptions) -> Result<()> {
+/// Writes an empty image onto an empty storage (and, for formats that have one, an external data file).
+pub(crate) fn create_layer(
+    storage: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    options: &CreateOptions,
+) -> Result<()> {
     match options.format {
         Format::Raw => raw::create(&storage, options),
+        Format::Qcow2 => qcow2::create(storage, data_file, options),
     }
 }

@@ -133,6 +133,10 @@ impl Storage for FaultStorage {
         self.inner.data_at(offset, len)
     }
 
+    fn zero_beyond_end(&self) -> bool {
+        self.inner.zero_beyond_end()
+    }
+
     fn allocated(&self) -> io::Result<u64> {
         self.inner.allocated()
     }

@@ -339,6 +339,10 @@ impl Storage for FileStorage {
         Ok((true, hole.clamp(offset + 1, end) - offset))
     }
 
+    fn zero_beyond_end(&self) -> bool {
+        !self.block_device
+    }
+
     fn allocated(&self) -> io::Result<u64> {
         match self.block_device {
             true => self.len(),

@@ -70,6 +70,11 @@ pub trait Storage: Send + Sync + Debug {
         Ok((true, len))
     }
 
+    /// Whether bytes beyond the end read as zeros once the storage grows over them. Not so for devices.
+    fn zero_beyond_end(&self) -> bool {
+        true
+    }
+
     /// Bytes taken on the host.
     fn allocated(&self) -> io::Result<u64> {
         self.len()

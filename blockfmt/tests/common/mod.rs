@@ -53,3 +53,58 @@ impl Rng {
         out
     }
 }
+
+/// Performs random requests on a disk and the same ones on a plain array.
+pub fn exercise(disk: &blockfmt::Disk, model: &mut [u8], rng: &mut Rng, requests: usize) {
+    for _ in 0..requests {
+        let size = model.len() as u64;
+        let limit = [512, 4096, 70_000, 300_000][rng.below(4) as usize].min(size);
+        let mut offset = rng.below(size);
+        let mut len = (1 + rng.below(limit)).min(size - offset);
+        if rng.below(2) == 0 {
+            offset &= !511;
+            len = len.next_multiple_of(512).min(size - offset);
+        }
+        let range = offset as usize..(offset + len) as usize;
+        match rng.below(10) {
+            0..=4 => {
+                let data = rng.bytes(len as usize);
+                disk.write_at(&data, offset).expect("write");
+                model[range].copy_from_slice(&data);
+            }
+            5 => {
+                let unmap = rng.below(2) == 0;
+                let (offset, len) =
+                    if rng.below(3) == 0 { (offset / 2, size - offset / 2) } else { (offset, len) };
+                let len = len.min(1 << 20);
+                disk.write_zeroes(offset, len, unmap).expect("write zeroes");
+                model[offset as usize..(offset + len) as usize].fill(0);
+            }
+            6 => {
+                disk.discard(offset, len).expect("discard");
+                let mut seen = vec![0; len as usize];
+                disk.read_at(&mut seen, offset).expect("read");
+                for (now, before) in seen.iter().zip(&model[range.clone()]) {
+                    assert!(now == before || *now == 0, "discarded bytes became something else");
+                }
+                model[range].copy_from_slice(&seen);
+            }
+            7 => disk.flush().expect("flush"),
+            _ => {
+                let mut seen = vec![0xa5; len as usize];
+                disk.read_at(&mut seen, offset).expect("read");
+                assert!(seen == model[range], "{len} bytes at {offset} differ");
+            }
+        }
+    }
+}
+
+/// Compares a whole disk with a plain array.
+pub fn assert_same(disk: &blockfmt::Disk, model: &[u8]) {
+    assert_eq!(disk.size(), model.len() as u64);
+    let mut seen = vec![0xa5; model.len()];
+    disk.read_at(&mut seen, 0).expect("read");
+    if let Some(at) = seen.iter().zip(model).position(|(a, b)| a != b) {
+        panic!("the disk differs from the model at byte {at}: {} instead of {}", seen[at], model[at]);
+    }
+}

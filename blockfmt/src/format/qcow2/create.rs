@@ -1,0 +1,177 @@
+//! Creation.
+
+use super::header::{Header, autoclear, compatible, extension, incompatible};
+use super::refcount::write_entry;
+use super::tables::COPIED;
+use super::{Compression, Qcow2};
+use crate::disk::{CreateOptions, Preallocation};
+use crate::format::LayerOptions;
+use crate::{Below, Error, Layer, Result, Storage};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Options of new qcow2 images.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Qcow2Options {
+    /// 3 (the default), or 2 for readers from before 2012.
+    pub version: u32,
+    /// Cluster size in bytes, a power of two from 512 to 2 MiB.
+    pub cluster_size: u64,
+    /// Width of refcounts in bits, a power of two from 1 to 64.
+    pub refcount_bits: u32,
+    /// How clusters are compressed when they are.
+    pub compression: Compression,
+    /// Whether L2 entries describe subclusters.
+    pub extended_l2: bool,
+    /// Whether writers may postpone refcount updates.
+    pub lazy_refcounts: bool,
+    /// Name of an external data file, relative to the image.
+    pub data_file: Option<String>,
+    /// Whether the external data file is a raw image of the disk.
+    pub data_file_raw: bool,
+}
+
+impl Default for Qcow2Options {
+    fn default() -> Self {
+        Qcow2Options {
+            version: 3,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            compression: Compression::Zlib,
+            extended_l2: false,
+            lazy_refcounts: false,
+            data_file: None,
+            data_file_raw: false,
+        }
+    }
+}
+
+impl Qcow2Options {
+    fn check(&self) -> Result<()> {
+        let bad = |what: &str| Err(Error::InvalidOption(what.into()));
+        if !(512..=2 << 20).contains(&self.cluster_size) || !self.cluster_size.is_power_of_two() {
+            return bad("The cluster size is a power of two from 512 to 2M");
+        }
+        if !(1..=64).contains(&self.refcount_bits) || !self.refcount_bits.is_power_of_two() {
+            return bad("The refcount width is a power of two from 1 to 64");
+        }
+        if self.extended_l2 && self.cluster_size < 16384 {
+            return bad("Extended L2 entries need clusters of at least 16k");
+        }
+        if self.data_file_raw && self.data_file.is_none() {
+            return bad("A raw external data file needs an external data file");
+        }
+        match self.version {
+            3 => Ok(()),
+            2 if self.refcount_bits != 16
+                || self.extended_l2
+                || self.lazy_refcounts
+                || self.compression != Compression::Zlib
+                || self.data_file.is_some() =>
+            {
+                bad("Version 2 (compat=0.10) has none of the newer features")
+            }
+            2 => Ok(()),
+            _ => bad("The version is 2 (compat=0.10) or 3 (compat=1.1)"),
+        }
+    }
+}
+
+/// Writes an empty image.
+pub(crate) fn create(
+    storage: Arc<dyn Storage>,
+    data: Option<Arc<dyn Storage>>,
+    options: &CreateOptions,
+) -> Result<()> {
+    let o = &options.qcow2;
+    o.check()?;
+    if o.data_file_raw && options.backing.is_some() {
+        return Err(Error::InvalidOption("A raw external data file excludes a backing file".into()));
+    }
+    let flag = |on: bool, bit: u64| if on { bit } else { 0 };
+    let cluster = o.cluster_size;
+    let mut header = Header {
+        version: o.version,
+        cluster_bits: cluster.trailing_zeros(),
+        size: 0,
+        crypt_method: 0,
+        l1_size: 0,
+        l1_offset: 0,
+        reftable_offset: cluster,
+        reftable_clusters: 1,
+        snapshot_count: 0,
+        snapshots_offset: 0,
+        incompatible: flag(o.compression != Compression::Zlib, incompatible::COMPRESSION)
+            | flag(o.extended_l2, incompatible::EXTENDED_L2)
+            | flag(o.data_file.is_some(), incompatible::DATA_FILE),
+        compatible: flag(o.lazy_refcounts, compatible::LAZY_REFCOUNTS),
+        autoclear: flag(o.data_file_raw, autoclear::RAW_DATA),
+        refcount_order: o.refcount_bits.trailing_zeros(),
+        compression: o.compression,
+        backing: None,
+        extensions: Vec::new(),
+    };
+    header.set_backing(options.backing.as_ref())?;
+    header.set_extension(extension::DATA_FILE, o.data_file.clone().map(String::into_bytes));
+    // Header, refcount table and one refcount block make a valid image of size zero; then it grows.
+    let mut block = vec![0; cluster as usize];
+    for index in 0..3 {
+        write_entry(&mut block, index, header.refcount_order, 1);
+    }
+    storage.truncate(0)?;
+    storage.write_at(&block, 2 * cluster)?;
+    let mut table = vec![0; cluster as usize];
+    table[..8].copy_from_slice(&(2 * cluster).to_be_bytes());
+    storage.write_at(&table, cluster)?;
+    header.write(&storage)?;
+
+    let layer = LayerOptions { data_file: data, ..LayerOptions::default() };
+    let image = Qcow2::open(storage, &layer)?;
+    image.resize_image(options.size, Below::new(&[]))?;
+    image.preallocate(options.preallocation)?;
+    image.close()
+}
+
+impl Qcow2 {
+    /// Maps every guest cluster to a host cluster.
+    fn preallocate(&self, how: Preallocation) -> Result<()> {
+        if how == Preallocation::Off {
+            return Ok(());
+        }
+        let end = self.virtual_size().div_ceil(self.p.cluster);
+        let mut first = 0;
+        while first < end {
+            let (slice, index) = self.slice_of(first);
+            let want = (self.p.slice_entries - index as u64).min(end - first);
+            self.ensure_table(first)?;
+            let (start, count) = match self.data.is_some() {
+                true => (first, want),
+                false => {
+                    let run = self.refcounts.lock().allocate(want, false)?;
+                    (run.start, run.count)
+                }
+            };
+            let (offset, len) = (start << self.p.cluster_bits, count << self.p.cluster_bits);
+            let storage = self.payload();
+            match how {
+                Preallocation::Falloc => {
+                    storage.allocate(offset, len).map_err(|e| self.io("allocate", e))?;
+                }
+                Preallocation::Full => super::super::raw::write_zero_bytes(storage, offset, len)?,
+                Preallocation::Metadata | Preallocation::Off => {
+                    if storage.length()? < offset + len {
+                        storage.truncate(offset + len)?;
+                    }
+                }
+            }
+            self.barrier.store(true, Ordering::Release);
+            self.with_slice(slice, |s| {
+                for i in 0..count {
+                    s.set(index + i as usize, (start + i) << self.p.cluster_bits | COPIED, 0xffff_ffff);
+                }
+            })?;
+            first += count;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,150 @@
+//! The image as a layer.
+
+use super::header::{Header, compatible, extension, incompatible};
+use super::{Qcow2, map};
+use crate::layer::LayerPass;
+use crate::{BackingRef, Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Storage};
+use std::sync::Arc;
+
+impl Qcow2 {
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only { Err(Error::ReadOnly) } else { Ok(()) }
+    }
+}
+
+/// The external data file that an image names, if it has one.
+pub(crate) fn data_file_name(storage: &Arc<dyn Storage>) -> Result<Option<String>> {
+    let header = Header::read(storage)?;
+    if header.incompatible & incompatible::DATA_FILE == 0 {
+        return Ok(None);
+    }
+    let name = header.extension(extension::DATA_FILE).and_then(|n| std::str::from_utf8(n).ok());
+    match name {
+        Some(name) => Ok(Some(name.to_owned())),
+        None => Err(Error::corrupt(storage.name(), "it does not name its external data file")),
+    }
+}
+
+impl Layer for Qcow2 {
+    fn format(&self) -> Format {
+        Format::Qcow2
+    }
+
+    fn size(&self) -> u64 {
+        self.virtual_size()
+    }
+
+    fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    fn data_file(&self, _file: u32) -> &Arc<dyn Storage> {
+        self.payload()
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn info(&self) -> Result<LayerInfo> {
+        let header = self.header.lock().clone();
+        let data_file = header.extension(extension::DATA_FILE);
+        let mut data = serde_json::json!({
+            "compat": if header.version >= 3 { "1.1" } else { "0.10" },
+            "compression-type": header.compression,
+            "refcount-bits": 1 << header.refcount_order,
+            "extended-l2": self.p.extended,
+            "lazy-refcounts": header.compatible & compatible::LAZY_REFCOUNTS != 0,
+            "corrupt": header.incompatible & incompatible::CORRUPT != 0,
+        });
+        if let Some(name) = data_file {
+            data["data-file"] = String::from_utf8_lossy(name).into();
+        }
+        Ok(LayerInfo {
+            filename: self.name.clone(),
+            format: Format::Qcow2,
+            virtual_size: self.virtual_size(),
+            actual_size: self.storage.allocated().map_err(|e| self.io("inspect", e))?,
+            cluster_size: Some(self.p.cluster),
+            backing: header.backing_ref(),
+            dirty_flag: header.incompatible & incompatible::DIRTY != 0,
+            format_specific: serde_json::json!({ "type": "qcow2", "data": data }),
+        })
+    }
+
+    fn backing(&self) -> Option<BackingRef> {
+        self.header.lock().backing_ref()
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.p.cluster
+    }
+
+    fn enter(&self) -> LayerPass<'_> {
+        LayerPass(Some(self.gate.enter()))
+    }
+
+    fn resolve_read(&self, offset: u64, len: u64) -> Result<Extent> {
+        self.resolve(offset, len)
+    }
+
+    fn read_opaque(&self, mut dst: Scatter<'_>, offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < dst.len() {
+            let at = offset + done as u64;
+            let (kind, len) = self.lookup(at, (dst.len() - done) as u64)?;
+            let map::Kind::Compressed { entry } = kind else {
+                // The cluster was written since it was resolved.
+                let left = dst.len() - done;
+                return self.read_guest(dst.slice(done, left), at, Below::new(&[]));
+            };
+            self.read_compressed(dst.slice(done, len as usize), at, entry)?;
+            done += len as usize;
+        }
+        Ok(())
+    }
+
+    fn write(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
+        self.check_writable()?;
+        let _pass = self.gate.enter();
+        self.write_guest(src, offset, below)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
+        self.check_writable()?;
+        let _pass = self.gate.enter();
+        self.zero_guest(offset, len, unmap, below)
+    }
+
+    fn discard(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
+        self.check_writable()?;
+        let _pass = self.gate.enter();
+        self.discard_guest(offset, len, below)
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.read_only { Ok(()) } else { self.flush_all() }
+    }
+
+    fn close(&self) -> Result<()> {
+        if self.read_only { Ok(()) } else { self.close_image() }
+    }
+
+    fn resize(&self, size: u64, below: Below<'_>) -> Result<()> {
+        self.check_writable()?;
+        self.resize_image(size, below)
+    }
+
+    fn set_backing(&self, backing: Option<&BackingRef>) -> Result<()> {
+        self.check_writable()?;
+        self.flush_all()?;
+        let mut header = self.header.lock();
+        header.set_backing(backing)?;
+        self.write_header(&mut header)?;
+        self.storage.sync()
+    }
+
+    fn as_qcow2(&self) -> Option<&Qcow2> {
+        Some(self)
+    }
+}

@@ -1,0 +1,190 @@
+//! qcow2, versions 2 and 3.
+//!
+//! Metadata is kept apart from payload. Reads find their place without a lock ([`cache`]); writes into
+//! clusters that the image owns alone do too. Everything else (allocation, copy-on-write, discard,
+//! zeroing) holds a lock on its range of guest clusters ([`ranges`]), writes payload first and then
+//! publishes the new mapping in memory. [`flush`] brings mappings to disk: refcounts before the entries
+//! that rely on them, payload before the entries that point to it, and the release of clusters last.
+
+mod cache;
+mod compressed;
+mod create;
+mod flush;
+mod header;
+mod layer;
+mod map;
+mod ranges;
+mod refcount;
+mod resize;
+mod tables;
+mod write;
+mod zero;
+
+pub use create::Qcow2Options;
+pub(crate) use create::create;
+pub use header::Compression;
+pub(crate) use layer::data_file_name;
+
+use super::LayerOptions;
+use crate::gate::Gate;
+use crate::{Error, Result, Storage};
+use cache::SliceCache;
+use compressed::Compressed;
+use flush::Flusher;
+use header::{Header, autoclear, incompatible};
+use parking_lot::Mutex;
+use ranges::RangeLocks;
+use refcount::Refcounts;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use tables::L1;
+use write::Reservation;
+
+/// Memory for cached L2 slices.
+const CACHE_BYTES: u64 = 32 << 20;
+/// Largest slice of an L2 table that is cached as a unit.
+const SLICE_BYTES: u64 = 4096;
+/// Number of cluster reservations; threads are spread over them.
+const RESERVATIONS: usize = 8;
+
+/// Numbers that follow from the header and never change while the image is open.
+#[derive(Clone, Copy, Debug)]
+struct Params {
+    version: u32,
+    cluster_bits: u32,
+    /// Bytes in a cluster.
+    cluster: u64,
+    /// Log2 of the entries of an L2 table.
+    l2_bits: u32,
+    /// Whether L2 entries have subclusters.
+    extended: bool,
+    /// Log2 of the bytes in the smallest mapped unit: a subcluster or a cluster.
+    unit_bits: u32,
+    /// Entries in a cached slice.
+    slice_entries: u64,
+}
+
+impl Params {
+    fn new(header: &Header) -> Self {
+        let extended = header.extended_l2();
+        let cluster = 1u64 << header.cluster_bits;
+        let entry_bytes = if extended { 16 } else { 8 };
+        Params {
+            version: header.version,
+            cluster_bits: header.cluster_bits,
+            cluster,
+            l2_bits: header.l2_bits(),
+            extended,
+            unit_bits: header.cluster_bits - if extended { 5 } else { 0 },
+            slice_entries: SLICE_BYTES.min(cluster) / entry_bytes,
+        }
+    }
+
+    fn slice_words(&self) -> usize {
+        (self.slice_entries * if self.extended { 2 } else { 1 }) as usize
+    }
+}
+
+/// A qcow2 image.
+#[derive(Debug)]
+pub struct Qcow2 {
+    storage: Arc<dyn Storage>,
+    /// The external data file.
+    data: Option<Arc<dyn Storage>>,
+    name: String,
+    read_only: bool,
+    p: Params,
+    size: AtomicU64,
+    header: Mutex<Header>,
+    l1: L1,
+    cache: SliceCache,
+    gate: Gate<()>,
+    ranges: RangeLocks,
+    refcounts: Mutex<Refcounts>,
+    reservations: [Mutex<Reservation>; RESERVATIONS],
+    /// Clusters that became unreferenced in memory; see [`flush`].
+    unlinked: Mutex<Vec<(u64, u64)>>,
+    /// Whether payload must reach the disk before the entries that are published now.
+    barrier: AtomicBool,
+    flusher: Flusher,
+    compressed: Compressed,
+}
+
+impl Qcow2 {
+    /// Opens an image.
+    pub fn open(storage: Arc<dyn Storage>, options: &LayerOptions) -> Result<Self> {
+        let mut header = Header::read(&storage)?;
+        let name = storage.name();
+        let read_only = options.read_only || storage.read_only();
+        let data = match header.incompatible & incompatible::DATA_FILE != 0 {
+            false => None,
+            true => match options.data_file.clone() {
+                Some(data) => Some(data),
+                None => return Err(Error::unsupported(name, "an external data file that was not supplied")),
+            },
+        };
+        if !read_only {
+            if header.incompatible & incompatible::CORRUPT != 0 {
+                return Err(Error::corrupt(name, "it is marked as corrupt"));
+            }
+            if header.incompatible & incompatible::DIRTY != 0 {
+                return Err(Error::corrupt(name, "it was not closed properly and its refcounts are stale"));
+            }
+            if header.autoclear & !autoclear::RAW_DATA != 0 {
+                // Whoever writes without keeping an autoclear feature up to date has to clear its bit.
+                header.autoclear &= autoclear::KNOWN & !autoclear::BITMAPS;
+                header.write(&storage)?;
+                storage.sync()?;
+            }
+        }
+        let p = Params::new(&header);
+        let l1 = L1::read(&storage, &header)?;
+        let mut refcounts = Refcounts::open(&storage, &header)?;
+        let l1_start = header.l1_offset >> p.cluster_bits;
+        refcounts.metadata.extend(l1_start..l1_start + (u64::from(header.l1_size) * 8).div_ceil(p.cluster));
+        refcounts.metadata.extend(l1.tables().map(|(_, offset)| offset >> p.cluster_bits));
+        let slices = header.size.div_ceil(p.cluster).div_ceil(p.slice_entries);
+        let slots = slices.clamp(64, CACHE_BYTES / (p.slice_words() as u64 * 8));
+        Ok(Qcow2 {
+            data,
+            name,
+            read_only,
+            p,
+            size: AtomicU64::new(header.size),
+            header: Mutex::new(header),
+            l1,
+            cache: SliceCache::new(slots as usize, p.slice_words(), p.extended),
+            gate: Gate::new(()),
+            ranges: RangeLocks::default(),
+            refcounts: Mutex::new(refcounts),
+            reservations: Default::default(),
+            unlinked: Mutex::default(),
+            barrier: AtomicBool::new(false),
+            flusher: Flusher::default(),
+            compressed: Compressed::default(),
+            storage,
+        })
+    }
+
+    /// Where payload lives.
+    fn payload(&self) -> &Arc<dyn Storage> {
+        self.data.as_ref().unwrap_or(&self.storage)
+    }
+
+    fn corrupt(&self, what: &str) -> Error {
+        Error::corrupt(&self.name, what)
+    }
+
+    fn io(&self, op: &'static str, error: std::io::Error) -> Error {
+        Error::io(op, &self.name, error)
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Slices of L2 tables that had to be loaded so far.
+    pub fn cache_misses(&self) -> u64 {
+        self.cache.misses()
+    }
+}

@@ -1,0 +1,42 @@
+//! Locks on ranges of guest clusters whose mapping is about to change.
+
+use parking_lot::{Condvar, Mutex};
+use std::ops::Range;
+
+/// The ranges that are locked.
+#[derive(Debug, Default)]
+pub(super) struct RangeLocks {
+    held: Mutex<Vec<Range<u64>>>,
+    released: Condvar,
+}
+
+/// A locked range.
+#[derive(Debug)]
+pub(super) struct RangeGuard<'a> {
+    locks: &'a RangeLocks,
+    range: Range<u64>,
+}
+
+impl RangeLocks {
+    /// Waits until no overlapping range is locked and locks this one.
+    /// A thread must hold at most one range.
+    pub fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
+        let mut held = self.held.lock();
+        while held.iter().any(|r| r.start < range.end && range.start < r.end) {
+            self.released.wait(&mut held);
+        }
+        held.push(range.clone());
+        RangeGuard { locks: self, range }
+    }
+}
+
+impl Drop for RangeGuard<'_> {
+    fn drop(&mut self) {
+        let mut held = self.locks.held.lock();
+        if let Some(at) = held.iter().position(|r| *r == self.range) {
+            held.swap_remove(at);
+        }
+        drop(held);
+        self.locks.released.notify_all();
+    }
+}

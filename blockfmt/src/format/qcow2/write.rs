@@ -1,0 +1,222 @@
+//! Writes.
+
+use super::map::{COMPRESSED, Kind, ZERO};
+use super::refcount::Run;
+use super::tables::{COPIED, OFFSET_MASK};
+use super::{Qcow2, RESERVATIONS};
+use crate::{Below, Gather, Result, Scatter};
+use std::sync::atomic::Ordering;
+
+/// Clusters reserved at a time, in bytes.
+const RESERVE_BYTES: u64 = 2 << 20;
+/// Most that one allocating step covers, in bytes.
+const MAX_STEP_BYTES: u64 = 4 << 20;
+const ALL_UNITS: u64 = 0xffff_ffff;
+
+/// Clusters that are counted as used already and wait for a writer.
+#[derive(Debug, Default)]
+pub(super) struct Reservation {
+    next: u64,
+    end: u64,
+    fresh: bool,
+}
+
+/// What an allocating step found at its place.
+struct Step {
+    slice: u64,
+    index: usize,
+    /// Old entries of the clusters that the step covers.
+    old: Vec<(u64, u64)>,
+    run: Run,
+    /// Whether the host clusters belonged to the guest clusters already.
+    reused: bool,
+    /// The guest bytes that are written, with what is copied around them.
+    from: u64,
+    to: u64,
+}
+
+impl Qcow2 {
+    /// Writes guest bytes. The caller is inside the gate.
+    pub(super) fn write_guest(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
+        let mut done = 0;
+        while done < src.len() {
+            let (at, left) = (offset + done as u64, src.len() - done);
+            let (kind, len) = self.lookup(at, left as u64)?;
+            done += match kind {
+                Kind::Data { host, copied: true } => {
+                    let part = src.slice(done, len as usize);
+                    self.payload().writev(part, host).map_err(|e| self.io("write", e))?;
+                    len as usize
+                }
+                _ => self.write_new(src.slice(done, left), at, below)?,
+            };
+        }
+        Ok(())
+    }
+
+    /// Writes to the start of a range that needs its mapping changed; returns the number of bytes.
+    fn write_new(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<usize> {
+        let p = &self.p;
+        let first = offset >> p.cluster_bits;
+        let (slice, index) = self.slice_of(first);
+        let last = ((offset + src.len() as u64 - 1) >> p.cluster_bits)
+            .min(first - index as u64 + p.slice_entries - 1)
+            .min(first + (MAX_STEP_BYTES >> p.cluster_bits).max(1) - 1);
+        let _range = self.ranges.lock(first..last + 1);
+        let (kind, same) = self.lookup(offset, src.len() as u64)?;
+        if let Kind::Data { copied: true, .. } = kind {
+            return Ok(0); // someone else allocated it while we waited
+        }
+        self.ensure_table(first)?;
+        let mut old = self.entries(slice, index, (last - first + 1) as usize)?;
+        let mut end = offset + src.len() as u64;
+        let reused = self.reusable(old[0].0);
+        let run = if reused {
+            // Other units of this cluster may be written in place right now: touch only those of one kind.
+            end = end.min(offset + same);
+            Run { start: (old[0].0 & OFFSET_MASK) >> p.cluster_bits, count: 1, fresh: false }
+        } else {
+            let fits = old.iter().take_while(|(entry, _)| !self.reusable(*entry)).count() as u64;
+            match self.data.is_some() {
+                true => Run { start: first, count: fits, fresh: false },
+                false => self.take_clusters(fits)?,
+            }
+        };
+        old.truncate(run.count as usize);
+        end = end.min((first + run.count) << p.cluster_bits);
+
+        // Units that are covered in part are completed from the old contents. A cluster that leaves an old
+        // host cluster takes everything along.
+        let unit_of = |(entry, _): &(u64, u64)| match !reused && entry & (OFFSET_MASK | COMPRESSED) != 0 {
+            true => p.cluster,
+            false => 1 << p.unit_bits,
+        };
+        let from = offset & !(unit_of(&old[0]) - 1);
+        let to = end.next_multiple_of(unit_of(&old[old.len() - 1]));
+        let step = Step { slice, index, old, run, reused, from, to };
+        let src = src.slice(0, (end - offset) as usize);
+        match self.write_payload(&step, src, offset, below).and_then(|()| self.publish(&step, first)) {
+            Ok(()) => Ok(src.len()),
+            Err(error) => {
+                if !reused && self.data.is_none() {
+                    self.give_back(run);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn write_payload(&self, step: &Step, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
+        let p = &self.p;
+        let base = (offset >> p.cluster_bits) << p.cluster_bits;
+        let host = |guest: u64| (step.run.start << p.cluster_bits) + (guest - base);
+        let write =
+            |src: Gather<'_>, guest| self.payload().writev(src, host(guest)).map_err(|e| self.io("write", e));
+        let zero_before = |(entry, _): &(u64, u64)| {
+            entry & (OFFSET_MASK | COMPRESSED) == 0
+                && (below.is_empty() || (!p.extended && entry & ZERO != 0))
+        };
+        if step.run.fresh && step.old.iter().all(zero_before) {
+            // The new clusters hold zeros and the guest saw zeros: whatever part of this write survives a
+            // crash, the guest sees old or new bytes. No barrier is needed.
+            return write(src, offset);
+        }
+        self.barrier.store(true, Ordering::Release);
+        let end = offset + src.len() as u64;
+        let mut head = vec![0; (offset - step.from) as usize];
+        let mut tail = vec![0; (step.to - end) as usize];
+        self.read_guest(Scatter::new(&mut head), step.from, below)?;
+        self.read_guest(Scatter::new(&mut tail), end, below)?;
+        match head.is_empty() && tail.is_empty() {
+            true => write(src, offset),
+            false => src.with_edges(&head, &tail, |all| write(all, step.from)),
+        }
+    }
+
+    /// Points the guest clusters of a step to their new host clusters and lets go of the old ones.
+    fn publish(&self, step: &Step, first: u64) -> Result<()> {
+        let p = &self.p;
+        self.with_slice(step.slice, |slice| {
+            for (i, (entry, bitmap)) in step.old.iter().enumerate() {
+                let start = (first + i as u64) << p.cluster_bits;
+                let units = |guest: u64| (guest.clamp(start, start + p.cluster) - start) >> p.unit_bits;
+                let (from, to) = (units(step.from), units(step.to));
+                let touched = (ALL_UNITS >> (32 - (to - from).min(32))) << from;
+                let bitmap = match p.extended && entry & COMPRESSED == 0 {
+                    true => (bitmap | touched) & !(touched << 32),
+                    false => touched,
+                };
+                let host = (step.run.start + i as u64) << p.cluster_bits;
+                slice.set(step.index + i, host | COPIED, bitmap);
+            }
+        })?;
+        if !step.reused {
+            step.old.iter().for_each(|(entry, _)| self.unlink_entry(*entry));
+        }
+        Ok(())
+    }
+
+    /// Lets go of the host clusters of an entry that is no longer in the table.
+    pub(super) fn unlink_entry(&self, entry: u64) {
+        if self.data.is_some() {
+            return;
+        }
+        if entry & COMPRESSED != 0 {
+            let (start, end) = self.compressed_range(entry);
+            for cluster in start >> self.p.cluster_bits..=(end - 1) >> self.p.cluster_bits {
+                self.unlink(cluster, 1);
+            }
+        } else if entry & OFFSET_MASK != 0 {
+            self.unlink((entry & OFFSET_MASK) >> self.p.cluster_bits, 1);
+        }
+    }
+
+    /// Whether an entry owns a host cluster that can be written.
+    pub(super) fn reusable(&self, entry: u64) -> bool {
+        entry & COMPRESSED == 0 && entry & COPIED != 0 && (entry & OFFSET_MASK != 0 || self.data.is_some())
+    }
+
+    /// Copies of `count` entries of a slice.
+    pub(super) fn entries(&self, slice: u64, index: usize, count: usize) -> Result<Vec<(u64, u64)>> {
+        self.read_slice(slice, |words| {
+            (index..index + count)
+                .map(|i| match self.p.extended {
+                    true => (words[2 * i].load(Ordering::Acquire), words[2 * i + 1].load(Ordering::Acquire)),
+                    false => (words[i].load(Ordering::Acquire), 0),
+                })
+                .collect()
+        })
+    }
+
+    /// Takes up to `want` contiguous clusters for payload.
+    pub(super) fn take_clusters(&self, want: u64) -> Result<Run> {
+        let mut reservation = self.reservations[crate::gate::shard() % RESERVATIONS].lock();
+        if reservation.next == reservation.end {
+            let amount = want.max(RESERVE_BYTES >> self.p.cluster_bits).max(1);
+            let run = self.refcounts.lock().allocate(amount, false)?;
+            *reservation = Reservation { next: run.start, end: run.start + run.count, fresh: run.fresh };
+        }
+        let count = want.min(reservation.end - reservation.next);
+        let run = Run { start: reservation.next, count, fresh: reservation.fresh };
+        reservation.next += count;
+        Ok(run)
+    }
+
+    /// Releases clusters that were never linked.
+    pub(super) fn give_back(&self, run: Run) {
+        let mut refcounts = self.refcounts.lock();
+        for cluster in run.start..run.start + run.count {
+            if let Err(error) = refcounts.add(cluster, -1) {
+                tracing::warn!(%error, cluster, "A cluster leaks");
+            }
+        }
+    }
+
+    /// Releases all reservations.
+    pub(super) fn drop_reservations(&self) {
+        for reservation in &self.reservations {
+            let Reservation { next, end, fresh } = std::mem::take(&mut *reservation.lock());
+            self.give_back(Run { start: next, count: end - next, fresh });
+        }
+    }
+}
