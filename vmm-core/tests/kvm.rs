@@ -1,5 +1,7 @@
 //! What only the KVM accelerator promises: its fault reports, its clock, and its manners towards the process.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 use std::sync::Arc;
 
 use iced_x86::code_asm::{CodeAssembler, eax, rbx};

@@ -5,6 +5,7 @@
 //! from one accelerator to the other.
 
 pub mod kvm;
+pub mod probe;
 pub mod soft;
 mod state;
 
@@ -16,8 +17,6 @@ pub use softcpu::CpuState;
 
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
-
-pub use softcpu::CpuState;
 pub use state::{ApicState, ExtraState, PendingEvent};
 
 /// Which accelerator.

@@ -4,6 +4,8 @@
 //! A host whose accelerator is known to be incomplete says so in [`harness::Target::holes`]: the case then demands
 //! the documented failure instead of the promise, so that nothing is skipped without notice.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+
 mod harness;
 
 mod debug;
