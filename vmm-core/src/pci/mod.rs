@@ -94,6 +94,9 @@ pub trait PciFunction: Lifecycle {
     /// Called after a configuration write of 1 to 4 bytes was taken by [`ConfigSpace::write`].
     fn config_written(&self, _offset: usize, _len: usize) {}
 
+    /// The function was added at `address`.
+    fn placed(&self, _address: PciAddress) {}
+
     /// Receives its interrupt pin, when the root routes INTx.
     fn connect_intx(&self, _pin: IntxPin) {}
 }

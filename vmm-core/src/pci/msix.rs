@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
@@ -53,7 +54,7 @@ struct State {
 /// A function's MSI-X vectors.
 pub struct Msix {
     vectors: Vec<Arc<dyn MsiVector>>,
-    requester: u16,
+    requester: AtomicU16,
     state: Mutex<State>,
 }
 
@@ -63,17 +64,22 @@ struct Saved {
 }
 
 impl Msix {
-    /// A table of `count` vectors (1 to 2048) on `vm`, for the function with this requester ID.
+    /// A table of `count` vectors (1 to 2048) on `vm`.
     ///
     /// # Errors
     /// Fails when the accelerator has no vectors left or the count is out of range.
-    pub fn new(vm: &dyn Vm, count: usize, requester: u16) -> Result<Self, AccelError> {
+    pub fn new(vm: &dyn Vm, count: usize) -> Result<Self, AccelError> {
         if !(1..=2048).contains(&count) {
             return Err(AccelError::Unsupported(format!("{count} MSI-X vectors; use 1 to 2048")));
         }
         let vectors = (0..count).map(|_| vm.msi_vector()).collect::<Result<_, _>>()?;
         let state = Mutex::new(State { control: 0, entries: vec![Entry::RESET; count] });
-        Ok(Self { vectors, requester, state })
+        Ok(Self { vectors, requester: AtomicU16::new(0), state })
+    }
+
+    /// Sets the requester ID that the messages carry.
+    pub fn set_requester(&self, requester: u16) {
+        self.requester.store(requester, Ordering::Relaxed);
     }
 
     /// Number of vectors.
@@ -131,7 +137,8 @@ impl Msix {
         let open = state.control & (ENABLE | FUNCTION_MASK) == ENABLE;
         let entry = &mut state.entries[index];
         if open && entry.control & 1 == 0 {
-            let message = Msi { address: entry.address, data: entry.data, requester: self.requester };
+            let requester = self.requester.load(Ordering::Relaxed);
+            let message = Msi { address: entry.address, data: entry.data, requester };
             self.vectors[index].set_message(Some(message));
             if std::mem::take(&mut entry.pending) {
                 self.vectors[index].trigger();

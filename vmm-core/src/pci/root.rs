@@ -171,6 +171,7 @@ impl PciRoot {
                 sibling.function.config().lock().seal();
             }
         }
+        function.placed(address);
         let pin = function.config().lock().interrupt_pin();
         if let (Some(lines), 1..=4) = (self.lines.get(), pin) {
             let (gsi, line) = &lines[(usize::from(address.slot) + usize::from(pin) - 1) % 4];

@@ -1,1 +1,28 @@
 //! virtio 1.2 devices and their transports.
+//!
+//! A device implements [`VirtioDevice`]: its identity, features, configuration space, and how it makes the
+//! [`QueueHandler`]s that serve its queues. A transport ([`VirtioPci`], [`VirtioMmio`]) is a register layout over the
+//! common state machine [`Virtio`], which negotiates features, checks the queues the driver set up and runs the
+//! handlers on worker threads while the driver is ready and the machine is not paused.
+//!
+//! Queues ([`Queue`], [`Chain`]) check everything that the guest controls; a malformed queue or chain stops the device
+//! with `DEVICE_NEEDS_RESET`, as the specification says, until the driver resets it.
+
+mod chain;
+mod device;
+pub mod mmio;
+pub mod pci;
+mod queue;
+mod state;
+mod worker;
+
+pub use chain::{Chain, Reader, Segment, Writer};
+pub use device::{
+    Activation, ConfigNotifier, DeviceError, HandlerSpec, Interrupt, QueueHandler, VirtioDevice, copy_config,
+    features, write_config_bytes,
+};
+pub use mmio::VirtioMmio;
+pub use pci::VirtioPci;
+pub use queue::{Queue, QueueError, QueueLayout};
+pub use state::{Status, Virtio};
+pub use worker::Context;
