@@ -32,8 +32,18 @@ pub enum Transport {
 pub const TRANSPORTS: [Transport; 3] = [Transport::PciMsix, Transport::PciIntx, Transport::Mmio];
 
 enum Machine {
-    Pci { root: Arc<PciRoot>, function: Arc<VirtioPci>, common: u64, isr: u64, device: u64, notify: u64, stride: u64 },
-    Mmio { device: Arc<VirtioMmio> },
+    Pci {
+        root: Arc<PciRoot>,
+        function: Arc<VirtioPci>,
+        common: u64,
+        isr: u64,
+        device: u64,
+        notify: u64,
+        stride: u64,
+    },
+    Mmio {
+        device: Arc<VirtioMmio>,
+    },
 }
 
 /// A guest with one virtio device.
@@ -59,7 +69,8 @@ impl Guest {
         let line = Line::new();
         let machine = match transport {
             Transport::Mmio => {
-                let device = VirtioMmio::new(&dyn_vm, memory.clone(), device, line.clone(), MMIO_BASE).unwrap();
+                let device =
+                    VirtioMmio::new(&dyn_vm, memory.clone(), device, line.clone(), MMIO_BASE).unwrap();
                 mmio.insert(MMIO_BASE, mmio::MMIO_SIZE, device.clone()).unwrap();
                 Machine::Mmio { device }
             }
@@ -125,7 +136,9 @@ impl Guest {
             }
             self.write(at + 2, &0x8000u16.to_le_bytes());
         }
-        let Machine::Pci { common, isr, device, notify, stride, .. } = &mut self.machine else { unreachable!() };
+        let Machine::Pci { common, isr, device, notify, stride, .. } = &mut self.machine else {
+            unreachable!()
+        };
         (*common, *notify, *isr, *device, *stride) = (found[1], found[2], found[3], found[4], stride_found);
     }
 
@@ -133,6 +146,39 @@ impl Guest {
         match &self.machine {
             Machine::Pci { root, .. } => &**root,
             Machine::Mmio { device } => &**device,
+        }
+    }
+
+    /// After a restore, the registers are where the guest of `other` found them.
+    pub fn adopt(&mut self, other: &Guest) {
+        self.next = other.next;
+        if self.transport == Transport::PciMsix {
+            let table = |g: &Guest| g.vm.vectors.lock().iter().map(|v| *v.message.lock()).collect::<Vec<_>>();
+            assert_eq!(table(self), table(other), "the vectors are programmed as before");
+        }
+    }
+
+    /// The addresses that the device's registers take up.
+    pub fn window(&self) -> std::ops::Range<u64> {
+        match &self.machine {
+            Machine::Pci { common, .. } => *common..*common + 0x1_0000,
+            Machine::Mmio { .. } => MMIO_BASE..MMIO_BASE + 0x400,
+        }
+    }
+
+    /// Moves the BAR and finds the registers again.
+    pub fn move_bar(&mut self, base: u32) {
+        self.write(ECAM + (1 << 15) + 0x10, &base.to_le_bytes());
+        self.probe();
+    }
+
+    /// Sets the interrupts up again after wild accesses.
+    pub fn repair(&mut self) {
+        self.set_status(0);
+        self.probe();
+        let _ = self.line.event.read();
+        for vector in self.vm.vectors.lock().iter() {
+            let _ = vector.event.read();
         }
     }
 
@@ -490,6 +536,11 @@ impl DriverQueue {
 
     pub fn used_index(&self) -> u16 {
         self.memory.load_u16(self.used + 2, Ordering::SeqCst).unwrap()
+    }
+
+    /// Takes the next used buffer without asking for an interrupt.
+    pub fn poll_quietly(&mut self) -> Option<(u16, u32)> {
+        if self.used_index() == self.next_used { None } else { self.poll() }
     }
 
     /// Takes the next used buffer; asks for an interrupt at the one after it.

@@ -1,13 +1,13 @@
 //! The memory-mapped transport (virtio 1.2, section 4.2).
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Interrupt, VirtioDevice};
+use super::iov::borrow;
 use super::state::{QueueArea, Register, Virtio};
 use crate::accel::{IoAddress, Vm};
 use crate::bus::BusDevice;
@@ -74,12 +74,6 @@ pub struct VirtioMmio {
     base: u64,
     /// Which queues' notifications the accelerator signals directly.
     doorbells: Vec<bool>,
-}
-
-/// A view of an event descriptor for the accelerator.
-pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open as long as `event` is borrowed, which the lifetime of the result says.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 impl VirtioMmio {

@@ -8,14 +8,18 @@
 //! Queues ([`Queue`], [`Chain`]) check everything that the guest controls; a malformed queue or chain stops the device
 //! with `DEVICE_NEEDS_RESET`, as the specification says, until the driver resets it.
 
+pub mod blk;
 mod chain;
 mod device;
+pub mod iov;
 pub mod mmio;
 pub mod pci;
 mod queue;
+pub mod rate;
 mod state;
 mod worker;
 
+pub use blk::Blk;
 pub use chain::{Chain, Reader, Segment, Writer};
 pub use device::{
     Activation, ConfigNotifier, DeviceError, HandlerSpec, Interrupt, QueueHandler, VirtioDevice, copy_config,

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 
 use super::device::{Interrupt, VirtioDevice};
-use super::mmio::borrow;
+use super::iov::borrow;
 use super::state::{QueueArea, Register, Virtio};
 use crate::accel::{AccelError, IoAddress, Vm};
 use crate::lifecycle::{Lifecycle, LifecycleError};

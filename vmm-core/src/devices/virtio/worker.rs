@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -29,9 +30,16 @@ pub struct Context {
     pub deadline: Option<Instant>,
     interrupt: Arc<dyn Interrupt>,
     epoll: Epoll,
+    stopping: Arc<AtomicBool>,
 }
 
 impl Context {
+    /// Whether the worker is asked to stop: a handler that finds ever more work returns then. Every queue is served
+    /// again after the next start.
+    pub fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
     /// Interrupts the guest for queue `index` when its driver wants that.
     ///
     /// # Errors
@@ -91,6 +99,7 @@ pub(super) struct Environment {
 /// A running handler.
 pub(super) struct Worker {
     stop: EventFd,
+    stopping: Arc<AtomicBool>,
     thread: JoinHandle<Parked>,
 }
 
@@ -113,9 +122,17 @@ impl Worker {
             Ok(prepared) => prepared,
             Err(error) => return Err((error, Some(parked))),
         };
+        let stopping = Arc::new(AtomicBool::new(false));
         let interrupt = Arc::clone(env.shared.interrupt());
         let Parked { handler, queues, owned, external } = parked;
-        let context = Context { memory: env.memory.clone(), queues, deadline: None, interrupt, epoll };
+        let context = Context {
+            memory: env.memory.clone(),
+            queues,
+            deadline: None,
+            interrupt,
+            epoll,
+            stopping: Arc::clone(&stopping),
+        };
         let run = Run {
             handler,
             context,
@@ -127,11 +144,12 @@ impl Worker {
         };
         let thread = std::thread::Builder::new().name(env.name.into()).stack_size(STACK_SIZE);
         let thread = thread.spawn(move || run.run()).map_err(|e| (e, None))?;
-        Ok(Self { stop: ours, thread })
+        Ok(Self { stop: ours, stopping, thread })
     }
 
     /// Asks the worker to stop without waiting for it.
     pub(super) fn request_stop(&self) {
+        self.stopping.store(true, Ordering::Release);
         // The counter cannot overflow: it is written once.
         let _ = self.stop.write(1);
     }

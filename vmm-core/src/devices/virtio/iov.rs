@@ -1,0 +1,146 @@
+//! Guest buffers as I/O vectors of the host, for system calls and back-ends that copy straight from and to guest RAM.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use blockfmt::{Gather, Scatter};
+use libc::iovec;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::Segment;
+use crate::memory::{AccessError, GuestMemory};
+
+/// What the kernel takes in one call.
+const MAX_VECTORS: usize = 1024;
+
+/// Reusable storage for I/O vectors. Between calls it holds no pointers that anyone uses.
+#[derive(Default)]
+pub struct IoVectors(Vec<iovec>);
+
+// SAFETY: the pointers are only used through `GuestVectors`, which borrows the memory that they point to.
+unsafe impl Send for IoVectors {}
+
+/// Guest buffers, resolved to host addresses; borrows the memory that is mapped there.
+pub struct GuestVectors<'a> {
+    vectors: &'a mut Vec<iovec>,
+    memory: &'a GuestMemory,
+    segments: &'a [Segment],
+}
+
+impl IoVectors {
+    /// Resolves guest buffers.
+    ///
+    /// # Errors
+    /// Fails when a segment is not RAM (never for a chain from a [`super::Queue`]).
+    pub fn resolve<'a>(
+        &'a mut self,
+        memory: &'a GuestMemory,
+        segments: &'a [Segment],
+    ) -> Result<GuestVectors<'a>, AccessError> {
+        self.0.clear();
+        for segment in segments {
+            let (mut address, mut left) = (segment.address, segment.len as usize);
+            while left != 0 {
+                // A segment may run from one region into the next.
+                let slice = memory.slice(address, left).or_else(|error| {
+                    let regions = memory.regions();
+                    let at = regions.partition_point(|r| r.guest_address() <= address);
+                    let end = at.checked_sub(1).map_or(0, |i| regions[i].end());
+                    let part = end.checked_sub(address).filter(|&p| p != 0 && p < left as u64);
+                    memory.slice(address, part.ok_or(error)? as usize)
+                })?;
+                self.0.push(iovec { iov_base: slice.host_ptr().cast(), iov_len: slice.len() });
+                address += slice.len() as u64;
+                left -= slice.len();
+            }
+        }
+        Ok(GuestVectors { vectors: &mut self.0, memory, segments })
+    }
+}
+
+impl GuestVectors<'_> {
+    /// The buffers as the destination of a read. Call [`Self::mark_written`] afterwards.
+    pub fn scatter(&mut self) -> Scatter<'_> {
+        // SAFETY: the vectors point into live mappings of `self.memory`, which is borrowed for as long.
+        unsafe { Scatter::from_iovecs(self.vectors) }
+    }
+
+    /// The buffers as the source of a write.
+    pub fn gather(&self) -> Gather<'_> {
+        // SAFETY: as in `scatter`.
+        unsafe { Gather::from_iovecs(self.vectors) }
+    }
+
+    /// Reads from `fd` into the buffers with one system call and reports what was written.
+    ///
+    /// # Errors
+    /// Those of `readv`.
+    pub fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let count = self.vectors.len().min(MAX_VECTORS) as i32;
+        // SAFETY: the vectors point into live mappings of `self.memory`, which is borrowed for as long.
+        let n = unsafe { libc::readv(fd.as_raw_fd(), self.vectors.as_ptr(), count) };
+        let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+        self.mark_written(n);
+        Ok(n)
+    }
+
+    /// Writes the buffers to `fd` with one system call.
+    ///
+    /// # Errors
+    /// Those of `writev`.
+    pub fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let count = self.vectors.len().min(MAX_VECTORS) as i32;
+        // SAFETY: as in `read_from`.
+        let n = unsafe { libc::writev(fd.as_raw_fd(), self.vectors.as_ptr(), count) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Reports that the first `len` bytes were written.
+    pub fn mark_written(&self, len: usize) {
+        let mut left = len as u64;
+        for segment in self.segments {
+            let n = left.min(u64::from(segment.len));
+            if n == 0 {
+                break;
+            }
+            self.memory.mark_written(segment.address, n);
+            left -= n;
+        }
+    }
+}
+
+/// A view of an event descriptor with its lifetime.
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as `event` is borrowed, which the lifetime of the result says.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::memory::{MemoryRegion, RegionOptions};
+
+    #[test]
+    fn segments_may_cross_regions() {
+        let region = |at| MemoryRegion::allocate(at, 0x1000, &RegionOptions::default()).unwrap();
+        let memory = GuestMemory::new(vec![region(0), region(0x1000), region(0x8000)]).unwrap();
+        let segments = [Segment { address: 0xffe, len: 4 }, Segment { address: 0x8000, len: 2 }];
+        let mut vectors = IoVectors::default();
+        let (mut rx, mut tx) = std::io::pipe().unwrap();
+        tx.write_all(b"abcdef").unwrap();
+        let mut v = vectors.resolve(&memory, &segments).unwrap();
+        assert_eq!(v.read_from(rx.as_fd()).unwrap(), 6);
+        assert_eq!(v.gather().to_vec(), b"abcdef");
+        let mut data = [0; 4];
+        memory.read(0xffe, &mut data).unwrap();
+        assert_eq!(&data, b"abcd");
+        assert_eq!(v.write_to(tx.as_fd()).unwrap(), 6);
+        let mut back = [0; 6];
+        rx.read_exact(&mut back).unwrap();
+        assert_eq!(&back, b"abcdef");
+        assert!(vectors.resolve(&memory, &[Segment { address: 0x1ffe, len: 4 }]).is_err());
+    }
+}

@@ -1,0 +1,7 @@
+//! virtio devices, exercised by a guest-side driver over every transport.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod blk;
+mod conformance;
+mod driver;
+mod platform;
