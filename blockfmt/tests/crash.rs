@@ -3,6 +3,8 @@
 //! After each crash every sector must hold what was last flushed or something that was written to it since,
 //! and `qemu-img check` may find leaks but no corruption.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
+
 mod common;
 
 use blockfmt::format::qcow2::Qcow2Options;

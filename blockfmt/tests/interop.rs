@@ -1,5 +1,7 @@
 //! Images cross between QEMU and us in both directions, in every variant of qcow2.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
+
 mod common;
 
 use blockfmt::format::qcow2::{Compression, Qcow2Options};

@@ -47,7 +47,7 @@ impl FromStr for Format {
     }
 }
 
-/// How a layer is opened; see [`open_layer`].
+/// How a layer is opened.
 #[derive(Clone, Debug, Default)]
 pub struct LayerOptions {
     /// Refuse writes and leave the image untouched.

@@ -372,6 +372,12 @@ impl Storage for FileStorage {
     }
 }
 
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        lock::release(self.file.as_fd());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -65,6 +65,16 @@ pub(super) fn apply(file: BorrowedFd<'_>, path: &Path, mode: LockMode) -> Result
     Ok(())
 }
 
+/// Gives up all locks. Closing the file is not enough: a child that another thread is forking right now
+/// shares the description, and its locks, until it executes its program.
+pub(super) fn release(file: BorrowedFd<'_>) {
+    for p in 0..NAMES.len() as i64 {
+        // Failure leaves the locks to the kernel, which drops them with the description.
+        let _ = set(file, USED + p, false);
+        let _ = set(file, UNSHARED + p, false);
+    }
+}
+
 fn request(kind: i32, byte: i64) -> libc::flock {
     libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
 }

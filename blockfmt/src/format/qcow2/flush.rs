@@ -4,8 +4,10 @@
 //! first, then L1 entries, then refcounts, so that whatever a copied entry relies on is in the copy too.
 //! It then writes, with barriers between the steps that need them:
 //!
-//! 1. refcount blocks, 2. the refcount table, barrier for these and for payload, 3. L2 slices,
-//! barrier if there are new L2 tables, 4. L1 entries, barrier.
+//! 1. refcount blocks,
+//! 2. the refcount table; barrier for these and for payload,
+//! 3. L2 slices; barrier if there are new L2 tables,
+//! 4. L1 entries; barrier.
 //!
 //! Clusters that the copied entries no longer refer to are released after all of this, and only when every
 //! request that may still use them has ended. A crash at any point leaks clusters at worst.

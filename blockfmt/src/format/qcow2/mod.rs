@@ -1,9 +1,9 @@
 //! qcow2, versions 2 and 3.
 //!
-//! Metadata is kept apart from payload. Reads find their place without a lock ([`cache`]); writes into
+//! Metadata is kept apart from payload. Reads find their place without a lock (`cache`); writes into
 //! clusters that the image owns alone do too. Everything else (allocation, copy-on-write, discard,
-//! zeroing) holds a lock on its range of guest clusters ([`ranges`]), writes payload first and then
-//! publishes the new mapping in memory. [`flush`] brings mappings to disk: refcounts before the entries
+//! zeroing) holds a lock on its range of guest clusters (`ranges`), writes payload first and then
+//! publishes the new mapping in memory. `flush` brings mappings to disk: refcounts before the entries
 //! that rely on them, payload before the entries that point to it, and the release of clusters last.
 
 mod cache;
