@@ -42,7 +42,10 @@ pub use error::{Error, Result};
 pub use mac_table::MacRow;
 pub use packet::offload::OffloadCaps;
 pub use packet::{Burst, Offload, Packet};
-pub use port::{Batch, Endpoint, EndpointPort, PORT_MAX, Port, PortId, StreamMode, StreamPort};
+pub use port::{
+    Batch, Endpoint, EndpointPort, NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort,
+    VhostUserOptions, VhostUserPort,
+};
 pub use port_config::{PortConfig, VLAN_MAX, VlanMode, VlanSet};
 pub use service::{GatewayConfig, GatewayPort, Lease};
 pub use stats::{PortStats, SIZE_CLASSES};

@@ -139,7 +139,7 @@ impl<V> FlowCache<V> {
             }
             *first = t.heads[t.bucket(k, self.seed)];
             if *first != NONE {
-                prefetch(&self.entries[*first as usize]);
+                prefetch(&raw const self.entries[*first as usize]);
             }
             last = *first;
         }

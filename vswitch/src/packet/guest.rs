@@ -97,6 +97,11 @@ impl GuestTail {
     }
 
     #[inline]
+    pub(super) fn segments(&self) -> &[Chunk] {
+        &self.segments
+    }
+
+    #[inline]
     pub(super) fn chunks(&self, out: &mut Chunks) {
         for c in &self.segments {
             out.list[out.n] = *c;

@@ -159,10 +159,18 @@ impl Packet {
         c
     }
 
-    /// Whether the whole frame is in the head.
-    #[inline]
-    pub fn is_short(&self) -> bool {
-        self.owned.is_empty() && self.guest.is_empty()
+    /// Calls `f` with the address and length of each part of the frame in order. The addresses are valid until the
+    /// packet is changed or cleared.
+    #[inline(always)]
+    pub(crate) fn for_each_part(&self, mut f: impl FnMut(*const u8, usize)) {
+        let head = self.head();
+        f(head.as_ptr(), head.len());
+        if !self.owned.is_empty() {
+            f(self.owned.as_ptr(), self.owned.len());
+        }
+        for c in self.guest.segments() {
+            f(c.ptr, c.len);
+        }
     }
 
     /// Appends bytes `from..` of the frame to `out`.

@@ -1,12 +1,16 @@
 //! Ports: what packets come in and go out by.
 
 mod endpoint;
+mod netdev;
 mod stream;
+mod vhost;
 
 use std::os::fd::RawFd;
 
 pub use endpoint::{Endpoint, EndpointPort};
+pub use netdev::NetdevPort;
 pub use stream::{StreamMode, StreamPort};
+pub use vhost::{VhostUserOptions, VhostUserPort};
 
 use crate::packet::offload::OffloadCaps;
 use crate::packet::{Burst, Packet};

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
-use vswitch::{GatewayConfig, GatewayPort, PortConfig, StreamMode, StreamPort, Switch};
+use vswitch::{
+    GatewayConfig, GatewayPort, NetdevPort, PortConfig, StreamMode, StreamPort, Switch, VhostUserOptions,
+    VhostUserPort,
+};
 
 /// A virtual switch: connects VMs to each other and to the host's networks.
 #[derive(Parser)]
@@ -17,6 +20,21 @@ struct Args {
     /// Connect to a Unix stream socket, for example of passt; may be repeated.
     #[arg(long, value_name = "SOCKET")]
     connect: Vec<PathBuf>,
+    /// Listen on a vhost-user socket for a VM; may be repeated.
+    #[arg(long, value_name = "SOCKET")]
+    vhost_user: Vec<PathBuf>,
+    /// Connect to a front-end that listens on a vhost-user socket; may be repeated.
+    #[arg(long, value_name = "SOCKET")]
+    vhost_user_client: Vec<PathBuf>,
+    /// Pairs of queues of vhost-user ports and taps.
+    #[arg(long, default_value_t = 1)]
+    queues: usize,
+    /// Open (or make) a tap interface; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    tap: Vec<String>,
+    /// Attach to an existing interface; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    uplink: Vec<String>,
     /// Run a DHCP server for this network (a.b.c.d/prefix) at its first address.
     #[arg(long, value_name = "NETWORK")]
     dhcp: Option<String>,
@@ -52,6 +70,18 @@ fn add_ports(switch: &Switch, args: &Args) -> Result<()> {
     for (path, mode) in streams {
         let port = StreamPort::new(path, mode)?;
         switch.add_port(&path.to_string_lossy(), port, PortConfig::default())?;
+    }
+    let vhost = args.vhost_user.iter().map(|p| (p, StreamMode::Listen));
+    let vhost = vhost.chain(args.vhost_user_client.iter().map(|p| (p, StreamMode::Connect)));
+    for (path, mode) in vhost {
+        let options = VhostUserOptions { queue_pairs: args.queues, ..VhostUserOptions::new(path, mode) };
+        switch.add_port(&path.to_string_lossy(), VhostUserPort::new(&options)?, PortConfig::default())?;
+    }
+    for name in &args.tap {
+        switch.add_port(name, NetdevPort::tap(name, args.queues)?, PortConfig::default())?;
+    }
+    for name in &args.uplink {
+        switch.add_port(name, NetdevPort::uplink(name)?, PortConfig::default())?;
     }
     if let Some(network) = &args.dhcp {
         let (address, prefix) = network.split_once('/').context("Write --dhcp as a.b.c.d/prefix")?;

@@ -1,0 +1,204 @@
+//! One virtqueue of a vhost-user port: what the front-end has set up, and the ring once it runs.
+#![expect(unsafe_code, reason = "hands translated addresses to the ring, which trusts them")]
+
+use std::sync::Arc;
+
+use super::memory::GuestMemory;
+use super::message::VringAddr;
+use super::ring::{QUEUE_MAX, RingAddresses, RingError, RingFeatures, SplitRing, part_sizes};
+use crate::packet::Burst;
+use crate::port::Batch;
+use crate::sys::EventFd;
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub struct Vring {
+    size: u16,
+    base: u16,
+    addr: Option<VringAddr>,
+    enabled: bool,
+    kicked: bool,
+    call: Option<EventFd>,
+    memory: Arc<GuestMemory>,
+    features: RingFeatures,
+    ring: Option<SplitRing>,
+}
+
+impl Vring {
+    /// Whether packets may move.
+    #[inline]
+    fn active(&mut self) -> Option<(&mut SplitRing, &Arc<GuestMemory>)> {
+        if !self.enabled {
+            return None;
+        }
+        Some((self.ring.as_mut()?, &self.memory))
+    }
+
+    /// Whether packets may move.
+    pub fn is_active(&self) -> bool {
+        self.enabled && self.ring.is_some()
+    }
+
+    /// Sets the number of entries.
+    pub fn set_size(&mut self, n: u32) -> Option<()> {
+        let n = u16::try_from(n).ok().filter(|n| n.is_power_of_two() && *n <= QUEUE_MAX)?;
+        (self.ring.is_none()).then(|| self.size = n)
+    }
+
+    /// Sets the next available entry.
+    pub fn set_base(&mut self, n: u32) -> Option<()> {
+        self.base = u16::try_from(n).ok()?;
+        Some(())
+    }
+
+    /// Sets the addresses. A running ring follows, as when logging starts; one that was kicked before starts now.
+    pub fn set_addr(&mut self, addr: VringAddr) -> Option<()> {
+        self.addr = Some(addr);
+        self.relocate()?;
+        if self.kicked { self.start().ok() } else { Some(()) }
+    }
+
+    /// Sets the descriptor to notify the guest by.
+    pub fn set_call(&mut self, call: Option<EventFd>) {
+        self.call = call;
+    }
+
+    /// Sets the features, which take effect at the next start; logging takes effect at once.
+    pub fn set_features(&mut self, features: RingFeatures) {
+        self.features = features;
+        if let Some(r) = &mut self.ring {
+            r.set_log(features.log);
+        }
+    }
+
+    /// Switches the queue on or off without stopping it.
+    pub fn set_enabled(&mut self, on: bool) {
+        self.enabled = on;
+    }
+
+    /// Starts the ring if all is set up; the front-end has given (or waived) the kick descriptor.
+    pub fn start(&mut self) -> Result<(), RingError> {
+        self.kicked = true;
+        if self.ring.is_some() || self.size == 0 || self.addr.is_none() {
+            return Ok(());
+        }
+        let at = self.addresses().ok_or(RingError::Address)?;
+        // SAFETY: `addresses` checked that all parts are mapped; `self.memory` keeps them so while the ring exists.
+        self.ring = Some(unsafe { SplitRing::new(self.size, at, self.features, self.base) }?);
+        Ok(())
+    }
+
+    /// Replaces the guest's memory; a running ring moves along, or stops when its parts are gone.
+    pub fn set_memory(&mut self, memory: Arc<GuestMemory>) -> Option<()> {
+        self.memory = memory;
+        self.relocate()
+    }
+
+    fn relocate(&mut self) -> Option<()> {
+        let at = self.addresses();
+        let ring = match &mut self.ring {
+            Some(r) => r,
+            None => return Some(()),
+        };
+        match at {
+            // SAFETY: as in `start`.
+            Some(at) => unsafe { ring.relocate(at) },
+            None => {
+                self.base = ring.base();
+                self.ring = None;
+            }
+        }
+        at.map(drop)
+    }
+
+    fn addresses(&self) -> Option<RingAddresses> {
+        let a = self.addr?;
+        let (desc, avail, used) = part_sizes(self.size);
+        let m = &self.memory;
+        let at = RingAddresses {
+            desc: m.translate_user(a.desc, desc)?,
+            avail: m.translate_user(a.avail, avail)?,
+            used: m.translate_user(a.used, used)?,
+            used_log: a.log.then_some(a.used_guest),
+        };
+        let aligned = at.desc as usize % 16 == 0 && at.avail as usize % 2 == 0 && at.used as usize % 4 == 0;
+        aligned.then_some(at)
+    }
+
+    /// Whether a burst that was received has not been completed.
+    pub fn is_busy(&self) -> bool {
+        self.ring.as_ref().is_some_and(SplitRing::has_pending)
+    }
+
+    /// Stops the ring; returns where it stands. The caller has waited until it is not busy.
+    pub fn stop(&mut self) -> u16 {
+        if let Some(r) = self.ring.take() {
+            self.base = r.base();
+        }
+        self.kicked = false;
+        self.base
+    }
+
+    /// Stops the ring and forgets all that was set up.
+    pub fn reset(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Takes packets that the guest sends.
+    #[inline]
+    pub fn receive(&mut self, burst: &mut Burst) {
+        let Some((ring, memory)) = self.active() else { return };
+        let r = ring.pop(memory, burst);
+        if !burst.is_empty() {
+            burst.hold(memory.clone());
+        }
+        self.note(r);
+    }
+
+    /// Gives received buffers back.
+    #[inline]
+    pub fn complete(&mut self) {
+        // A disabled queue completes what it took before.
+        let Some(ring) = &mut self.ring else { return };
+        if ring.has_pending() && ring.complete(&self.memory) {
+            self.notify();
+        }
+    }
+
+    /// Copies packets into the guest's buffers.
+    #[inline]
+    pub fn transmit(&mut self, batch: &Batch<'_>) -> usize {
+        let Some((ring, memory)) = self.active() else { return 0 };
+        match ring.push(memory, batch) {
+            Ok((n, notify)) => {
+                if notify {
+                    self.notify();
+                }
+                n
+            }
+            Err(e) => {
+                self.note(Err(e));
+                0
+            }
+        }
+    }
+
+    /// Asks the guest for notifications or waives them; says whether there is work.
+    pub fn arm(&mut self, on: bool) -> bool {
+        self.active().is_some_and(|(ring, _)| ring.arm(on))
+    }
+
+    fn notify(&self) {
+        if let Some(c) = &self.call {
+            c.signal();
+        }
+    }
+
+    /// A guest that breaks its ring loses the queue until it is set up anew.
+    fn note(&mut self, r: Result<(), RingError>) {
+        if let Err(e) = r {
+            tracing::warn!(error = %e, "the guest broke a virtqueue; it is stopped until the guest resets it");
+            self.enabled = false;
+        }
+    }
+}
