@@ -82,6 +82,24 @@ enum nacre_status {
 };
 
 /*
+ An accelerator.
+ */
+enum nacre_accel {
+    /*
+     The better one that works on this host.
+     */
+    NACRE_ACCEL_AUTO = 0,
+    /*
+     The Linux kernel's KVM.
+     */
+    NACRE_ACCEL_KVM = 1,
+    /*
+     The x86-64 CPU in software.
+     */
+    NACRE_ACCEL_SOFT = 2,
+};
+
+/*
  An open disk: a chain of images. Free it with `nacre_disk_free`.
  */
 struct nacre_disk;
@@ -90,6 +108,36 @@ struct nacre_disk;
  An error object: a code, a message, and the chain of causes. Free it with `nacre_error_free`.
  */
 struct nacre_error;
+
+/*
+ What a probe found out about one accelerator.
+ */
+struct nacre_accel_info {
+    /*
+     Which one.
+     */
+    enum nacre_accel kind;
+    /*
+     Whether guests can be expected to run.
+     */
+    bool usable;
+    /*
+     Whether `NACRE_ACCEL_AUTO` takes this one.
+     */
+    bool chosen;
+    /*
+     Speed of guest kernel code in millions of instructions a second; 0 when it was not measured.
+     */
+    double kernel_mips;
+    /*
+     Speed of guest user code in millions of instructions a second; 0 when it was not measured.
+     */
+    double user_mips;
+    /*
+     Why it is not usable or not chosen, in English; terminated, cut if need be.
+     */
+    char reason[512];
+};
 
 /*
  How an image is created. Set `struct_size` and zero the rest for defaults.
@@ -158,6 +206,18 @@ struct nacre_disk_options {
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
+
+/*
+ Measures which accelerators work here; takes some tens of milliseconds. Fills at most `*count` entries of `infos`
+ and sets `*count` to the number of accelerators that there are.
+
+ # Safety
+ `count` is null or points to a `size_t`; `infos` has room for `*count` entries; `error` is null or points to room
+ for a pointer.
+ */
+enum nacre_status nacre_accel_probe(struct nacre_accel_info *infos,
+                                    size_t *count,
+                                    struct nacre_error **error);
 
 /*
  Creates an image file.

@@ -15,6 +15,7 @@
 
 #![expect(non_camel_case_types, reason = "the names are those of the C header")]
 
+pub mod accel;
 pub mod border;
 pub mod disk;
 pub mod error;

@@ -107,3 +107,13 @@ fn example_disk_chain() {
         assert_eq!(String::from_utf8_lossy(&output.stdout), "1048576 bytes\nfrom the base\nfrom the child\n");
     }
 }
+
+#[test]
+fn example_accelerators() {
+    let dir = tempfile::tempdir().unwrap();
+    let exe = compile(&crate_dir().join("../examples/c/accelerators.c"), Link::Shared, dir.path());
+    let output = run(&mut Command::new(exe));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("kvm ") && text.contains("soft "), "{text}");
+    assert_eq!(text.matches(" chosen ").count(), 1, "{text}");
+}
