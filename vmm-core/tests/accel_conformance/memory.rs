@@ -28,7 +28,7 @@ pub fn regions_and_the_hole_between_them(target: &Target) {
     memory.store_u32(HIGH + 0x800, 77, std::sync::atomic::Ordering::Relaxed).unwrap();
     write_page_tables(&memory);
     // A fifth entry maps the region above 4 GiB.
-    memory.write_obj(PAGE_TABLES + 0x1000 + 8 * 4, &(PAGE_TABLES + 0x6000 | 3)).unwrap();
+    memory.write_obj(PAGE_TABLES + 0x1000 + 8 * 4, &((PAGE_TABLES + 0x6000) | 3)).unwrap();
     memory.write_obj(PAGE_TABLES + 0x6000, &(HIGH | 0x83)).unwrap();
     let mut machine = Machine::with_memory(target, 1, memory);
     machine.cpu.set_state(&long64()).unwrap();
