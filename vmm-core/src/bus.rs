@@ -88,6 +88,11 @@ impl Bus {
         true
     }
 
+    /// Removes all ranges.
+    pub fn clear(&self) {
+        *self.entries.write() = Arc::default();
+    }
+
     fn find(&self, address: u64, len: usize) -> Option<(Arc<dyn BusDevice>, u64)> {
         let entries = Arc::clone(&self.entries.read());
         let at = entries.partition_point(|e| e.base <= address).checked_sub(1)?;

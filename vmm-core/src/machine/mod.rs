@@ -1,1 +1,229 @@
-//! Composes accelerator, memory, devices and boot into a running virtual machine.
+//! A whole virtual machine: it composes an accelerator, RAM, devices and a kernel, and runs them.
+//!
+//! ```no_run
+//! use vmm_core::machine::{StopReason, Vm, VmConfig};
+//!
+//! let mut config = VmConfig::default();
+//! config.boot.kernel = "/boot/vmlinuz".into();
+//! config.boot.command_line = "console=ttyS0".into();
+//! let vm = Vm::builder(config).build()?;
+//! vm.start()?;
+//! assert_eq!(vm.wait(), StopReason::PowerOff);
+//! # Ok::<(), vmm_core::machine::VmError>(())
+//! ```
+//! A machine that stopped stays stopped: after a reset its owner builds a new one from the same configuration. Dropping
+//! a [`Vm`] stops it; no thread, descriptor or mapping remains.
+
+mod build;
+mod config;
+mod console;
+mod entry;
+mod events;
+mod layout;
+mod vcpu;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+pub use self::build::VmBuilder;
+pub use self::config::{
+    AccelChoice, BootConfig, ConsoleConfig, MemoryConfig, NumaConfig, PageConfig, VmConfig,
+};
+use self::console::RunningConsole;
+pub use self::console::{ConsoleError, InputFilter};
+pub use self::events::{Events, StopReason, VmEvent};
+use self::vcpu::Control;
+use crate::accel::{self, AccelError, AccelKind};
+use crate::acpi::AcpiError;
+use crate::boot::BootError;
+use crate::bus::{Bus, BusError};
+use crate::devices::legacy::AcpiPm;
+use crate::lifecycle::{Lifecycle, LifecycleError};
+use crate::memory::{GuestMemory, MapError};
+use crate::pci::{PciError, PciRoot};
+
+/// Why a machine cannot be built or controlled.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The configuration asks for something impossible.
+    #[error("Invalid configuration: {0}")]
+    Config(String),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MapError),
+    /// The accelerator.
+    #[error(transparent)]
+    Accel(#[from] AccelError),
+    /// The kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// The serial console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// Two devices at one address.
+    #[error("Two devices answer at one address; this is a bug, please report it")]
+    Bus(#[from] BusError),
+    /// PCI.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// A device did not follow a change of the machine's state.
+    #[error(transparent)]
+    Lifecycle(#[from] LifecycleError),
+    /// The host refused a thread or descriptor.
+    #[error("Cannot get {what} from the host; raise its limits")]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// The host's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The machine has stopped.
+    #[error("The machine has stopped; build a new one")]
+    Stopped,
+}
+
+/// A virtual machine. All methods may be called from any thread.
+pub struct Vm {
+    control: Arc<Control>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Serialises changes of the machine's state.
+    lifecycle: Mutex<bool>,
+    kind: AccelKind,
+    memory: GuestMemory,
+    devices: Devices,
+    accel: Arc<dyn accel::Vm>,
+}
+
+/// What is connected to the machine. Dropped before the accelerator's VM.
+struct Devices {
+    mmio: Arc<Bus>,
+    ports: Arc<Bus>,
+    pci: Option<Arc<PciRoot>>,
+    pm: Arc<AcpiPm>,
+    console: Mutex<Option<RunningConsole>>,
+}
+
+impl Vm {
+    /// Begins to build a machine.
+    pub fn builder(config: VmConfig) -> VmBuilder {
+        VmBuilder::new(config)
+    }
+
+    /// Starts the devices and lets the vCPUs run. Also continues after [`Vm::pause`].
+    ///
+    /// # Errors
+    /// Fails when the machine has stopped or a device's back-end cannot be started.
+    pub fn start(&self) -> Result<(), VmError> {
+        let mut started = self.lifecycle.lock();
+        if let Some(pci) = &self.devices.pci {
+            pci.start()?;
+        }
+        let event = if *started { VmEvent::Resumed } else { VmEvent::Started };
+        if !self.control.run() {
+            return Err(VmError::Stopped);
+        }
+        *started = true;
+        self.control.events.push(event);
+        Ok(())
+    }
+
+    /// Stops the vCPUs, then the devices: afterwards guest memory does not change.
+    ///
+    /// # Errors
+    /// Fails when the machine has stopped or a device cannot complete what is in flight.
+    pub fn pause(&self) -> Result<(), VmError> {
+        let _serial = self.lifecycle.lock();
+        if !self.control.pause() {
+            return Err(VmError::Stopped);
+        }
+        if let Some(pci) = &self.devices.pci {
+            pci.pause()?;
+        }
+        self.control.events.push(VmEvent::Paused);
+        Ok(())
+    }
+
+    /// Presses the power button; a guest that listens shuts down.
+    pub fn press_power_button(&self) {
+        self.devices.pm.press_power_button();
+    }
+
+    /// Stops the vCPUs at once, as if the power failed. [`Vm::wait`] returns afterwards.
+    pub fn stop(&self) {
+        self.control.stop(StopReason::Stopped);
+    }
+
+    /// Something that stops the machine from places that must not keep it alive, such as a signal handler's thread.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.control.clone())
+    }
+
+    /// Waits until all vCPUs have stopped and says why.
+    pub fn wait(&self) -> StopReason {
+        self.control.wait()
+    }
+
+    /// Why the machine stopped, or `None` while it has not.
+    pub fn stop_reason(&self) -> Option<StopReason> {
+        self.control.reason()
+    }
+
+    /// What happens to the machine, with a descriptor to poll.
+    pub fn events(&self) -> &Events {
+        &self.control.events
+    }
+
+    /// The accelerator in use.
+    pub fn accelerator(&self) -> AccelKind {
+        self.kind
+    }
+
+    /// The guest's RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// The accelerator's machine, for back-ends that are added by its owner.
+    pub fn accel(&self) -> &Arc<dyn accel::Vm> {
+        &self.accel
+    }
+}
+
+/// Stops a machine without keeping it alive.
+#[derive(Clone)]
+pub struct Stopper(Arc<Control>);
+
+impl Stopper {
+    /// As [`Vm::stop`].
+    pub fn stop(&self) {
+        self.0.stop(StopReason::Stopped);
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.control.stop(StopReason::Stopped);
+        for thread in self.threads.get_mut().drain(..) {
+            // A panic has been turned into a stop reason.
+            let _ = thread.join();
+        }
+        if let Some(pci) = &self.devices.pci
+            && let Err(error) = pci.pause()
+        {
+            tracing::error!(%error, "A device did not complete its requests");
+        }
+        *self.devices.console.get_mut() = None;
+        // Devices and buses refer to each other; cut that here.
+        self.devices.mmio.clear();
+        self.devices.ports.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests;

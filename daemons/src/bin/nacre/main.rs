@@ -1,2 +1,60 @@
 //! The `nacre` command line.
-fn main() {}
+
+mod run;
+mod schema;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Runs virtual machines and manages their disks.
+#[derive(Parser)]
+#[command(name = "nacre", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Run(Box<run::Args>),
+    /// Print the JSON schema of `nacre run --config` files.
+    Schema,
+    /// Print a completion script for a shell.
+    #[command(
+        after_help = "Example:\n  nacre completions bash >~/.local/share/bash-completion/completions/nacre"
+    )]
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let log = tracing_subscriber::EnvFilter::try_from_env("NACRE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(log).with_writer(std::io::stderr).init();
+    let result = match cli.command {
+        Command::Run(args) => run::run(*args),
+        Command::Schema => schema::print(),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "nacre", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("nacre: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,218 @@
+//! The options of `nacre run`, and the configuration that they make.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::{Parser, ValueEnum};
+use vmm_core::machine::{AccelChoice, ConsoleConfig, VmConfig};
+
+const HELP: &str = "\
+Exit status:
+  0       the guest switched itself off
+  1       an error, explained in one line
+  2       a wrong command line
+  3       the guest asked for a reset (without --restart)
+  4       the guest's kernel panicked
+  5       the guest caused a triple fault
+  6       ended by Ctrl-A x or a signal
+  64 + n  a test guest wrote n to the debug-exit port
+
+Ctrl-A x ends the machine; Ctrl-A Ctrl-A sends Ctrl-A.
+
+Examples:
+  nacre run --kernel /boot/vmlinuz --initrd initrd.img --cmdline console=ttyS0
+  nacre run --kernel vmlinuz --disk path=child.qcow2,format=qcow2 --cmdline 'console=ttyS0 root=/dev/vda rw'
+  nacre run --config machine.json";
+
+/// Boot a kernel in a virtual machine and connect its serial console to the terminal.
+#[derive(Parser)]
+#[command(after_help = HELP)]
+pub struct Args {
+    /// Start from the configuration in this JSON file (see `nacre schema`); other options override it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Linux bzImage or ELF file to boot.
+    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "STRING")]
+    cmdline: Option<String>,
+    /// Number of vCPUs (1 to 255) [default: 1].
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Host CPUs for vCPU threads, for example 0=2-3 (may be repeated).
+    #[arg(long, value_name = "VCPU=CPUS")]
+    pin: Vec<String>,
+    /// RAM, with suffix K, M, G or T (MiB without) [default: 256M].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Accelerator [default: auto].
+    #[arg(long, value_enum)]
+    accel: Option<Accel>,
+    /// Where the serial console goes: stdio, pty, socket=PATH, file=PATH or off [default: stdio].
+    #[arg(long, value_name = "WHERE", value_parser = parse_console)]
+    console: Option<ConsoleConfig>,
+    /// Start the guest again when it asks for a reset.
+    #[arg(long)]
+    restart: bool,
+    /// Offer the debug console (port 0xE9) and debug-exit (port 0xF4) ports to test guests.
+    #[arg(long)]
+    debug_ports: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Accel {
+    /// The one that a measurement says is faster here.
+    Auto,
+    /// KVM.
+    Kvm,
+    /// The CPU in software; works everywhere.
+    Soft,
+}
+
+impl Args {
+    pub fn restart(&self) -> bool {
+        self.restart
+    }
+
+    /// The configuration that the file and the options describe.
+    pub fn config(self) -> anyhow::Result<VmConfig> {
+        let mut config = match &self.config {
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("Cannot read the configuration {}", path.display()))?;
+                serde_json::from_str(&text)
+                    .with_context(|| format!("The configuration {} is malformed", path.display()))?
+            }
+            None => VmConfig { console: ConsoleConfig::Stdio, ..VmConfig::default() },
+        };
+        if let Some(kernel) = self.kernel {
+            config.boot.kernel = kernel;
+        }
+        if self.initrd.is_some() {
+            config.boot.initrd = self.initrd;
+        }
+        if let Some(line) = self.cmdline {
+            config.boot.command_line = line;
+        }
+        if let Some(cpus) = self.cpus {
+            config.cpus = cpus;
+        }
+        if let Some(size) = self.memory {
+            config.memory.size = size;
+        }
+        if let Some(accel) = self.accel {
+            config.accel = match accel {
+                Accel::Auto => AccelChoice::Auto,
+                Accel::Kvm => AccelChoice::Kvm,
+                Accel::Soft => AccelChoice::Soft,
+            };
+        }
+        if let Some(console) = self.console {
+            config.console = console;
+        }
+        config.debug_ports |= self.debug_ports;
+        for pin in &self.pin {
+            let (vcpu, cpus) = parse_pin(pin)?;
+            if vcpu >= config.cpus as usize {
+                bail!("--pin {pin}: there is no vCPU {vcpu}; the guest has {}", config.cpus);
+            }
+            if config.cpu_affinity.len() <= vcpu {
+                config.cpu_affinity.resize(vcpu + 1, Vec::new());
+            }
+            config.cpu_affinity[vcpu] = cpus;
+        }
+        Ok(config)
+    }
+}
+
+/// A size with a binary suffix; plain numbers are MiB.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
+        "K" => 10,
+        "" | "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("give a number with K, M, G or T, for example 512M".into()),
+    };
+    let number: u64 = digits.parse().map_err(|_| "give a number with K, M, G or T, for example 512M")?;
+    number.checked_mul(1 << shift).ok_or_else(|| "that is too much".into())
+}
+
+fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
+    Ok(match text.split_once('=') {
+        None if text == "stdio" => ConsoleConfig::Stdio,
+        None if text == "pty" => ConsoleConfig::Pty,
+        None if text == "off" => ConsoleConfig::Off,
+        Some(("socket", path)) if !path.is_empty() => ConsoleConfig::Socket(path.into()),
+        Some(("file", path)) if !path.is_empty() => ConsoleConfig::File(path.into()),
+        _ => return Err("give stdio, pty, socket=PATH, file=PATH or off".into()),
+    })
+}
+
+/// `VCPU=CPUS`, where CPUS is a list of numbers and ranges.
+fn parse_pin(text: &str) -> anyhow::Result<(usize, Vec<usize>)> {
+    let parse = || {
+        let (vcpu, list) = text.split_once('=')?;
+        let mut cpus = Vec::new();
+        for part in list.split(',') {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
+            if last >= 1024 {
+                return None;
+            }
+            cpus.extend(first..=last);
+        }
+        Some((vcpu.parse().ok()?, cpus))
+    };
+    parse().with_context(|| format!("--pin {text}: give VCPU=CPUS, for example 0=2-3"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_suffixes() {
+        let good =
+            [("512", 512 << 20), ("512M", 512 << 20), ("1G", 1 << 30), ("2GiB", 2 << 30), ("64k", 64 << 10)];
+        for (text, size) in good {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+        for text in ["", "G", "1X", "-1", "99999999999T"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn options_override_the_file() {
+        let dir = std::env::temp_dir().join(format!("nacre-options-{}.json", std::process::id()));
+        std::fs::write(&dir, r#"{"cpus": 4, "boot": {"kernel": "a", "command_line": "x"}}"#).unwrap();
+        let line =
+            ["run", "--config", dir.to_str().unwrap(), "--kernel", "b", "--memory", "1G", "--pin", "3=0-1"];
+        let config = Args::try_parse_from(line).unwrap().config().unwrap();
+        std::fs::remove_file(&dir).unwrap();
+        assert_eq!((config.cpus, config.memory.size), (4, 1 << 30));
+        assert_eq!(config.boot.kernel, PathBuf::from("b"));
+        assert_eq!(config.boot.command_line, "x");
+        assert_eq!(config.cpu_affinity[3], [0, 1]);
+    }
+
+    #[test]
+    fn wrong_options_are_refused() {
+        for line in [
+            vec!["run"],
+            vec!["run", "--kernel", "k", "--console", "socket="],
+            vec!["run", "--kernel", "k", "--accel", "xen"],
+            vec!["run", "--kernel", "k", "--memory", "lots"],
+        ] {
+            assert!(Args::try_parse_from(&line).is_err(), "{line:?}");
+        }
+        let pin = Args::try_parse_from(["run", "--kernel", "k", "--pin", "1=0"]).unwrap();
+        assert!(pin.config().is_err());
+    }
+}

@@ -1,0 +1,258 @@
+//! Building a machine from its configuration.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::config::{AccelChoice, ConsoleConfig, VmConfig};
+use super::console::{Console, InputFilter};
+use super::vcpu::Control;
+use super::{Devices, Vm, VmError, entry, layout};
+use crate::accel::soft::SoftHypervisor;
+use crate::accel::{self, Hypervisor, IoBus, VmSpec};
+use crate::acpi::{self, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
+use crate::boot::{self, BootSource};
+use crate::bus::{Bus, BusDevice};
+use crate::devices::legacy::{
+    AcpiPm, DebugConsole, DebugExit, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink, Pvpanic, Rtc, Serial,
+    SerialOutput,
+};
+use crate::memory::GuestMemory;
+use crate::pci::{HostBridge, Identity, PciRoot, PciWindows};
+
+const COM1: u64 = 0x3f8;
+const CMOS: u64 = 0x70;
+const I8042_COMMAND: u64 = 0x64;
+const DEBUG_CONSOLE: u64 = 0xe9;
+const DEBUG_EXIT: u64 = 0xf4;
+const PCI_CONFIG: u64 = 0xcf8;
+
+/// The generic PCI Express host bridge that QEMU's vendor ID has; guests need no driver for it.
+const HOST_BRIDGE: Identity = Identity {
+    vendor: 0x1b36,
+    device: 0x0008,
+    revision: 0,
+    class: 0x06_0000,
+    subsystem_vendor: 0x1af4,
+    subsystem: 0x1100,
+    interrupt_pin: 0,
+};
+
+/// Builds a [`Vm`].
+pub struct VmBuilder {
+    config: VmConfig,
+    hypervisor: Option<Arc<dyn Hypervisor>>,
+    output: Option<Box<dyn SerialOutput>>,
+    filter: Option<InputFilter>,
+}
+
+/// The machine's buses as the accelerator sees them.
+struct Buses {
+    mmio: Arc<Bus>,
+    ports: Arc<Bus>,
+}
+
+impl IoBus for Buses {
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.mmio.read(address, data);
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.mmio.write(address, data);
+    }
+
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.ports.read(port.into(), data);
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) {
+        self.ports.write(port.into(), data);
+    }
+}
+
+impl VmBuilder {
+    pub(super) fn new(config: VmConfig) -> Self {
+        Self { config, hypervisor: None, output: None, filter: None }
+    }
+
+    /// Uses this accelerator instead of the one that the configuration names.
+    pub fn hypervisor(mut self, hypervisor: Arc<dyn Hypervisor>) -> Self {
+        self.hypervisor = Some(hypervisor);
+        self
+    }
+
+    /// Sends the serial port's output here instead of where the configuration says; there is no input then.
+    pub fn serial_output(mut self, output: impl SerialOutput + 'static) -> Self {
+        self.output = Some(Box::new(output));
+        self
+    }
+
+    /// Lets `filter` see and change console input on its way to the guest.
+    pub fn input_filter(mut self, filter: impl FnMut(&mut Vec<u8>) + Send + 'static) -> Self {
+        self.filter = Some(Box::new(filter));
+        self
+    }
+
+    /// Allocates everything, loads the kernel and leaves the machine ready to start.
+    ///
+    /// # Errors
+    /// Fails, with nothing left behind, when the configuration is impossible, a file cannot be used, or the host or the
+    /// accelerator refuses.
+    pub fn build(self) -> Result<Vm, VmError> {
+        let config = &self.config;
+        if config.cpus == 0 || config.cpus > 255 {
+            return Err(VmError::Config(format!("{} vCPUs; give the guest 1 to 255", config.cpus)));
+        }
+        if config.cpu_affinity.len() > config.cpus as usize {
+            return Err(VmError::Config("an affinity for more vCPUs than there are; remove it".into()));
+        }
+        let hypervisor = match self.hypervisor {
+            Some(hypervisor) => hypervisor,
+            None => accelerator(config.accel)?,
+        };
+        let (memory, numa) = layout::allocate(&config.memory, config.cpus)?;
+        let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default() });
+        let (mmio, ports) = (buses.mmio.clone(), buses.ports.clone());
+        let spec = VmSpec { memory: memory.clone(), vcpus: config.cpus, bus: buses };
+        let accel = hypervisor.create_vm(spec)?;
+        let host = |what| move |source| VmError::Host { what, source };
+        let control = Control::new(config.stop_on_panic).map_err(host("an event descriptor"))?;
+
+        // A device that stops the machine must not keep it alive.
+        let weak = Arc::downgrade(&control);
+        let power: PowerSink = Arc::new(move |event| {
+            if let Some(control) = weak.upgrade() {
+                control.power(event);
+            }
+        });
+        let pm = Arc::new(AcpiPm::new(accel.irq_line(SCI_GSI)?, power.clone()));
+        let console_config = if self.output.is_some() { &ConsoleConfig::Off } else { &config.console };
+        let console = Console::open(console_config)?;
+        if let Some(path) = console.pty_path() {
+            control.events.push(super::VmEvent::ConsolePty(path.to_owned()));
+        }
+        let output = self.output.unwrap_or_else(|| console.output());
+        let shared_output: Arc<dyn SerialOutput> = Arc::from(output);
+        let clone_output = || {
+            let output = shared_output.clone();
+            Box::new(move |data: &[u8]| output.write(data)) as Box<dyn SerialOutput>
+        };
+        let serial = Arc::new(Serial::new(accel.irq_line(SERIAL_GSI)?, clone_output()));
+
+        let insert = |base: u64, len: u64, device: Arc<dyn BusDevice>| ports.insert(base, len, device);
+        insert(COM1, 8, serial.clone())?;
+        insert(CMOS, 2, Arc::new(Rtc::new()))?;
+        insert(I8042_COMMAND, 1, Arc::new(I8042::new(power.clone())))?;
+        insert(PM_BASE.into(), PM_SIZE.into(), pm.clone())?;
+        insert(PVPANIC_PORT.into(), 1, Arc::new(Pvpanic::new(power.clone())))?;
+        if config.debug_ports {
+            insert(DEBUG_CONSOLE, 1, Arc::new(DebugConsole::new(clone_output())))?;
+            insert(DEBUG_EXIT, 1, Arc::new(DebugExit::new(power.clone())))?;
+        }
+        let pci = pci_root(&accel, &memory, &mmio, &ports, &power)?;
+
+        let platform = platform(config, &memory, numa);
+        let rsdp = acpi::write(&memory, layout::ACPI_AREA, &platform)?;
+        write_generation_id(&memory).map_err(host("random bytes"))?;
+        let source = BootSource {
+            kernel: &config.boot.kernel,
+            initrd: config.boot.initrd.as_deref(),
+            command_line: &config.boot.command_line,
+            rsdp,
+            memory_map: &layout::memory_map(&memory),
+        };
+        let boot_entry = boot::load(&memory, &source)?;
+
+        let running = console.connect(serial, self.filter)?;
+        let vm = Vm {
+            control: control.clone(),
+            threads: Mutex::default(),
+            lifecycle: Mutex::new(false),
+            kind: hypervisor.kind(),
+            memory,
+            devices: Devices { mmio, ports, pci: Some(pci), pm, console: Mutex::new(Some(running)) },
+            accel: accel.clone(),
+        };
+        // All vCPUs exist before the first thread runs: an error then drops `vm`, which ends the threads.
+        let mut vcpus = Vec::new();
+        for id in 0..config.cpus {
+            let mut vcpu = accel.create_vcpu(id)?;
+            if id == 0 {
+                let mut state = vcpu.state()?;
+                entry::apply(&mut state, &boot_entry);
+                vcpu.set_state(&state)?;
+            }
+            vcpus.push(vcpu);
+        }
+        for (id, vcpu) in (0..).zip(vcpus) {
+            let affinity = config.cpu_affinity.get(id as usize).cloned().unwrap_or_default();
+            let thread = control.spawn(id, vcpu, affinity).map_err(host("a thread"))?;
+            vm.threads.lock().push(thread);
+        }
+        Ok(vm)
+    }
+}
+
+/// The accelerator that the configuration names.
+fn accelerator(choice: AccelChoice) -> Result<Arc<dyn Hypervisor>, VmError> {
+    match choice {
+        AccelChoice::Soft | AccelChoice::Auto => Ok(Arc::new(SoftHypervisor::new())),
+        AccelChoice::Kvm => Err(accel::AccelError::Unavailable {
+            kind: accel::AccelKind::Kvm,
+            reason: "this build has no support for it; use --accel soft".into(),
+        }
+        .into()),
+    }
+}
+
+fn pci_root(
+    accel: &Arc<dyn accel::Vm>,
+    memory: &GuestMemory,
+    mmio: &Arc<Bus>,
+    ports: &Arc<Bus>,
+    power: &PowerSink,
+) -> Result<Arc<PciRoot>, VmError> {
+    let windows =
+        PciWindows { mmio32: layout::PCI_MMIO32, mmio64: layout::pci_mmio64(memory), io: layout::PCI_IO };
+    let root = PciRoot::new(mmio.clone(), ports.clone(), windows);
+    let mut lines = Vec::new();
+    for gsi in layout::PCI_INTX {
+        lines.push((gsi as u8, accel.irq_line(gsi)?));
+    }
+    if let Ok(lines) = lines.try_into() {
+        root.route_intx(lines);
+    }
+    let power = power.clone();
+    root.on_reset(move || power(crate::devices::legacy::PowerEvent::Reset));
+    root.add(Arc::new(HostBridge::new(HOST_BRIDGE)), 0)?;
+    mmio.insert(layout::PCI_ECAM.start, layout::PCI_ECAM.end - layout::PCI_ECAM.start, root.ecam())?;
+    ports.insert(PCI_CONFIG, 8, root.config_ports())?;
+    Ok(root)
+}
+
+fn platform(config: &VmConfig, memory: &GuestMemory, numa: Vec<NumaNode>) -> Platform {
+    Platform {
+        cpus: config.cpus,
+        pci: Some(PciRootInfo {
+            ecam: layout::PCI_ECAM,
+            mmio32: layout::PCI_MMIO32,
+            mmio64: layout::pci_mmio64(memory),
+            io: layout::PCI_IO,
+            intx: layout::PCI_INTX,
+        }),
+        mmio: Vec::new(),
+        serial: true,
+        generation_id: Some(layout::GENERATION_ID),
+        numa,
+    }
+}
+
+/// Gives this run of the machine an identifier of its own.
+fn write_generation_id(memory: &GuestMemory) -> std::io::Result<()> {
+    let mut id = [0u8; 16];
+    // SAFETY: `id` is a live buffer of the stated length.
+    if unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) } != id.len() as isize {
+        return Err(std::io::Error::last_os_error());
+    }
+    memory.write(layout::GENERATION_ID, &id).map_err(std::io::Error::other)
+}

@@ -1,0 +1,149 @@
+//! What a machine is made of, as it is written in a JSON file.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Which accelerator runs the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AccelChoice {
+    /// The one that a measurement says is faster here.
+    #[default]
+    Auto,
+    /// KVM.
+    Kvm,
+    /// The software CPU.
+    Soft,
+}
+
+/// A machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct VmConfig {
+    /// Number of vCPUs, 1 to 255.
+    pub cpus: u32,
+    /// Host CPUs that each vCPU's thread may run on, by vCPU; empty for all.
+    pub cpu_affinity: Vec<Vec<usize>>,
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// Accelerator.
+    pub accel: AccelChoice,
+    /// What is booted.
+    pub boot: BootConfig,
+    /// The serial port COM1.
+    pub console: ConsoleConfig,
+    /// Ports 0xE9 (debug console, printed on the serial console) and 0xF4 (exit with a code), for test guests.
+    pub debug_ports: bool,
+    /// End the machine when the guest's kernel panics (pvpanic).
+    pub stop_on_panic: bool,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            cpu_affinity: Vec::new(),
+            memory: MemoryConfig::default(),
+            accel: AccelChoice::default(),
+            boot: BootConfig::default(),
+            console: ConsoleConfig::default(),
+            debug_ports: false,
+            stop_on_panic: true,
+        }
+    }
+}
+
+impl VmConfig {
+    /// The JSON schema of a configuration file.
+    pub fn schema() -> serde_json::Value {
+        schemars::schema_for!(Self).to_value()
+    }
+}
+
+/// What a guest boots.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BootConfig {
+    /// A Linux bzImage or an ELF file.
+    pub kernel: PathBuf,
+    /// An initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub command_line: String,
+}
+
+/// Guest RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Size in bytes, a multiple of 4096.
+    pub size: u64,
+    /// The host's pages behind it.
+    pub pages: PageConfig,
+    /// Touch all of it when the machine is built, so that a lack of memory shows at once.
+    pub prefault: bool,
+    /// Bind it to this host NUMA node.
+    pub host_node: Option<u32>,
+    /// NUMA nodes that the guest sees; their sizes add up to `size` and each vCPU belongs to one.
+    pub numa: Vec<NumaConfig>,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 256 << 20,
+            pages: PageConfig::default(),
+            prefault: false,
+            host_node: None,
+            numa: Vec::new(),
+        }
+    }
+}
+
+/// The host's pages behind guest RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PageConfig {
+    /// Normal pages.
+    #[default]
+    Normal,
+    /// Transparent huge pages where the host has them.
+    Transparent,
+    /// Reserved pages of 2 MiB.
+    Huge2m,
+    /// Reserved pages of 1 GiB.
+    Huge1g,
+}
+
+/// A NUMA node of the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct NumaConfig {
+    /// Its vCPUs.
+    pub cpus: Vec<u32>,
+    /// Its RAM in bytes, a multiple of 4096.
+    pub size: u64,
+    /// The host node that its RAM is bound to.
+    pub host_node: Option<u32>,
+    /// Relative distance to each node, itself included (10 is local); empty for the defaults.
+    pub distances: Vec<u8>,
+}
+
+/// Where the serial console goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ConsoleConfig {
+    /// Nowhere; there is a port, and it is silent.
+    #[default]
+    Off,
+    /// Standard output, with input from standard input.
+    Stdio,
+    /// A new pseudo-terminal; its path is in the event stream.
+    Pty,
+    /// A Unix stream socket that is listened on; one client at a time.
+    Socket(PathBuf),
+    /// A file, created or overwritten.
+    File(PathBuf),
+}

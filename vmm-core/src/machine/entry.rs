@@ -1,0 +1,57 @@
+//! The first vCPU's registers at the kernel's entry.
+
+use softcpu::{CpuState, DescriptorTable, MpState, Segment, SegmentAttributes};
+
+use crate::boot::{BOOT_GDT, Entry, EntryMode};
+
+const CODE_SELECTOR: u16 = 0x10;
+const DATA_SELECTOR: u16 = 0x18;
+const TASK_SELECTOR: u16 = 0x20;
+
+const CODE_32: SegmentAttributes = SegmentAttributes(0xc09b);
+const CODE_64: SegmentAttributes = SegmentAttributes(0xa09b);
+const DATA: SegmentAttributes = SegmentAttributes(0xc093);
+const BUSY_TASK: SegmentAttributes = SegmentAttributes(0x008b);
+
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_NE: u64 = 1 << 5;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+
+// Registers in the order of the instruction encoding.
+const RBX: usize = 3;
+const RSP: usize = 4;
+const RSI: usize = 6;
+const RDI: usize = 7;
+
+/// Changes a reset state into the state at `entry`.
+pub(super) fn apply(state: &mut CpuState, entry: &Entry) {
+    let flat = |selector, attributes| Segment { selector, attributes, limit: u32::MAX, base: 0 };
+    let code = match entry.mode {
+        EntryMode::Protected => CODE_32,
+        EntryMode::Long { .. } => CODE_64,
+    };
+    state.segments = [flat(DATA_SELECTOR, DATA); 6];
+    state.segments[1] = flat(CODE_SELECTOR, code);
+    state.tr = Segment { selector: TASK_SELECTOR, attributes: BUSY_TASK, limit: 0x67, base: 0 };
+    state.gdtr = DescriptorTable { base: entry.gdt, limit: size_of_val(&BOOT_GDT) as u16 - 1 };
+    state.idtr = DescriptorTable { base: 0, limit: 0 };
+    state.gpr = [0; 16];
+    state.gpr[RBX] = entry.rbx;
+    state.gpr[RSP] = entry.rsp;
+    state.gpr[RSI] = entry.rsi;
+    state.gpr[RDI] = entry.rdi;
+    state.rip = entry.rip;
+    state.rflags = 2;
+    state.cr0 = CR0_PE | CR0_ET | CR0_NE;
+    if let EntryMode::Long { page_tables } = entry.mode {
+        state.cr0 |= CR0_PG;
+        state.cr3 = page_tables;
+        state.cr4 = CR4_PAE;
+        state.msrs.efer = EFER_LME | EFER_LMA;
+    }
+    state.mp_state = MpState::Running;
+}

@@ -1,0 +1,186 @@
+//! Where things lie in the guest's physical address space.
+//!
+//! ```text
+//! 0x0000_0000  RAM: boot structures
+//! 0x000e_0000  ACPI tables, VM generation ID (128 KiB)
+//! 0x0010_0000  RAM, up to 3 GiB
+//! 0xc000_0000  PCI memory window (512 MiB)
+//! 0xe000_0000  PCI configuration (ECAM)
+//! 0xfeb0_0000  virtio-mmio devices, 4 KiB each
+//! 0xfec0_0000  IO-APIC, local APICs
+//! 0x1_0000_0000  the rest of RAM
+//! above RAM    64-bit PCI memory window (at a multiple of 64 GiB)
+//! ```
+
+use std::ops::Range;
+
+use super::VmError;
+use super::config::{MemoryConfig, PageConfig};
+use crate::acpi::NumaNode;
+use crate::boot::{MemoryKind, MemoryMapEntry};
+use crate::memory::{Backing, GuestMemory, MemoryRegion, PAGE_SIZE, RegionOptions};
+use crate::pci::ECAM_SIZE;
+
+/// End of conventional memory; the last KiB below 640 KiB belongs to firmware.
+const CONVENTIONAL_END: u64 = 0x9_fc00;
+/// Where ACPI tables go, within the area that guests search for them.
+pub(super) const ACPI_AREA: Range<u64> = 0xe_0000..0xf_f000;
+/// The page of the VM generation ID.
+pub(super) const GENERATION_ID: u64 = 0xf_f000;
+const HIGH_RAM: u64 = 0x10_0000;
+/// RAM below 4 GiB ends here at the latest.
+const LOW_RAM_END: u64 = 0xc000_0000;
+const FOUR_GIB: u64 = 1 << 32;
+pub(super) const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
+pub(super) const PCI_ECAM: Range<u64> = 0xe000_0000..0xe000_0000 + ECAM_SIZE;
+pub(super) const PCI_IO: Range<u64> = 0x1000..0x1_0000;
+const PCI_MMIO64_ALIGN: u64 = 64 << 30;
+/// GSIs of the PCI interrupt lines.
+pub(super) const PCI_INTX: [u32; 4] = [16, 17, 18, 19];
+
+/// The smallest guest: boot structures, and a MiB above them.
+const MIN_SIZE: u64 = 2 << 20;
+/// Guest-physical addresses of at most 45 bits, the 64-bit PCI window included.
+const MAX_SIZE: u64 = 1 << 44;
+
+/// The window for large BARs, above all RAM.
+pub(super) fn pci_mmio64(memory: &GuestMemory) -> Range<u64> {
+    let end = memory.regions().last().map_or(0, MemoryRegion::end).max(FOUR_GIB);
+    let start = end.next_multiple_of(PCI_MMIO64_ALIGN);
+    start..start + PCI_MMIO64_ALIGN
+}
+
+/// Splits `[start, start + size)` of a RAM that is contiguous to its owner around the hole below 4 GiB.
+fn place(start: u64, size: u64) -> Vec<Range<u64>> {
+    let end = start + size;
+    let mut ranges = Vec::new();
+    if start < LOW_RAM_END {
+        ranges.push(start..end.min(LOW_RAM_END));
+    }
+    if end > LOW_RAM_END {
+        let shift = FOUR_GIB - LOW_RAM_END;
+        ranges.push(start.max(LOW_RAM_END) + shift..end + shift);
+    }
+    ranges
+}
+
+/// Allocates guest RAM, and says which of it belongs to which NUMA node.
+pub(super) fn allocate(config: &MemoryConfig, cpus: u32) -> Result<(GuestMemory, Vec<NumaNode>), VmError> {
+    let size = config.size;
+    if !(MIN_SIZE..=MAX_SIZE).contains(&size) || !size.is_multiple_of(PAGE_SIZE) {
+        return Err(VmError::Config(format!(
+            "memory of {size} bytes; give a multiple of 4096 between 2 MiB and 16 TiB"
+        )));
+    }
+    let options = RegionOptions {
+        backing: match config.pages {
+            PageConfig::Normal => Backing::Normal,
+            PageConfig::Transparent => Backing::TransparentHuge,
+            PageConfig::Huge2m => Backing::Huge2M,
+            PageConfig::Huge1g => Backing::Huge1G,
+        },
+        prefault: config.prefault,
+        host_node: config.host_node,
+    };
+    let mut regions = Vec::new();
+    let mut nodes = Vec::new();
+    if config.numa.is_empty() {
+        for range in place(0, size) {
+            regions.push(MemoryRegion::allocate(range.start, range.end - range.start, &options)?);
+        }
+    } else {
+        check_numa(config, cpus)?;
+        let mut start = 0;
+        for node in &config.numa {
+            let options = RegionOptions { host_node: node.host_node.or(config.host_node), ..options.clone() };
+            let memory = place(start, node.size);
+            for range in &memory {
+                regions.push(MemoryRegion::allocate(range.start, range.end - range.start, &options)?);
+            }
+            nodes.push(NumaNode { cpus: node.cpus.clone(), memory, distances: node.distances.clone() });
+            start += node.size;
+        }
+    }
+    Ok((GuestMemory::new(regions)?, nodes))
+}
+
+fn check_numa(config: &MemoryConfig, cpus: u32) -> Result<(), VmError> {
+    let fail = |what: String| Err(VmError::Config(what));
+    let count = config.numa.len();
+    let total = config.numa.iter().try_fold(0u64, |sum, n| sum.checked_add(n.size));
+    if total != Some(config.size) || config.numa.iter().any(|n| n.size == 0 || n.size % PAGE_SIZE != 0) {
+        return fail("NUMA nodes whose sizes do not add up to the memory; correct their sizes".into());
+    }
+    let mut assigned: Vec<u32> = config.numa.iter().flat_map(|n| n.cpus.iter().copied()).collect();
+    assigned.sort_unstable();
+    if !assigned.iter().copied().eq(0..cpus) {
+        return fail("NUMA nodes that do not have each vCPU once; correct their vCPUs".into());
+    }
+    let bad_distance = |(at, n): (usize, &super::config::NumaConfig)| {
+        !n.distances.is_empty() && (n.distances.len() != count || n.distances[at] != 10)
+    };
+    if config.numa.iter().enumerate().any(bad_distance) {
+        return fail("NUMA distances that are not one for each node with 10 for itself; correct them".into());
+    }
+    Ok(())
+}
+
+/// The memory map that the guest is told.
+pub(super) fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
+    let entry = |range: Range<u64>, kind| MemoryMapEntry {
+        address: range.start,
+        size: range.end - range.start,
+        kind,
+    };
+    let mut map = vec![
+        entry(0..CONVENTIONAL_END, MemoryKind::Ram),
+        entry(CONVENTIONAL_END..HIGH_RAM, MemoryKind::Reserved),
+    ];
+    // Adjacent regions (NUMA nodes) are one range.
+    let mut ram: Vec<Range<u64>> = Vec::new();
+    for region in memory.regions() {
+        let start = region.guest_address().max(HIGH_RAM);
+        match ram.last_mut() {
+            _ if region.end() <= start => {}
+            Some(last) if last.end == start => last.end = region.end(),
+            _ => ram.push(start..region.end()),
+        }
+    }
+    map.extend(ram.into_iter().map(|range| entry(range, MemoryKind::Ram)));
+    map.push(entry(PCI_ECAM, MemoryKind::Reserved));
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::NumaConfig;
+    use super::*;
+
+    #[test]
+    fn ram_is_split_around_the_hole() {
+        assert_eq!(place(0, 1 << 30), [0..1 << 30]);
+        assert_eq!(place(0, 4 << 30), [0..LOW_RAM_END, FOUR_GIB..5 << 30]);
+        assert_eq!(place(5 << 30, 1 << 30), [6 << 30..7 << 30]);
+    }
+
+    #[test]
+    fn numa_nodes_must_fit_the_machine() {
+        let node = |cpus: &[u32], size| NumaConfig { cpus: cpus.to_vec(), size, ..NumaConfig::default() };
+        let config = |numa: Vec<NumaConfig>| MemoryConfig { size: 8 << 20, numa, ..MemoryConfig::default() };
+        let good = config(vec![node(&[0], 6 << 20), node(&[1], 2 << 20)]);
+        let (memory, nodes) = allocate(&good, 2).unwrap();
+        assert_eq!(memory.total_size(), 8 << 20);
+        assert_eq!(nodes[1].memory, [6 << 20..8 << 20]);
+        let map = memory_map(&memory);
+        assert_eq!(map[2].size, 7 << 20, "adjacent nodes are one range");
+        for bad in [
+            config(vec![node(&[0, 1], 6 << 20)]),
+            config(vec![node(&[0], 6 << 20), node(&[0], 2 << 20)]),
+            config(vec![node(&[0], 6 << 20), node(&[1, 2], 2 << 20)]),
+            MemoryConfig { size: (4 << 20) + 1, ..MemoryConfig::default() },
+            MemoryConfig { size: 0, ..MemoryConfig::default() },
+        ] {
+            assert!(matches!(allocate(&bad, 2), Err(VmError::Config(_))), "{bad:?}");
+        }
+    }
+}

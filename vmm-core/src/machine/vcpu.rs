@@ -1,0 +1,256 @@
+//! vCPU threads, and the state that they share with the machine's owner.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::events::{Events, StopReason, VmEvent};
+use crate::accel::{SystemEvent, Vcpu, VcpuExit, VcpuHandle};
+use crate::devices::legacy::PowerEvent;
+
+/// The interpreter's unoptimised build nests calls deeply; only pages that are touched count.
+const STACK_SIZE: usize = 1 << 20;
+
+/// What the vCPUs are to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Wait: not started, or paused.
+    Waiting,
+    Running,
+    Stopping,
+}
+
+struct State {
+    phase: Phase,
+    reason: Option<StopReason>,
+    /// Threads that are in the guest or on their way there.
+    active: usize,
+    /// Threads that have not ended.
+    alive: usize,
+}
+
+/// Shared by the vCPU threads, the devices that stop the machine, and the owner.
+pub(super) struct Control {
+    state: Mutex<State>,
+    changed: Condvar,
+    handles: Mutex<Vec<Arc<dyn VcpuHandle>>>,
+    pub(super) events: Events,
+    /// Whether a panic of the guest's kernel ends the machine.
+    stop_on_panic: bool,
+    /// A thread that is already on its way out needs no second kick.
+    stopping: AtomicBool,
+}
+
+impl Control {
+    pub(super) fn new(stop_on_panic: bool) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            state: Mutex::new(State { phase: Phase::Waiting, reason: None, active: 0, alive: 0 }),
+            changed: Condvar::new(),
+            handles: Mutex::default(),
+            events: Events::new()?,
+            stop_on_panic,
+            stopping: AtomicBool::new(false),
+        }))
+    }
+
+    /// Ends the machine; the first reason counts.
+    pub(super) fn stop(&self, reason: StopReason) {
+        {
+            let mut s = self.state.lock();
+            s.phase = Phase::Stopping;
+            s.reason.get_or_insert(reason);
+            // A machine that never started has no thread that would notice.
+            if s.alive == 0 {
+                self.finished(&s);
+            }
+        }
+        if !self.stopping.swap(true, Ordering::SeqCst) {
+            self.kick();
+        }
+    }
+
+    fn finished(&self, s: &State) {
+        if let Some(reason) = &s.reason {
+            self.events.push(VmEvent::Stopped(reason.clone()));
+        }
+        self.changed.notify_all();
+    }
+
+    /// Reacts to what the guest asks for.
+    pub(super) fn power(&self, event: PowerEvent) {
+        match event {
+            PowerEvent::PowerOff => self.stop(StopReason::PowerOff),
+            PowerEvent::Reset => self.stop(StopReason::Reset),
+            PowerEvent::Exit(code) => self.stop(StopReason::Exit(code)),
+            PowerEvent::CrashLoaded => self.events.push(VmEvent::Panicked),
+            PowerEvent::Panicked => {
+                self.events.push(VmEvent::Panicked);
+                if self.stop_on_panic {
+                    self.stop(StopReason::Panic);
+                }
+            }
+        }
+    }
+
+    fn kick(&self) {
+        self.handles.lock().iter().for_each(|h| h.kick());
+        self.changed.notify_all();
+    }
+
+    /// Starts or resumes the vCPUs; false when the machine has stopped.
+    pub(super) fn run(&self) -> bool {
+        let mut s = self.state.lock();
+        if s.phase == Phase::Stopping {
+            return false;
+        }
+        s.phase = Phase::Running;
+        self.changed.notify_all();
+        true
+    }
+
+    /// Makes all vCPUs wait, and returns when they do; false when the machine has stopped.
+    pub(super) fn pause(&self) -> bool {
+        let mut s = self.state.lock();
+        if s.phase == Phase::Stopping {
+            return false;
+        }
+        s.phase = Phase::Waiting;
+        drop(s);
+        self.kick();
+        s = self.state.lock();
+        while s.active > 0 && s.phase != Phase::Stopping {
+            self.changed.wait(&mut s);
+        }
+        s.phase != Phase::Stopping
+    }
+
+    /// Why the machine stopped, once all its vCPUs have.
+    pub(super) fn reason(&self) -> Option<StopReason> {
+        let s = self.state.lock();
+        s.reason.clone().filter(|_| s.alive == 0)
+    }
+
+    /// Waits until all vCPUs have stopped.
+    pub(super) fn wait(&self) -> StopReason {
+        let mut s = self.state.lock();
+        loop {
+            if let (Some(reason), 0) = (&s.reason, s.alive) {
+                return reason.clone();
+            }
+            self.changed.wait(&mut s);
+        }
+    }
+
+    /// Starts the thread of a vCPU. It waits until [`Self::run`].
+    pub(super) fn spawn(
+        self: &Arc<Self>,
+        id: u32,
+        vcpu: Box<dyn Vcpu>,
+        affinity: Vec<usize>,
+    ) -> std::io::Result<JoinHandle<()>> {
+        self.handles.lock().push(vcpu.handle());
+        self.state.lock().alive += 1;
+        let control = self.clone();
+        let thread =
+            std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK_SIZE).spawn(move || {
+                let _end = End(control.clone());
+                pin(id, &affinity);
+                control.drive(id, vcpu);
+            });
+        if thread.is_err() {
+            self.state.lock().alive -= 1;
+        }
+        thread
+    }
+
+    fn drive(&self, id: u32, mut vcpu: Box<dyn Vcpu>) {
+        loop {
+            {
+                let mut s = self.state.lock();
+                while s.phase == Phase::Waiting {
+                    self.changed.wait(&mut s);
+                }
+                if s.phase == Phase::Stopping {
+                    return;
+                }
+                s.active += 1;
+            }
+            let exit = vcpu.run();
+            {
+                let mut s = self.state.lock();
+                s.active -= 1;
+                if s.active == 0 {
+                    self.changed.notify_all();
+                }
+            }
+            match exit {
+                Ok(VcpuExit::Interrupted | VcpuExit::Debug(_)) => {}
+                Ok(VcpuExit::TripleFault) => self.stop(StopReason::TripleFault),
+                Ok(VcpuExit::SystemEvent(event)) => self.stop(match event {
+                    SystemEvent::Reset => StopReason::Reset,
+                    SystemEvent::Shutdown => StopReason::PowerOff,
+                    SystemEvent::Crash => StopReason::Panic,
+                }),
+                Ok(VcpuExit::Fault(fault)) => {
+                    tracing::error!(state = ?fault.state, bytes = ?fault.bytes, "vCPU fault");
+                    self.stop(StopReason::Error(match &fault.instruction {
+                        Some(instruction) => format!("{fault} ({instruction})"),
+                        None => fault.to_string(),
+                    }));
+                }
+                Err(error) => self.stop(StopReason::Error(format!("vCPU {id}: {}", chain(&error)))),
+            }
+        }
+    }
+}
+
+/// Marks a thread as ended, also when it panicked: a bug in one machine must not hang its owner.
+struct End(Arc<Control>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop(StopReason::Error("A vCPU thread panicked; this is a bug, please report it".into()));
+        }
+        let mut s = self.0.state.lock();
+        if std::thread::panicking() {
+            s.active = s.active.saturating_sub(1);
+        }
+        s.alive -= 1;
+        if s.alive == 0 {
+            self.0.finished(&s);
+        }
+    }
+}
+
+/// An error and its causes in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += ": ";
+        text += &cause.to_string();
+        source = cause.source();
+    }
+    text
+}
+
+/// Binds the calling thread to host CPUs.
+fn pin(id: u32, cpus: &[usize]) {
+    if cpus.is_empty() {
+        return;
+    }
+    // SAFETY: an all-zero set is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as usize) {
+        // SAFETY: the index is within the set.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
+    // SAFETY: `set` is a live variable of the stated size; 0 is the calling thread.
+    if unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) } != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::warn!(vcpu = id, %error, "vCPU not pinned; check the host CPU numbers");
+    }
+}
