@@ -19,6 +19,7 @@ pub struct OpenOptions {
     pub(crate) lock: Option<LockMode>,
     pub(crate) policy: OpenPolicy,
     pub(crate) backing: bool,
+    pub(crate) repair: bool,
 }
 
 impl OpenOptions {
@@ -31,6 +32,7 @@ impl OpenOptions {
             lock: None,
             policy: OpenPolicy::default(),
             backing: true,
+            repair: false,
         }
     }
 
@@ -61,6 +63,12 @@ impl OpenOptions {
     /// Whether to open the chain below the image. Without it, bytes of the chain read as zeros.
     pub fn backing(mut self, backing: bool) -> Self {
         self.backing = backing;
+        self
+    }
+
+    /// Open the image even if it is marked as corrupt or was not closed properly, as it is, to repair it.
+    pub fn repair(mut self, repair: bool) -> Self {
+        self.repair = repair;
         self
     }
 
@@ -163,7 +171,7 @@ impl OpenOptions {
                 Some(self.open_named(&data, path, Role::Data, read_only)?)
             }
         };
-        open_layer(format, storage, &LayerOptions { read_only, data_file })
+        open_layer(format, storage, &LayerOptions { read_only, repair: self.repair, data_file })
     }
 }
 

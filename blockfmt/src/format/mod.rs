@@ -52,6 +52,8 @@ impl FromStr for Format {
 pub struct LayerOptions {
     /// Refuse writes and leave the image untouched.
     pub read_only: bool,
+    /// Open even what is marked as corrupt or not closed properly, as it is, to repair it.
+    pub repair: bool,
     /// The external data file, for images that have one.
     pub data_file: Option<Arc<dyn Storage>>,
 }

@@ -13,7 +13,7 @@ pub enum Fault {
     Pass,
     /// Fail with this `errno` before anything happens.
     Fail(i32),
-    /// Transfer half of the bytes, then fail with this `errno`.
+    /// Transfer half of the bytes (whole sectors of 512 bytes), then fail with this `errno`.
     Half(i32),
     /// Wait this many microseconds first.
     Stall(u32),
@@ -78,6 +78,10 @@ impl FaultStorage {
     }
 }
 
+fn half(len: usize) -> usize {
+    len / 2 / 512 * 512
+}
+
 impl Storage for FaultStorage {
     fn name(&self) -> String {
         self.inner.name()
@@ -94,7 +98,7 @@ impl Storage for FaultStorage {
 
     fn readv(&self, mut dst: Scatter<'_>, offset: u64) -> io::Result<()> {
         if let Some(errno) = self.ask(Operation::Read)? {
-            let half = dst.len() / 2;
+            let half = half(dst.len());
             self.inner.readv(dst.slice(0, half), offset)?;
             return Err(io::Error::from_raw_os_error(errno));
         }
@@ -103,7 +107,7 @@ impl Storage for FaultStorage {
 
     fn writev(&self, src: Gather<'_>, offset: u64) -> io::Result<()> {
         if let Some(errno) = self.ask(Operation::Write)? {
-            self.inner.writev(src.slice(0, src.len() / 2), offset)?;
+            self.inner.writev(src.slice(0, half(src.len())), offset)?;
             return Err(io::Error::from_raw_os_error(errno));
         }
         self.inner.writev(src, offset)

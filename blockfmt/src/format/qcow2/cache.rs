@@ -222,6 +222,17 @@ impl SliceCache {
             _ => State::Clean,
         };
     }
+
+    /// Forgets everything. There must be no unwritten change and no concurrent access.
+    pub fn clear(&self) {
+        for set in &self.sets {
+            let mut state = set.lock.lock();
+            *state = SetState::default();
+            for tag in &set.tags {
+                tag.store(0, Ordering::Release);
+            }
+        }
+    }
 }
 
 fn find(set: &Set, slice: u64) -> Option<usize> {

@@ -38,6 +38,7 @@ pub(super) mod autoclear {
 pub(super) mod extension {
     pub const END: u32 = 0;
     pub const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub const BITMAPS: u32 = 0x2385_2875;
     pub const FEATURE_NAMES: u32 = 0x6803_f857;
     pub const DATA_FILE: u32 = 0x4441_5441;
 }

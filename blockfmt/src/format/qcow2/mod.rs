@@ -7,6 +7,7 @@
 //! that rely on them, payload before the entries that point to it, and the release of clusters last.
 
 mod cache;
+mod check;
 mod compressed;
 mod create;
 mod flush;
@@ -16,14 +17,18 @@ mod map;
 mod ranges;
 mod refcount;
 mod resize;
+mod snapshot;
 mod tables;
+mod walk;
 mod write;
 mod zero;
 
+pub use check::{CheckReport, Repair};
 pub use create::Qcow2Options;
 pub(crate) use create::create;
 pub use header::Compression;
 pub(crate) use layer::data_file_name;
+pub use snapshot::Snapshot;
 
 use super::LayerOptions;
 use crate::gate::Gate;
@@ -124,11 +129,8 @@ impl Qcow2 {
             },
         };
         if !read_only {
-            if header.incompatible & incompatible::CORRUPT != 0 {
+            if header.incompatible & incompatible::CORRUPT != 0 && !options.repair {
                 return Err(Error::corrupt(name, "it is marked as corrupt"));
-            }
-            if header.incompatible & incompatible::DIRTY != 0 {
-                return Err(Error::corrupt(name, "it was not closed properly and its refcounts are stale"));
             }
             if header.autoclear & !autoclear::RAW_DATA != 0 {
                 // Whoever writes without keeping an autoclear feature up to date has to clear its bit.
@@ -145,7 +147,8 @@ impl Qcow2 {
         refcounts.metadata.extend(l1.tables().map(|(_, offset)| offset >> p.cluster_bits));
         let slices = header.size.div_ceil(p.cluster).div_ceil(p.slice_entries);
         let slots = slices.clamp(64, CACHE_BYTES / (p.slice_words() as u64 * 8));
-        Ok(Qcow2 {
+        let stale = !read_only && header.incompatible & incompatible::DIRTY != 0 && !options.repair;
+        let image = Qcow2 {
             data,
             name,
             read_only,
@@ -163,7 +166,15 @@ impl Qcow2 {
             flusher: Flusher::default(),
             compressed: Compressed::default(),
             storage,
-        })
+        };
+        if stale {
+            // Whoever wrote last did not come to update the refcounts.
+            let report = image.check(Repair::All)?;
+            if report.corruptions != 0 {
+                return Err(image.corrupt("it was not closed properly and cannot be repaired automatically"));
+            }
+        }
+        Ok(image)
     }
 
     /// Where payload lives.

@@ -104,6 +104,16 @@ impl Refcounts {
         (self.table_offset, ((self.table.len() * 8) >> self.cluster_bits) as u32)
     }
 
+    /// Offsets of all refcount blocks, by number.
+    pub fn block_offsets(&self) -> impl Iterator<Item = (usize, u64)> {
+        self.table.iter().copied().enumerate().filter(|(_, offset)| *offset != 0)
+    }
+
+    /// Looks for free clusters from the start again.
+    pub fn restart(&mut self) {
+        self.hint = 1;
+    }
+
     /// Clusters that one refcount block describes.
     pub fn per_block(&self) -> u64 {
         1 << (self.cluster_bits + 3 - self.order)

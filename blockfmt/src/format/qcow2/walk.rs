@@ -1,0 +1,98 @@
+//! Visiting everything that an L1 table refers to.
+
+use super::Qcow2;
+use super::header::be64;
+use super::map::{COMPRESSED, ZERO};
+use super::tables::OFFSET_MASK;
+use crate::Result;
+
+/// A reference from a table to host clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reference {
+    /// An L2 table: index in the L1 table and entry.
+    Table { index: usize, entry: u64 },
+    /// A cluster of payload: the guest cluster and its entry.
+    Payload { cluster: u64, entry: u64 },
+    /// An entry that the specification does not allow.
+    Invalid { what: &'static str },
+}
+
+impl Qcow2 {
+    /// Calls `f` for every reference below an L1 table, as it is on the disk.
+    pub(super) fn walk(&self, l1: &[u64], mut f: impl FnMut(Reference) -> Result<()>) -> Result<()> {
+        let mut table = vec![0; self.p.cluster as usize];
+        for (index, entry) in l1.iter().copied().enumerate() {
+            let offset = entry & OFFSET_MASK;
+            if offset == 0 {
+                continue;
+            }
+            if offset & (self.p.cluster - 1) != 0 {
+                f(Reference::Invalid { what: "An L2 table is not aligned" })?;
+                continue;
+            }
+            f(Reference::Table { index, entry })?;
+            self.storage.read_at(&mut table, offset)?;
+            let step = if self.p.extended { 16 } else { 8 };
+            for (i, raw) in table.chunks_exact(step).enumerate() {
+                let (entry, bitmap) = (be64(raw, 0), if self.p.extended { be64(raw, 8) } else { 0 });
+                let cluster = (index as u64) << self.p.l2_bits | i as u64;
+                match self.judge(entry, bitmap) {
+                    Ok(true) => f(Reference::Payload { cluster, entry })?,
+                    Ok(false) => {}
+                    Err(what) => f(Reference::Invalid { what })?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an L2 entry refers to host clusters of the image, or why it is invalid.
+    fn judge(&self, entry: u64, bitmap: u64) -> Result<bool, &'static str> {
+        if entry & COMPRESSED != 0 {
+            return match self.data.is_some() {
+                true => Err("A compressed cluster is in an external data file"),
+                false => Ok(true),
+            };
+        }
+        if (entry & OFFSET_MASK) & (self.p.cluster - 1) != 0 {
+            return Err("A guest cluster is not aligned in the image");
+        }
+        if self.p.extended && bitmap & (bitmap >> 32) & 0xffff_ffff != 0 {
+            return Err("A subcluster is both allocated and zero");
+        }
+        if !self.p.extended && self.p.version < 3 && entry & ZERO != 0 {
+            return Err("A reserved bit of an L2 entry is set");
+        }
+        Ok(entry & OFFSET_MASK != 0 && self.data.is_none())
+    }
+
+    /// The host clusters of a payload entry.
+    pub(super) fn host_clusters(&self, entry: u64) -> std::ops::RangeInclusive<u64> {
+        match entry & COMPRESSED != 0 {
+            true => {
+                let (start, end) = self.compressed_range(entry);
+                start >> self.p.cluster_bits..=(end - 1) >> self.p.cluster_bits
+            }
+            false => {
+                let cluster = (entry & OFFSET_MASK) >> self.p.cluster_bits;
+                cluster..=cluster
+            }
+        }
+    }
+
+    /// The active L1 table.
+    pub(super) fn active_l1(&self) -> Vec<u64> {
+        let len = self.header.lock().l1_size as usize;
+        (0..len).map(|index| self.l1.get(index)).collect()
+    }
+
+    /// Reads an L1 table of `len` entries.
+    pub(super) fn read_l1(&self, offset: u64, len: u32) -> Result<Vec<u64>> {
+        if u64::from(len) * 8 > super::header::MAX_L1_BYTES || offset & (self.p.cluster - 1) != 0 {
+            return Err(self.corrupt("the L1 table of a snapshot is invalid"));
+        }
+        let mut bytes = vec![0; len as usize * 8];
+        self.storage.read_at(&mut bytes, offset)?;
+        Ok(bytes.chunks_exact(8).map(|e| be64(e, 0)).collect())
+    }
+}
