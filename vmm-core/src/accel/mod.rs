@@ -17,7 +17,9 @@ pub use softcpu::CpuState;
 
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
-pub use state::{ApicState, ExtraState, PendingEvent};
+pub use state::{
+    ApicState, ChipsetState, ExtraState, IoApicState, PendingEvent, PicState, PitCounterState, PitState,
+};
 
 /// Which accelerator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -166,6 +168,22 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// Fails when tracking is off.
     fn take_dirty_pages(&self, index: usize) -> Result<Vec<u64>, AccelError>;
+
+    /// The interrupt controllers, timer and clock of the chipset; only while no vCPU runs.
+    ///
+    /// # Errors
+    /// Fails when the host refuses or the accelerator cannot tell.
+    fn chipset_state(&self) -> Result<ChipsetState, AccelError> {
+        Err(AccelError::Unsupported("saving the chipset".into()))
+    }
+
+    /// Loads what [`Vm::chipset_state`] returned; only while no vCPU runs.
+    ///
+    /// # Errors
+    /// Fails when the state is not valid on this accelerator.
+    fn set_chipset_state(&self, _state: &ChipsetState) -> Result<(), AccelError> {
+        Err(AccelError::Unsupported("loading the chipset".into()))
+    }
 }
 
 /// Why a vCPU came back from [`Vcpu::run`].

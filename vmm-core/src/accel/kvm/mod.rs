@@ -11,6 +11,7 @@
 //! queue. The thread's mask is restored when `run` returns. The process's signal dispositions are never touched. An
 //! embedder that uses the same real-time signal for its own ends can choose another in [`KvmOptions`].
 
+mod chipset;
 mod cpuid;
 mod exit;
 mod fault;

@@ -4,15 +4,15 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_pit_config};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, VmFd};
 use parking_lot::Mutex;
 
 use super::cpuid::{self, Topology};
 use super::interrupts::{self, Line, MsiRoutes, Vector};
 use super::vcpu::KvmVcpu;
-use super::{Host, failed, sys};
-use crate::accel::{AccelError, IOAPIC_PINS, IoAddress, IoBus, Vcpu, Vm, VmSpec};
+use super::{Host, chipset, failed, sys};
+use crate::accel::{AccelError, ChipsetState, IOAPIC_PINS, IoAddress, IoBus, Vcpu, Vm, VmSpec};
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
 
@@ -76,23 +76,6 @@ impl KvmVm {
             vcpus: spec.vcpus,
         });
         Ok(Arc::new(Self { shared, tracking: AtomicBool::new(false) }))
-    }
-
-    /// Nanoseconds of the guest's kvmclock.
-    ///
-    /// # Errors
-    /// Fails when the host refuses.
-    pub fn clock(&self) -> Result<u64, AccelError> {
-        Ok(self.shared.fd.get_clock().map_err(failed("KVM_GET_CLOCK"))?.clock)
-    }
-
-    /// Sets the guest's kvmclock to `nanoseconds`, so that time does not jump over a snapshot or a migration.
-    ///
-    /// # Errors
-    /// Fails when the host refuses.
-    pub fn set_clock(&self, nanoseconds: u64) -> Result<(), AccelError> {
-        let data = kvm_clock_data { clock: nanoseconds, ..Default::default() };
-        self.shared.fd.set_clock(&data).map_err(failed("KVM_SET_CLOCK"))
     }
 }
 
@@ -169,5 +152,13 @@ impl Vm for KvmVm {
             .fd
             .get_dirty_log(index as u32, region.size() as usize)
             .map_err(failed("KVM_GET_DIRTY_LOG"))
+    }
+
+    fn chipset_state(&self) -> Result<ChipsetState, AccelError> {
+        chipset::read(&self.shared.fd, self.shared.host.options.pit)
+    }
+
+    fn set_chipset_state(&self, state: &ChipsetState) -> Result<(), AccelError> {
+        chipset::write(&self.shared.fd, state, self.shared.host.options.pit)
     }
 }
