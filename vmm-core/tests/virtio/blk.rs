@@ -57,6 +57,7 @@ fn conforms() {
         make: || Blk::new(Arc::new(MemoryDisk::new(SIZE)), &BlkOptions::default()),
         device_type: 2,
         queue: 0,
+        needs: 0,
         request: |guest| {
             let header = header(guest, 0, 1);
             (vec![header, guest.writable(512), guest.writable(1)], 513)

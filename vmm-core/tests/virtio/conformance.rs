@@ -17,6 +17,8 @@ pub struct Subject {
     pub device_type: u32,
     /// A queue that answers by itself.
     pub queue: u16,
+    /// Features without which that queue does not exist.
+    pub needs: u64,
     /// A request for it and the used length expected.
     pub request: fn(&mut Guest) -> (Vec<Buffer>, u32),
 }
@@ -102,7 +104,7 @@ fn waits_for_the_driver(subject: &Subject, transport: Transport) {
 }
 
 fn answers(subject: &Subject, transport: Transport) {
-    for features in [0, features::EVENT_IDX, ALL] {
+    for features in [0, features::EVENT_IDX, ALL].map(|f| f | subject.needs) {
         for size in [4, 16, 256] {
             let mut guest = guest(subject, transport);
             let mut queues = guest.bring_up(features, size);
@@ -132,7 +134,7 @@ fn suppresses_interrupts_by_index(subject: &Subject, transport: Transport) {
         return;
     }
     let mut guest = guest(subject, transport);
-    let mut queues = guest.bring_up(features::EVENT_IDX, 16);
+    let mut queues = guest.bring_up(features::EVENT_IDX | subject.needs, 16);
     let queue = &mut queues[usize::from(subject.queue)];
     queue.set_used_event(2);
     for done in 1..=3 {
@@ -156,7 +158,7 @@ fn suppresses_interrupts_by_flag(subject: &Subject, transport: Transport) {
         return;
     }
     let mut guest = guest(subject, transport);
-    let mut queues = guest.bring_up(0, 16);
+    let mut queues = guest.bring_up(subject.needs, 16);
     let queue = &mut queues[usize::from(subject.queue)];
     guest.memory.store_u16(queue.available, 1, Ordering::SeqCst).unwrap();
     let (buffers, _) = (subject.request)(&mut guest);
@@ -266,7 +268,7 @@ fn survives_malformed_chains(subject: &Subject, transport: Transport) {
         assert_eq!(queue.used_index(), 0, "case {i}");
     }
     // Indirect descriptors are refused when they were not negotiated.
-    let mut queues = guest.bring_up(0, 8);
+    let mut queues = guest.bring_up(subject.needs, 8);
     let (buffers, _) = (subject.request)(&mut guest);
     let table = guest.allocate(4096);
     queues[usize::from(subject.queue)].submit_indirect(table, &buffers);

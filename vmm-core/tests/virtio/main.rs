@@ -4,4 +4,6 @@
 mod blk;
 mod conformance;
 mod driver;
+mod namespace;
+mod net;
 mod platform;

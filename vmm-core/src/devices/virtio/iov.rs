@@ -71,28 +71,55 @@ impl GuestVectors<'_> {
         unsafe { Gather::from_iovecs(self.vectors) }
     }
 
-    /// Reads from `fd` into the buffers with one system call and reports what was written.
-    ///
-    /// # Errors
-    /// Those of `readv`.
-    pub fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let count = self.vectors.len().min(MAX_VECTORS) as i32;
-        // SAFETY: the vectors point into live mappings of `self.memory`, which is borrowed for as long.
-        let n = unsafe { libc::readv(fd.as_raw_fd(), self.vectors.as_ptr(), count) };
-        let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
-        self.mark_written(n);
-        Ok(n)
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.vectors.iter().map(|v| v.iov_len).sum()
     }
 
-    /// Writes the buffers to `fd` with one system call.
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Writes `prefix` and then the buffers to a file or device with one system call.
     ///
     /// # Errors
-    /// Those of `writev`.
-    pub fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let count = self.vectors.len().min(MAX_VECTORS) as i32;
-        // SAFETY: as in `read_from`.
-        let n = unsafe { libc::writev(fd.as_raw_fd(), self.vectors.as_ptr(), count) };
-        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    /// Those of `writev`, and `InvalidInput` when the buffers are in more pieces than the kernel takes.
+    pub fn write_to(&mut self, fd: BorrowedFd<'_>, prefix: &[u8]) -> io::Result<usize> {
+        // SAFETY: `prefixed` passes vectors that are valid to read for the duration of the call.
+        self.prefixed(prefix, |vectors| unsafe {
+            libc::writev(fd.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32)
+        })
+    }
+
+    /// Sends `prefix` and then the buffers on a socket with one system call, which neither blocks nor raises a signal.
+    ///
+    /// # Errors
+    /// Those of `sendmsg`, and `InvalidInput` when the buffers are in more pieces than the kernel takes.
+    pub fn send_to(&mut self, fd: BorrowedFd<'_>, prefix: &[u8]) -> io::Result<usize> {
+        self.prefixed(prefix, |vectors| {
+            // SAFETY: an all-zero message header is valid: no address, no vectors, no control data.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = vectors.as_mut_ptr();
+            message.msg_iovlen = vectors.len();
+            // SAFETY: `prefixed` passes vectors that are valid to read for the duration of the call.
+            unsafe {
+                libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
+            }
+        })
+    }
+
+    /// Calls `write` with a vector for `prefix` in front of the others. All point to memory that may be read: `prefix`,
+    /// and live mappings of `self.memory`, which is borrowed for as long.
+    fn prefixed(&mut self, prefix: &[u8], write: impl FnOnce(&mut [iovec]) -> isize) -> io::Result<usize> {
+        if self.vectors.len() >= MAX_VECTORS {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.vectors.insert(0, iovec { iov_base: prefix.as_ptr().cast_mut().cast(), iov_len: prefix.len() });
+        let n = write(self.vectors);
+        let result = usize::try_from(n).map_err(|_| io::Error::last_os_error());
+        self.vectors.remove(0);
+        result
     }
 
     /// Reports that the first `len` bytes were written.
@@ -109,6 +136,14 @@ impl GuestVectors<'_> {
     }
 }
 
+/// Sends bytes on a socket; neither blocks nor raises a signal.
+pub(super) fn send(fd: BorrowedFd<'_>, data: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    // SAFETY: the buffer is valid for its length.
+    let n = unsafe { libc::send(fd.as_raw_fd(), data.as_ptr().cast(), data.len(), flags) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// A view of an event descriptor with its lifetime.
 pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open as long as `event` is borrowed, which the lifetime of the result says.
@@ -117,7 +152,7 @@ pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
+    use std::io::Read;
     use std::os::fd::AsFd;
 
     use super::*;
@@ -129,18 +164,17 @@ mod tests {
         let memory = GuestMemory::new(vec![region(0), region(0x1000), region(0x8000)]).unwrap();
         let segments = [Segment { address: 0xffe, len: 4 }, Segment { address: 0x8000, len: 2 }];
         let mut vectors = IoVectors::default();
-        let (mut rx, mut tx) = std::io::pipe().unwrap();
-        tx.write_all(b"abcdef").unwrap();
+        let (mut rx, tx) = std::io::pipe().unwrap();
         let mut v = vectors.resolve(&memory, &segments).unwrap();
-        assert_eq!(v.read_from(rx.as_fd()).unwrap(), 6);
-        assert_eq!(v.gather().to_vec(), b"abcdef");
+        v.scatter().copy_from(b"abcdef");
         let mut data = [0; 4];
         memory.read(0xffe, &mut data).unwrap();
         assert_eq!(&data, b"abcd");
-        assert_eq!(v.write_to(tx.as_fd()).unwrap(), 6);
-        let mut back = [0; 6];
+        assert_eq!(v.write_to(tx.as_fd(), b"12").unwrap(), 8);
+        assert_eq!(v.len(), 6);
+        let mut back = [0; 8];
         rx.read_exact(&mut back).unwrap();
-        assert_eq!(&back, b"abcdef");
+        assert_eq!(&back, b"12abcdef");
         assert!(vectors.resolve(&memory, &[Segment { address: 0x1ffe, len: 4 }]).is_err());
     }
 }

@@ -13,6 +13,7 @@ mod chain;
 mod device;
 pub mod iov;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 mod queue;
 pub mod rate;
@@ -26,6 +27,7 @@ pub use device::{
     features, write_config_bytes,
 };
 pub use mmio::VirtioMmio;
+pub use net::Net;
 pub use pci::VirtioPci;
 pub use queue::{Queue, QueueError, QueueLayout};
 pub use state::{Status, Virtio};
