@@ -15,6 +15,7 @@
 //! The architecture follows the AMD64 Architecture Programmer's Manual (APM) and, where the two differ,
 //! the behaviour of AMD processors.
 
+mod block;
 mod bus;
 mod clock;
 mod config;
@@ -23,6 +24,8 @@ mod exit;
 mod handle;
 mod hostop;
 mod memory;
+mod mmu;
+mod ops;
 mod state;
 
 pub use bus::{Bus, Local, MsrFault};

@@ -1,0 +1,392 @@
+//! The run loop: events, interrupts, and blocks in between.
+
+use super::flags::{IF, TF};
+use super::{Cpu, Exception, mode, vector};
+use crate::block::op::execute;
+use crate::config::CpuConfig;
+use crate::exit::{Budget, DebugEvent, Exit};
+use crate::handle::{INIT, INTERRUPT, KICK, NMI, SIPI};
+use crate::state::{CpuState, MpState, Segment};
+
+/// Instructions after which the loop looks for events and timers.
+const SLICE: u64 = 4096;
+/// Any breakpoint is enabled.
+const DR7_ENABLED: u64 = 0xff;
+/// DR6: single step.
+const DR6_BS: u64 = 1 << 14;
+
+impl Cpu {
+    /// Executes guest code until there is a reason to stop.
+    pub fn run(&mut self, budget: Budget) -> Exit {
+        self.member.enter();
+        let exit = self.run_until(budget);
+        self.member.leave();
+        self.config.clock.advance_to(self.executed.wrapping_add(self.skipped));
+        exit
+    }
+
+    fn run_until(&mut self, budget: Budget) -> Exit {
+        let end = self.executed.saturating_add(budget.instructions);
+        let mut first = true;
+        loop {
+            self.follow_memory();
+            if let Some(exit) = self.events(budget.wait) {
+                return exit;
+            }
+            if self.executed >= end {
+                return Exit::Budget;
+            }
+            if self.mp_state != MpState::Running {
+                continue;
+            }
+            let allowed = SLICE.min(end - self.executed).min(self.until_deadline());
+            let traced = self.debug.single_step || !self.debug.breakpoints.is_empty();
+            let alone = self.shadow
+                || self.restarting
+                || self.flags & TF != 0
+                || traced
+                || self.dr[7] & DR7_ENABLED != 0;
+            if !alone {
+                if let Some(exit) = self.run_slice(allowed, false) {
+                    return exit;
+                }
+            } else {
+                if traced && !first && self.at_breakpoint() {
+                    return Exit::Debug(DebugEvent::Breakpoint(self.linear_rip()));
+                }
+                let before = self.executed;
+                if let Some(exit) = self.run_alone() {
+                    return exit;
+                }
+                if self.debug.single_step && self.executed != before {
+                    return Exit::Debug(DebugEvent::Step);
+                }
+            }
+            first = false;
+        }
+    }
+
+    /// Executes blocks until one leaves. `single` executes one instruction only.
+    fn run_slice(&mut self, allowed: u64, single: bool) -> Option<Exit> {
+        let first = match self.find_block(single) {
+            Ok(block) => block,
+            Err(super::Fault) => {
+                self.stack_fault(false);
+                return self.deliver_pending();
+            }
+        };
+        if u64::from(first.count) > allowed && !single {
+            // Exact budgets: the block does not fit any more.
+            return self.run_slice(1, true);
+        }
+        self.slice = allowed as i64;
+        self.fuel = self.slice - i64::from(first.count);
+        execute(self, first.first());
+        self.executed += (self.slice - self.fuel) as u64;
+        self.slice = 0;
+        self.fuel = 0;
+        if self.pending.is_some() { self.deliver_pending() } else { None }
+    }
+
+    /// Executes one instruction with everything that can only happen around single instructions.
+    fn run_alone(&mut self) -> Option<Exit> {
+        if self.instruction_breakpoint() {
+            self.raise(vector::DB, None);
+            return self.deliver_pending();
+        }
+        self.flags &= !super::flags::RF;
+        let trap = self.flags & TF != 0;
+        let shadow = std::mem::take(&mut self.shadow);
+        self.mode |= mode::SINGLE;
+        self.blocks.set_mode(self.mode);
+        let before = self.executed;
+        let exit = self.run_slice(1, true);
+        self.restarting = self.restarting && self.executed == before;
+        if self.executed == before && shadow && self.mp_state == MpState::Running && exit.is_none() {
+            // The instruction faulted: its handler runs without the shadow.
+            self.shadow = false;
+        }
+        self.update_mode();
+        if exit.is_none() && trap && self.executed != before && self.flags & TF != 0 {
+            self.dr[6] |= DR6_BS;
+            self.raise(vector::DB, None);
+            return self.deliver_pending();
+        }
+        exit
+    }
+
+    fn at_breakpoint(&self) -> bool {
+        self.debug.breakpoints.contains(&self.linear_rip())
+    }
+
+    /// Linear address of the next instruction.
+    pub(crate) fn linear_rip(&self) -> u64 {
+        if self.code64 {
+            self.rip()
+        } else {
+            self.segs[super::seg::CS].base.wrapping_add(self.rip()) & 0xffff_ffff
+        }
+    }
+
+    /// Whether DR0 to DR3 ask for a fault before this instruction; sets DR6.
+    fn instruction_breakpoint(&mut self) -> bool {
+        if self.dr[7] & DR7_ENABLED == 0 || self.flags & super::flags::RF != 0 {
+            return false;
+        }
+        let rip = self.linear_rip();
+        let mut hit = false;
+        for n in 0..4 {
+            let enabled = self.dr[7] >> (2 * n) & 3 != 0;
+            let kind = self.dr[7] >> (16 + 4 * n) & 15;
+            if enabled && kind == 0 && self.dr[n as usize] == rip {
+                self.dr[6] |= 1 << n;
+                hit = true;
+            }
+        }
+        hit
+    }
+
+    /// Follows what other threads did to the memory.
+    pub(crate) fn follow_memory(&mut self) {
+        if let Some(request) = self.memory.sync().must_flush(&self.member) {
+            if self.memory.map_generation() != self.map_generation {
+                self.map_generation = self.memory.map_generation();
+                self.map = self.memory.snapshot();
+                self.blocks.clear();
+                self.flush_tlb();
+            }
+            self.tlb.forget_writes();
+            let memory = self.memory.clone();
+            memory.sync().flushed(&self.member, request);
+        }
+        if self.member.has_invalidated() {
+            match self.member.take_invalidated() {
+                Some(pages) => pages.iter().for_each(|&page| self.blocks.invalidate_page(page)),
+                None => self.blocks.clear(),
+            }
+        }
+        self.blocks.collect();
+    }
+
+    /// Calls into the machine: meanwhile other threads need not wait for this processor. Virtual time is
+    /// brought up to date, since devices may look at it.
+    pub(crate) fn outside<R>(&mut self, call: impl FnOnce() -> R) -> R {
+        if self.config.clock.is_deterministic() {
+            self.config.clock.advance_to(self.instructions_now().wrapping_add(self.skipped));
+        }
+        self.member.leave();
+        let result = call();
+        self.member.enter();
+        if self.memory.sync().must_flush(&self.member).is_some() {
+            self.tlb.forget_writes();
+            if self.memory.map_generation() != self.map_generation {
+                // The pages behind translations may be gone; everything else can wait for the run loop.
+                self.tlb.flush_all();
+                self.events_soon();
+            }
+        }
+        result
+    }
+
+    /// Makes the current slice end with the current block.
+    #[inline]
+    pub(crate) fn events_soon(&mut self) {
+        if self.slice > 0 {
+            // Keep the count of executed instructions: both sides move.
+            let rest = self.fuel.max(0);
+            self.slice -= rest;
+            self.fuel -= rest;
+        }
+    }
+
+    /// Something about the local APIC may have changed.
+    pub(crate) fn local_changed(&mut self) {
+        self.deadline = self.local.deadline();
+        self.ask_local = true;
+        self.next_poll = 0;
+        self.events_soon();
+    }
+
+    /// Instructions executed, up to the end of the current block.
+    fn instructions_now(&self) -> u64 {
+        self.executed + (self.slice - self.fuel) as u64
+    }
+
+    /// The time-stamp counter as the guest reads it.
+    pub(crate) fn tsc_now(&self) -> u64 {
+        let now = if self.config.clock.is_deterministic() {
+            self.instructions_now().wrapping_add(self.skipped)
+        } else {
+            self.config.clock.tsc()
+        };
+        now.wrapping_add(self.tsc_offset)
+    }
+
+    /// Guest TSC minus the clock's.
+    pub(crate) fn tsc_offset(&self) -> u64 {
+        self.tsc_offset
+    }
+
+    /// Sets the time-stamp counter.
+    pub(crate) fn set_tsc(&mut self, value: u64) {
+        self.tsc_offset = self.tsc_offset.wrapping_add(value.wrapping_sub(self.tsc_now()));
+        self.update_kvm_clock();
+    }
+
+    /// In deterministic mode the number of instructions until the timer expires.
+    fn until_deadline(&self) -> u64 {
+        match self.deadline {
+            Some(deadline) if self.config.clock.is_deterministic() => {
+                deadline.saturating_sub(self.tsc_now()).max(1)
+            }
+            _ => u64::MAX,
+        }
+    }
+
+    /// Handles what happens between instructions.
+    fn events(&mut self, wait: bool) -> Option<Exit> {
+        if self.handle.peek() != 0 {
+            let events = self.handle.take(KICK | INTERRUPT | NMI | INIT | SIPI);
+            if events & INIT != 0 {
+                self.init();
+            }
+            if events & SIPI != 0 && self.mp_state == MpState::WaitForSipi {
+                self.start_up(self.handle.sipi_vector());
+            }
+            self.nmi_pending |= events & NMI != 0;
+            self.ask_local |= events & INTERRUPT != 0;
+            if events & KICK != 0 {
+                return Some(Exit::Kicked);
+            }
+        }
+        self.poll_timer();
+        match self.mp_state {
+            MpState::Running => {}
+            MpState::Shutdown => return Some(Exit::TripleFault),
+            MpState::WaitForSipi => return self.idle(wait),
+            MpState::Halted => {
+                let wake = self.nmi_pending && !self.nmi_blocked
+                    || self.flags & IF != 0 && self.ask_local && self.local.pending();
+                if !wake {
+                    self.ask_local = false;
+                    return self.idle(wait);
+                }
+                self.mp_state = MpState::Running;
+            }
+        }
+        if self.shadow || self.restarting {
+            return None;
+        }
+        if self.nmi_pending && !self.nmi_blocked {
+            self.nmi_pending = false;
+            self.nmi_blocked = true;
+            return self.deliver_external(vector::NMI);
+        }
+        if self.ask_local && self.flags & IF != 0 {
+            self.ask_local = self.local.pending();
+            if self.ask_local {
+                let vector = self.local.acknowledge();
+                self.deadline = self.local.deadline();
+                if let Some(vector) = vector {
+                    return self.deliver_external(vector);
+                }
+            }
+        }
+        None
+    }
+
+    fn poll_timer(&mut self) {
+        let Some(deadline) = self.deadline else { return };
+        let due = self.executed >= self.next_poll
+            || self.mp_state != MpState::Running
+            || self.config.clock.is_deterministic();
+        if due {
+            self.next_poll = self.executed + SLICE;
+            let now = self.tsc_now();
+            if now >= deadline {
+                self.local.timer(now);
+                self.local_changed();
+            }
+        }
+    }
+
+    /// Nothing to execute: sleeps until something happens, or skips virtual time.
+    fn idle(&mut self, wait: bool) -> Option<Exit> {
+        if self.config.clock.is_deterministic() {
+            if let Some(deadline) = self.deadline {
+                self.skipped = self.skipped.wrapping_add(deadline.saturating_sub(self.tsc_now()));
+                self.config.clock.advance_to(self.executed.wrapping_add(self.skipped));
+                return None;
+            }
+        }
+        if !wait {
+            return Some(Exit::Halted);
+        }
+        let clock = self.config.clock.clone();
+        let timeout = self.deadline.map(|d| clock.until(d.wrapping_sub(self.tsc_offset)));
+        let handle = self.handle.clone();
+        self.member.leave();
+        handle.sleep(timeout);
+        self.member.enter();
+        None
+    }
+
+    /// INIT: like RESET, but the caches, the FPU and most MSRs keep their state.
+    fn init(&mut self) {
+        let old = self.state();
+        let mut state = CpuState::reset();
+        state.fpu = old.fpu;
+        state.tsc = old.tsc;
+        state.msrs = old.msrs;
+        state.msrs.efer = 0;
+        state.cr0 |= old.cr0 & 0x6000_0000;
+        if !self.config.bootstrap {
+            state.mp_state = MpState::WaitForSipi;
+        }
+        self.local.init();
+        self.set_state(&state);
+    }
+
+    fn start_up(&mut self, page: u8) {
+        let mut state = self.state();
+        state.mp_state = MpState::Running;
+        state.rip = 0;
+        state.segments[super::seg::CS] = Segment {
+            selector: u16::from(page) << 8,
+            base: u64::from(page) << 12,
+            ..state.segments[super::seg::CS]
+        };
+        self.set_state(&state);
+    }
+
+    /// Puts the processor into the state after RESET, as [`Cpu::new`] does.
+    pub fn reset(&mut self) {
+        let CpuConfig { bootstrap, .. } = self.config;
+        let mut state = CpuState::reset();
+        if !bootstrap {
+            state.mp_state = MpState::WaitForSipi;
+        }
+        state.tsc = self.tsc_now();
+        self.handle.take(INTERRUPT | NMI | INIT | SIPI);
+        self.local.init();
+        self.set_state(&state);
+    }
+
+    /// Delivers what [`Cpu::pending`] holds.
+    fn deliver_pending(&mut self) -> Option<Exit> {
+        match self.pending.take()? {
+            Exception::Restart => {
+                self.restarting = true;
+                None
+            }
+            Exception::Int3 => Some(Exit::Debug(DebugEvent::Int3(self.linear_rip()))),
+            Exception::TripleFault => self.triple_fault(),
+            Exception::Vector { vector, error } => self.deliver_exception(vector, error),
+        }
+    }
+
+    pub(super) fn triple_fault(&mut self) -> Option<Exit> {
+        self.mp_state = MpState::Shutdown;
+        Some(Exit::TripleFault)
+    }
+}
