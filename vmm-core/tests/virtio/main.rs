@@ -3,6 +3,7 @@
 
 mod blk;
 mod conformance;
+mod console;
 mod driver;
 mod namespace;
 mod net;

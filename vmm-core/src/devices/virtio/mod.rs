@@ -10,6 +10,7 @@
 
 pub mod blk;
 mod chain;
+pub mod console;
 mod device;
 pub mod iov;
 pub mod mmio;
@@ -17,11 +18,13 @@ pub mod net;
 pub mod pci;
 mod queue;
 pub mod rate;
+mod rng;
 mod state;
 mod worker;
 
 pub use blk::Blk;
 pub use chain::{Chain, Reader, Segment, Writer};
+pub use console::{Console, ConsolePort};
 pub use device::{
     Activation, ConfigNotifier, DeviceError, HandlerSpec, Interrupt, QueueHandler, VirtioDevice, copy_config,
     features, write_config_bytes,
@@ -30,5 +33,6 @@ pub use mmio::VirtioMmio;
 pub use net::Net;
 pub use pci::VirtioPci;
 pub use queue::{Queue, QueueError, QueueLayout};
+pub use rng::Rng;
 pub use state::{Status, Virtio};
 pub use worker::Context;

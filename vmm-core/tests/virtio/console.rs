@@ -1,0 +1,156 @@
+//! The console and the entropy device.
+
+use std::io::{Read, Write, pipe};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use vmm_core::devices::virtio::{Console, ConsolePort, Rng};
+
+use crate::conformance::{self, Subject};
+use crate::driver::{Buffer, DriverQueue, Guest, TRANSPORTS, Transport};
+
+const SIZE: u64 = 1;
+const MULTIPORT: u64 = 2;
+
+#[test]
+fn console_conforms() {
+    conformance::run(&Subject {
+        make: || Console::new(vec![ConsolePort::new("", None, None)]).unwrap(),
+        device_type: 3,
+        queue: 1,
+        needs: 0,
+        request: |guest| (vec![guest.readable(b"hello")], 0),
+    });
+}
+
+#[test]
+fn entropy_conforms() {
+    conformance::run(&Subject {
+        make: || Rng::new().unwrap(),
+        device_type: 4,
+        queue: 0,
+        needs: 0,
+        request: |guest| (vec![guest.writable(64)], 64),
+    });
+}
+
+#[test]
+fn entropy_differs() {
+    let mut guest = Guest::new(Transport::PciMsix, Rng::new().unwrap());
+    let mut queues = guest.bring_up(0, 8);
+    let buffers: Vec<Vec<u8>> = (0..2)
+        .map(|_| {
+            let buffer = guest.writable(100_000);
+            assert_eq!(guest.exchange(&mut queues[0], &[buffer]), 65536);
+            guest.bytes(buffer)
+        })
+        .collect();
+    assert_ne!(buffers[0][..65536], buffers[1][..65536]);
+    assert_eq!(buffers[0][65536..], [0xee; 100_000 - 65536], "beyond the used length");
+}
+
+#[test]
+fn bytes_go_both_ways() {
+    for transport in TRANSPORTS {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let port = ConsolePort::new("", Some(ours.try_clone().unwrap().into()), Some(ours.into()));
+        let console = Console::new(vec![port]).unwrap();
+        let mut guest = Guest::new(transport, console.clone());
+        let mut queues = guest.bring_up(SIZE, 16);
+        assert_eq!(queues.len(), 2);
+        let text = guest.readable(b"login: ");
+        guest.exchange(&mut queues[1], &[text]);
+        let mut bytes = [0; 7];
+        theirs.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"login: ");
+        theirs.write_all(b"root\n").unwrap();
+        let input = guest.writable(3);
+        assert_eq!(guest.exchange(&mut queues[0], &[input]), 3);
+        assert_eq!(guest.bytes(input), b"roo");
+        assert_eq!(guest.exchange(&mut queues[0], &[input]), 2);
+        assert_eq!(guest.bytes(input), b"t\no");
+        console.resize(132, 43);
+        guest.wait_interrupt(None);
+        assert_eq!(guest.config_u32(0), 43 << 16 | 132);
+    }
+}
+
+#[test]
+fn a_full_pipe_delays_output_and_loses_none() {
+    let (mut rx, tx) = pipe().unwrap();
+    let port = ConsolePort::new("", None, Some(OwnedFd::from(tx)));
+    let mut guest = Guest::new(Transport::Mmio, Console::new(vec![port]).unwrap());
+    let mut queues = guest.bring_up(0, 64);
+    let expected: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8).collect();
+    for piece in expected.chunks(30_000) {
+        let buffer = guest.readable(piece);
+        queues[1].submit(&[buffer]);
+    }
+    guest.notify(1);
+    // Pausing in the middle loses nothing either.
+    guest.lifecycle().pause().unwrap();
+    guest.start();
+    let mut bytes = vec![0; expected.len()];
+    rx.read_exact(&mut bytes).unwrap();
+    assert_eq!(bytes, expected);
+}
+
+fn hear(guest: &mut Guest, queue: &mut DriverQueue, buffers: &mut Vec<Buffer>) -> Vec<u8> {
+    let (_, len) = guest.wait_used(queue);
+    let buffer = buffers.remove(0);
+    guest.bytes(buffer)[..len as usize].to_vec()
+}
+
+#[test]
+fn ports_are_announced_and_opened() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let ports = vec![
+        ConsolePort::new("", None, None),
+        ConsolePort::new("agent", Some(ours.try_clone().unwrap().into()), Some(ours.into())),
+    ];
+    let mut guest = Guest::new(Transport::PciMsix, Console::new(ports).unwrap());
+    let mut queues = guest.bring_up(SIZE | MULTIPORT, 32);
+    assert_eq!(queues.len(), 6);
+    assert_eq!(guest.config_u32(4), 2);
+    let mut buffers: Vec<_> = (0..12).map(|_| guest.writable(64)).collect();
+    for buffer in &buffers {
+        queues[2].submit(&[*buffer]);
+    }
+    let say = |guest: &mut Guest, queues: &mut Vec<DriverQueue>, port: u32, event: u16, value: u16| {
+        let message = [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
+        let buffer = guest.readable(&message);
+        guest.exchange(&mut queues[3], &[buffer]);
+    };
+    // Nonsense first: unknown ports and events.
+    say(&mut guest, &mut queues, 77, 3, 1);
+    say(&mut guest, &mut queues, 0, 99, 1);
+    say(&mut guest, &mut queues, 0, 0, 1);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 1, 0, 1, 0]);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 1, 0, 1, 0]);
+    say(&mut guest, &mut queues, 0, 3, 1);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 4, 0, 1, 0]);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 5, 0, 0, 0, 80, 0, 25, 0]);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 6, 0, 1, 0]);
+    say(&mut guest, &mut queues, 1, 3, 1);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), b"\x01\0\0\0\x07\0\x01\0agent");
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 1, 0]);
+    // Input is read only once the guest opened the port.
+    theirs.write_all(b"ping").unwrap();
+    let input = guest.writable(16);
+    queues[4].submit(&[input]);
+    guest.notify(4);
+    say(&mut guest, &mut queues, 1, 6, 1);
+    assert_eq!(guest.wait_used(&mut queues[4]).1, 4);
+    assert_eq!(guest.bytes(input)[..4], *b"ping");
+    let output = guest.readable(b"pong");
+    guest.exchange(&mut queues[5], &[output]);
+    let mut bytes = [0; 4];
+    theirs.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"pong");
+    // The host hangs up: the guest learns it.
+    let input = guest.writable(16);
+    queues[4].submit(&[input]);
+    guest.notify(4);
+    drop(theirs);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 0, 0]);
+}
