@@ -249,10 +249,11 @@ pub trait Layer: Send + Sync + Debug {
     /// Changes the size. New space reads as zeros.
     fn resize(&self, size: u64, below: Below<'_>) -> Result<()>;
 
-    /// Forgets a range, so that it is read from the layer below. Returns `false` if the format cannot.
-    fn make_below(&self, offset: u64, len: u64) -> Result<bool> {
-        let _ = (offset, len);
-        Ok(false)
+    /// Copies those bytes of a range that this layer does not hold from `below` into it. Concurrent writes
+    /// are not overwritten.
+    fn populate(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
+        let _ = (offset, len, below);
+        Err(crate::Error::unsupported(self.storage().name(), "parents"))
     }
 
     /// Changes the parent that the image names. Contents are not touched.

@@ -36,9 +36,11 @@ mod error;
 mod gate;
 mod iobuf;
 mod layer;
+mod ranges;
 
 pub mod disk;
 pub mod format;
+pub mod job;
 pub mod storage;
 
 pub use disk::{CreateOptions, Disk, Geometry, OpenOptions, OpenPolicy, OpenRequest, Preallocation};

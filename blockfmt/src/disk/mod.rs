@@ -1,5 +1,6 @@
 //! A chain of layers with the policy of one disk.
 
+mod chain;
 mod create;
 mod open;
 mod policy;
@@ -40,8 +41,8 @@ pub trait Observer: Send + Sync {
     }
 
     /// Called after a range changed, or may have changed.
-    fn after_change(&self, offset: u64, len: u64) {
-        let _ = (offset, len);
+    fn after_change(&self, disk: Below<'_>, offset: u64, len: u64) {
+        let _ = (disk, offset, len);
     }
 }
 
@@ -68,7 +69,7 @@ impl State {
         }
         let result = op();
         for observer in &self.observers {
-            observer.after_change(offset, len);
+            observer.after_change(Below::new(&self.layers), offset, len);
         }
         result
     }
@@ -79,6 +80,8 @@ type ResizeCallback = Box<dyn Fn(u64) + Send + Sync>;
 struct Inner {
     gate: Gate<Arc<State>>,
     read_only: bool,
+    /// Whether the layers belong to this disk.
+    close_on_drop: bool,
     resize_callbacks: Mutex<Vec<ResizeCallback>>,
 }
 
@@ -103,7 +106,12 @@ impl Disk {
         let top = layers.first().ok_or_else(|| Error::InvalidOption("A disk needs a layer".into()))?;
         let read_only = read_only || top.read_only();
         let state = Arc::new(State { layers, observers: Vec::new() });
-        Ok(Disk(Arc::new(Inner { gate: Gate::new(state), read_only, resize_callbacks: Mutex::default() })))
+        Ok(Disk(Arc::new(Inner {
+            gate: Gate::new(state),
+            read_only,
+            close_on_drop: true,
+            resize_callbacks: Mutex::default(),
+        })))
     }
 
     /// Size in bytes.
@@ -242,7 +250,8 @@ impl Disk {
 impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.gate.enter();
-        if !self.read_only
+        if self.close_on_drop
+            && !self.read_only
             && let Err(error) = state.top().close()
         {
             tracing::error!(%error, disk = state.top().storage().name(), "Closing the disk failed");

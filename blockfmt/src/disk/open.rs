@@ -85,6 +85,14 @@ impl OpenOptions {
         self.open_storage(storage, path)
     }
 
+    /// Opens one image for writing without the chain below it.
+    pub(crate) fn open_single(&self, path: &Path) -> Result<Arc<dyn Layer>> {
+        let options =
+            FileOptions { direct: self.direct, lock: self.lock_mode(false), ..FileOptions::default() };
+        let storage = Arc::new(FileStorage::open(path, options)?);
+        self.open_layer(self.format, storage, path, false)
+    }
+
     /// Opens an image on a storage. Relative names in its header are relative to the directory of `path`.
     pub fn open_storage(&self, storage: Arc<dyn Storage>, path: impl AsRef<Path>) -> Result<Disk> {
         Disk::from_layers(self.open_chain(storage, path.as_ref())?, self.read_only)
@@ -157,7 +165,7 @@ impl OpenOptions {
     }
 
     /// Opens one layer, with its external data file if it has one.
-    fn open_layer(
+    pub(crate) fn open_layer(
         &self,
         format: Format,
         storage: Arc<dyn Storage>,

@@ -135,6 +135,12 @@ impl Layer for Qcow2 {
         self.resize_image(size, below)
     }
 
+    fn populate(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
+        self.check_writable()?;
+        let _pass = self.gate.enter();
+        self.populate_guest(offset, len, below)
+    }
+
     fn set_backing(&self, backing: Option<&BackingRef>) -> Result<()> {
         self.check_writable()?;
         self.flush_all()?;

@@ -48,28 +48,59 @@ impl Qcow2 {
                     self.payload().writev(part, host).map_err(|e| self.io("write", e))?;
                     len as usize
                 }
-                _ => self.write_new(src.slice(done, left), at, below)?,
+                _ => self.write_new(Some(src.slice(done, left)), at, left as u64, below)?,
+            };
+        }
+        Ok(())
+    }
+
+    /// Copies what the image does not hold from `below`. The caller is inside the gate.
+    pub(super) fn populate_guest(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let (kind, n) = self.lookup(offset + done, (len - done).min(MAX_STEP_BYTES))?;
+            done += match kind {
+                Kind::Below => self.write_new(None, offset + done, n, below)? as u64,
+                _ => n,
             };
         }
         Ok(())
     }
 
     /// Writes to the start of a range that needs its mapping changed; returns the number of bytes.
-    fn write_new(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<usize> {
+    /// Without `src`, bytes that the image does not hold come from `below`, and others stay as they are.
+    fn write_new(
+        &self,
+        src: Option<Gather<'_>>,
+        offset: u64,
+        mut len: u64,
+        below: Below<'_>,
+    ) -> Result<usize> {
         let p = &self.p;
         let first = offset >> p.cluster_bits;
         let (slice, index) = self.slice_of(first);
-        let last = ((offset + src.len() as u64 - 1) >> p.cluster_bits)
+        let mut last = ((offset + len - 1) >> p.cluster_bits)
             .min(first - index as u64 + p.slice_entries - 1)
             .min(first + (MAX_STEP_BYTES >> p.cluster_bits).max(1) - 1);
         let _range = self.ranges.lock(first..last + 1);
-        let (kind, same) = self.lookup(offset, src.len() as u64)?;
-        if let Kind::Data { copied: true, .. } = kind {
-            return Ok(0); // someone else allocated it while we waited
+        let (kind, same) = self.lookup(offset, len)?;
+        match kind {
+            Kind::Data { copied: true, .. } if src.is_some() => return Ok(0), // allocated while we waited
+            Kind::Below if src.is_none() => {
+                len = same;
+                last = last.min((offset + len - 1) >> p.cluster_bits);
+            }
+            _ if src.is_none() => return Ok(same as usize),
+            _ => {}
+        }
+        let mut copy = Vec::new();
+        if src.is_none() {
+            copy.resize(len as usize, 0);
+            below.read(Scatter::new(&mut copy), offset)?;
         }
         self.ensure_table(first)?;
         let mut old = self.entries(slice, index, (last - first + 1) as usize)?;
-        let mut end = offset + src.len() as u64;
+        let mut end = offset + len;
         let reused = self.reusable(old[0].0);
         let run = if reused {
             // Other units of this cluster may be written in place right now: touch only those of one kind.
@@ -94,7 +125,7 @@ impl Qcow2 {
         let from = offset & !(unit_of(&old[0]) - 1);
         let to = end.next_multiple_of(unit_of(&old[old.len() - 1]));
         let step = Step { slice, index, old, run, reused, from, to };
-        let src = src.slice(0, (end - offset) as usize);
+        let src = src.map_or(Gather::new(&copy), |src| src).slice(0, (end - offset) as usize);
         match self.write_payload(&step, src, offset, below).and_then(|()| self.publish(&step, first)) {
             Ok(()) => Ok(src.len()),
             Err(error) => {

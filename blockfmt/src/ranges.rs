@@ -1,18 +1,18 @@
-//! Locks on ranges of guest clusters whose mapping is about to change.
+//! Locks on ranges of clusters or granules.
 
 use parking_lot::{Condvar, Mutex};
 use std::ops::Range;
 
 /// The ranges that are locked.
 #[derive(Debug, Default)]
-pub(super) struct RangeLocks {
+pub(crate) struct RangeLocks {
     held: Mutex<Vec<Range<u64>>>,
     released: Condvar,
 }
 
-/// A locked range.
+/// A locked range; dropping it unlocks.
 #[derive(Debug)]
-pub(super) struct RangeGuard<'a> {
+pub(crate) struct RangeGuard<'a> {
     locks: &'a RangeLocks,
     range: Range<u64>,
 }

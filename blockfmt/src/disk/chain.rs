@@ -1,0 +1,178 @@
+//! Changing the chain of a disk that is in use.
+
+use super::{CreateOptions, Disk, OpenOptions, OpenPolicy, State};
+use crate::storage::{FileOptions, FileStorage, LockMode};
+use crate::{BackingRef, Error, Layer, Result, Storage};
+use std::path::Path;
+use std::sync::Arc;
+
+impl Disk {
+    /// Runs `f` on the layers while no request is in flight; requests wait meanwhile.
+    pub(crate) fn while_closed<R>(&self, f: impl FnOnce(&[Arc<dyn Layer>]) -> Result<R>) -> Result<R> {
+        let closed = self.0.gate.close();
+        f(&closed.get().layers)
+    }
+
+    /// Replaces the layers between two requests, after `prepare` succeeded.
+    pub(crate) fn switch_layers(
+        &self,
+        layers: Vec<Arc<dyn Layer>>,
+        prepare: impl FnOnce(&[Arc<dyn Layer>]) -> Result<()>,
+    ) -> Result<()> {
+        let mut closed = self.0.gate.close();
+        prepare(&closed.get().layers)?;
+        let old = closed.get().layers[0].clone();
+        if !old.read_only() && !layers.iter().any(|l| Arc::ptr_eq(l, &old)) {
+            old.close()?;
+        }
+        let observers = closed.get().observers.clone();
+        closed.set(Arc::new(State { layers, observers }));
+        Ok(())
+    }
+
+    /// Puts an empty layer that names the present one as its parent on top: what was written so far is
+    /// frozen in the present layer, from this instant on.
+    pub fn push_layer(&self, layer: Arc<dyn Layer>) -> Result<()> {
+        Disk::push_layers(&[(self.clone(), layer)])
+    }
+
+    /// [`push_layer`](Disk::push_layer) for several disks at one instant: no request of any of them falls
+    /// between.
+    pub fn push_layers(group: &[(Disk, Arc<dyn Layer>)]) -> Result<()> {
+        let mut order: Vec<_> = group.iter().collect();
+        // Everyone closes gates in the same order, so that two groups cannot wait for each other.
+        order.sort_by_key(|(disk, _)| Arc::as_ptr(&disk.0).cast::<u8>() as usize);
+        if order.windows(2).any(|w| Arc::ptr_eq(&w[0].0.0, &w[1].0.0)) {
+            return Err(Error::InvalidOption("A disk is in the group twice".into()));
+        }
+        for (disk, layer) in &order {
+            if disk.0.read_only || layer.read_only() {
+                return Err(Error::ReadOnly);
+            }
+            if layer.size() != disk.size() {
+                return Err(Error::InvalidOption("The new layer has another size than the disk".into()));
+            }
+        }
+        let mut gates: Vec<_> = order.iter().map(|(disk, _)| disk.0.gate.close()).collect();
+        for closed in &gates {
+            closed.get().layers[0].close()?;
+        }
+        for (closed, (_, layer)) in gates.iter_mut().zip(&order) {
+            let mut state = State::clone(closed.get());
+            state.layers.insert(0, layer.clone());
+            closed.set(Arc::new(state));
+        }
+        Ok(())
+    }
+
+    /// Takes an external snapshot: creates the image `path` on top of the present layer and continues in it.
+    /// Format and options are those of `options`; size and parent are set here.
+    pub fn snapshot(&self, path: &Path, options: &CreateOptions) -> Result<()> {
+        let layer = self.create_child(path, options)?;
+        self.push_layer(layer)
+    }
+
+    /// Creates and opens the image that [`snapshot`](Disk::snapshot) would continue in.
+    pub fn create_child(&self, path: &Path, options: &CreateOptions) -> Result<Arc<dyn Layer>> {
+        let top = self.layers().remove(0);
+        let parent = top.storage().name();
+        let create = CreateOptions {
+            size: self.size(),
+            backing: Some(BackingRef {
+                path: reference(Path::new(&parent), path),
+                format: Some(top.format().name().into()),
+            }),
+            ..options.clone()
+        };
+        create.create(path)?;
+        let open = OpenOptions::new(create.format).backing(true).policy(OpenPolicy::trust_headers());
+        open.open_single(path)
+    }
+
+    /// A disk over layers that belong to another one; they are not closed with it.
+    pub(crate) fn borrow_layers(layers: Vec<Arc<dyn Layer>>) -> Result<Self> {
+        let mut disk = Disk::from_layers(layers, false)?;
+        if let Some(inner) = Arc::get_mut(&mut disk.0) {
+            inner.close_on_drop = false;
+        }
+        Ok(disk)
+    }
+
+    /// Makes layer number `index` writable, by opening its file again if it was opened for reading.
+    pub(crate) fn make_writable(&self, index: usize) -> Result<Arc<dyn Layer>> {
+        if self.0.read_only {
+            return Err(Error::ReadOnly);
+        }
+        let layer = self.layers()[index].clone();
+        if !layer.read_only() {
+            return Ok(layer);
+        }
+        let open = || {
+            let path = layer.storage().name();
+            let options = FileOptions { lock: LockMode::Write, ..FileOptions::default() };
+            let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(Path::new(&path), options)?);
+            if storage.file_id() != layer.storage().file_id() || storage.file_id().is_none() {
+                return Err(Error::ParentChanged(path));
+            }
+            let options = OpenOptions::new(layer.format()).policy(OpenPolicy::trust_headers());
+            options.open_layer(layer.format(), storage, Path::new(&path), false)
+        };
+        // Our own lock for reading would keep us from writing.
+        layer.storage().set_lock(LockMode::None)?;
+        let writable = open().inspect_err(|_| {
+            if let Err(error) = layer.storage().set_lock(LockMode::Read) {
+                tracing::warn!(%error, "Cannot take the lock of a backing file again");
+            }
+        })?;
+        let mut closed = self.0.gate.close();
+        let mut state = State::clone(closed.get());
+        state.layers[index] = writable.clone();
+        closed.set(Arc::new(state));
+        Ok(writable)
+    }
+
+    /// Removes layers `from..to` (not the active one) from the chain; the layer above refers to number `to`
+    /// from now on.
+    pub(crate) fn drop_layers(&self, from: usize, to: usize) -> Result<()> {
+        let child = self.make_writable(from - 1)?;
+        let layers = self.layers();
+        let reference = layers.get(to).map(|parent| BackingRef {
+            path: reference(Path::new(&parent.storage().name()), Path::new(&child.storage().name())),
+            format: Some(parent.format().name().into()),
+        });
+        child.set_backing(reference.as_ref())?;
+        let mut rest = layers[..from].to_vec();
+        rest.extend_from_slice(layers.get(to..).unwrap_or_default());
+        self.switch_layers(rest, |_| Ok(()))?;
+        self.settle()
+    }
+
+    /// Replaces everything below the active layer.
+    pub(crate) fn replace_below(&self, new: &[Arc<dyn Layer>], reference: Option<&BackingRef>) -> Result<()> {
+        let top = self.layers().remove(0);
+        top.set_backing(reference)?;
+        let mut layers = vec![top];
+        layers.extend_from_slice(new);
+        self.switch_layers(layers, |_| Ok(()))
+    }
+
+    /// Closes the layers below the active one that a job made writable, and lets others read them.
+    pub(crate) fn settle(&self) -> Result<()> {
+        for layer in self.layers().iter().skip(1).filter(|layer| !layer.read_only()) {
+            layer.close()?;
+            layer.storage().set_lock(LockMode::Read)?;
+        }
+        Ok(())
+    }
+}
+
+/// How an image at `child` names the file `parent`.
+pub(crate) fn reference(parent: &Path, child: &Path) -> String {
+    let full = |p: &Path| std::path::absolute(p).unwrap_or_else(|_| p.to_owned());
+    let (parent, child) = (full(parent), full(child));
+    match (parent.file_name(), parent.parent() == child.parent()) {
+        // Images in one directory move together.
+        (Some(name), true) => name.to_string_lossy().into_owned(),
+        _ => parent.to_string_lossy().into_owned(),
+    }
+}

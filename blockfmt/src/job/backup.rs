@@ -1,0 +1,107 @@
+//! Copying the state of a disk at one instant while it changes.
+
+use super::{DirtyMap, JobControl, copy};
+use crate::disk::Observer;
+use crate::ranges::RangeLocks;
+use crate::{Below, Disk, Error, Result};
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const GRANULE: u64 = 64 << 10;
+
+struct Shared {
+    /// Granules that still have to be copied.
+    todo: DirtyMap,
+    ranges: RangeLocks,
+    target: Disk,
+    size: u64,
+    failed: AtomicBool,
+    error: Mutex<Option<Error>>,
+}
+
+impl Shared {
+    /// Copies a granule unless that has happened.
+    fn save(&self, source: Below<'_>, granule: u64, buffer: &mut Vec<u8>) -> Result<()> {
+        let _range = self.ranges.lock(granule..granule + 1);
+        if !self.todo.get(granule) {
+            return Ok(());
+        }
+        let (offset, len) = self.todo.bytes(granule, self.size);
+        copy::copy_range(source, None, &self.target, offset, len, buffer)?;
+        self.todo.take(granule);
+        Ok(())
+    }
+}
+
+impl Observer for Shared {
+    /// The guest is about to change a range: its old contents go to the backup first.
+    fn before_change(&self, disk: Below<'_>, offset: u64, len: u64) -> Result<()> {
+        if len == 0 || self.failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut buffer = Vec::new();
+        for granule in offset / GRANULE..=(offset + len - 1) / GRANULE {
+            if let Err(error) = self.save(disk, granule, &mut buffer) {
+                // The backup is lost, not the guest's request.
+                *self.error.lock() = Some(error);
+                self.failed.store(true, Ordering::Release);
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies `source` as it is at the time of the call to `target`. With `changed`, only the granules that it
+/// marks (an incremental backup); it is not modified.
+pub fn backup(source: &Disk, target: &Disk, changed: Option<&DirtyMap>, control: &JobControl) -> Result<()> {
+    let size = source.size();
+    if target.size() < size {
+        return Err(Error::InvalidOption("The target is smaller than the source".into()));
+    }
+    let todo = DirtyMap::new(size, GRANULE)?;
+    match changed {
+        None => todo.mark(0, size),
+        Some(map) => {
+            let mut from = 0;
+            while let Some(granule) = map.next(from) {
+                let (offset, len) = map.bytes(granule, size);
+                todo.mark(offset, len);
+                from = granule + 1;
+            }
+        }
+    }
+    control.begin(todo.count() * GRANULE);
+    let shared = Arc::new(Shared {
+        todo,
+        ranges: RangeLocks::default(),
+        target: target.clone(),
+        size,
+        failed: AtomicBool::new(false),
+        error: Mutex::default(),
+    });
+    let observer: Arc<dyn Observer> = shared.clone();
+    source.add_observer(observer.clone());
+    let result = save_all(source, &shared, control);
+    source.remove_observer(&observer);
+    result?;
+    target.flush()
+}
+
+fn save_all(source: &Disk, shared: &Shared, control: &JobControl) -> Result<()> {
+    let mut buffer = Vec::new();
+    while let Some(granule) = shared.todo.next(0) {
+        let (_, len) = shared.todo.bytes(granule, shared.size);
+        control.step(len)?;
+        let layers = source.layers();
+        shared.save(Below::new(&layers), granule, &mut buffer)?;
+        if let Some(error) = shared.error.lock().take() {
+            return Err(error);
+        }
+    }
+    match shared.error.lock().take() {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,132 @@
+//! Merging layers of a chain while the disk is in use.
+
+use super::{JobControl, Mirror, MirrorMode, copy};
+use crate::{Below, Disk, Error, Layer, Result, Source};
+use std::sync::Arc;
+
+/// Unit of work in bytes.
+const PIECE: u64 = 1 << 20;
+
+/// Merges layer number `index` into its parent and removes it from the chain.
+///
+/// Layer 0 is the active one: the guest's writes during the job are merged too, and the parent becomes the
+/// active layer. The file of the merged layer stays where it is; nobody refers to it any more.
+pub fn commit(disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
+    let layers = disk.layers();
+    if index + 1 >= layers.len() {
+        return Err(Error::InvalidOption("The layer has no parent to commit to".into()));
+    }
+    let parent = disk.make_writable(index + 1)?;
+    if parent.size() < layers[index].size() {
+        parent.resize(layers[index].size(), Below::new(&layers[index + 2..]))?;
+    }
+    let mut merged = vec![parent.clone()];
+    merged.extend_from_slice(&layers[index + 2..]);
+    let target = Disk::borrow_layers(merged)?;
+    if index == 0 {
+        let mirror = Mirror::start(disk, &target, MirrorMode::Background, Some(1))?;
+        return mirror.run(control)?.pivot(control);
+    }
+    let size = layers[index].size();
+    control.begin(size);
+    let source = Below::new(&layers[index..]);
+    let mut buffer = Vec::new();
+    for offset in (0..size).step_by(PIECE as usize) {
+        let len = PIECE.min(size - offset);
+        control.step(len)?;
+        copy::copy_range(source, Some(1), &target, offset, len, &mut buffer)?;
+    }
+    parent.flush()?;
+    disk.drop_layers(index, index + 1)
+}
+
+/// Pulls what the layers between number `index` and number `base` hold up into layer `index`, and removes
+/// them from the chain. Without `base`, all layers below are pulled up and the layer depends on nothing.
+pub fn stream(disk: &Disk, index: usize, base: Option<usize>, control: &JobControl) -> Result<()> {
+    let end = base.unwrap_or(disk.layers().len());
+    if end > disk.layers().len() || end <= index {
+        return Err(Error::InvalidOption("The base is not below the layer".into()));
+    }
+    disk.make_writable(index)?;
+    let layers = disk.layers();
+    let top = &layers[index];
+    control.begin(top.size());
+    // Zeros of intermediate layers hide what the base holds.
+    let hide = base.is_some();
+    populate(top, &layers[index + 1..], control, |holder, zero| {
+        holder.is_some_and(|h| h + index + 1 < end) && (hide || !zero)
+    })?;
+    top.flush()?;
+    disk.drop_layers(index + 1, end)
+}
+
+/// Puts the active layer on top of another chain, with unchanged contents. `new` are the layers of the new
+/// chain, as opened for reading; `reference` is how the image names the first of them.
+pub fn rebase(
+    disk: &Disk,
+    new: &[Arc<dyn Layer>],
+    reference: Option<&crate::BackingRef>,
+    control: &JobControl,
+) -> Result<()> {
+    let layers = disk.layers();
+    let top = &layers[0];
+    control.begin(top.size());
+    let (old, mut buffers) = (Below::new(&layers[1..]), (Vec::new(), Vec::new()));
+    each_below(top, control, |offset, len| {
+        let (a, b) = (&mut buffers.0, &mut buffers.1);
+        a.resize(len as usize, 0);
+        b.resize(len as usize, 0);
+        old.read(crate::Scatter::new(a), offset)?;
+        Below::new(new).read(crate::Scatter::new(b), offset)?;
+        if a != b { top.populate(offset, len, old) } else { Ok(()) }
+    })?;
+    top.flush()?;
+    disk.replace_below(new, reference)
+}
+
+/// Copies into `top` what it does not hold and `wanted` (by the layer below that holds it, and whether it
+/// is zero) says.
+fn populate(
+    top: &Arc<dyn Layer>,
+    rest: &[Arc<dyn Layer>],
+    control: &JobControl,
+    wanted: impl Fn(Option<usize>, bool) -> bool,
+) -> Result<()> {
+    let below = Below::new(rest);
+    each_below(top, control, |offset, len| {
+        let mut done = 0;
+        while done < len {
+            let (extent, holder) = below.map(offset + done, len - done)?;
+            let zero = matches!(extent.source, Source::Zero { .. } | Source::Below);
+            if wanted(holder, zero) {
+                top.populate(offset + done, extent.len, below)?;
+            }
+            done += extent.len;
+        }
+        Ok(())
+    })
+}
+
+/// Calls `f` with every range, of at most [`PIECE`] bytes, that a layer does not hold.
+fn each_below(
+    top: &Arc<dyn Layer>,
+    control: &JobControl,
+    mut f: impl FnMut(u64, u64) -> Result<()>,
+) -> Result<()> {
+    let size = top.size();
+    let mut offset = 0;
+    while offset < size {
+        let extent = {
+            let _pass = top.enter();
+            top.resolve_read(offset, (size - offset).min(PIECE))?
+        };
+        if extent.source == Source::Below {
+            control.step(extent.len)?;
+            f(offset, extent.len)?;
+        } else {
+            control.skip(extent.len)?;
+        }
+        offset += extent.len;
+    }
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! Which parts of a disk changed.
+
+use crate::disk::Observer;
+use crate::{Below, Error, Result};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A bitmap over a disk, one bit per granule. Changes and queries may run concurrently.
+///
+/// As an [`Observer`] it marks what changes.
+#[derive(Debug)]
+pub struct DirtyMap {
+    bits: Box<[AtomicU64]>,
+    granularity: u64,
+    granules: u64,
+}
+
+impl DirtyMap {
+    /// A clear map of a disk of `size` bytes with granules of `granularity` bytes (a power of two).
+    pub fn new(size: u64, granularity: u64) -> Result<Self> {
+        if !granularity.is_power_of_two() || granularity < 512 {
+            return Err(Error::InvalidOption("The granularity is a power of two of at least 512".into()));
+        }
+        let granules = size.div_ceil(granularity);
+        if granules > 1 << 34 {
+            return Err(Error::InvalidOption("The granularity is too small for a disk of this size".into()));
+        }
+        let bits = (0..granules.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Ok(DirtyMap { bits, granularity, granules })
+    }
+
+    /// Bytes per granule.
+    pub fn granularity(&self) -> u64 {
+        self.granularity
+    }
+
+    /// Number of granules.
+    pub fn granules(&self) -> u64 {
+        self.granules
+    }
+
+    fn range(&self, offset: u64, len: u64) -> Range<u64> {
+        let end = offset.saturating_add(len).div_ceil(self.granularity).min(self.granules);
+        offset / self.granularity..end
+    }
+
+    /// Marks every granule that a range touches.
+    pub fn mark(&self, offset: u64, len: u64) {
+        for granule in self.range(offset, len) {
+            self.bits[(granule / 64) as usize].fetch_or(1 << (granule % 64), Ordering::AcqRel);
+        }
+    }
+
+    /// Clears a granule and returns whether it was marked.
+    pub fn take(&self, granule: u64) -> bool {
+        let mask = 1 << (granule % 64);
+        self.bits[(granule / 64) as usize].fetch_and(!mask, Ordering::AcqRel) & mask != 0
+    }
+
+    /// Whether a granule is marked.
+    pub fn get(&self, granule: u64) -> bool {
+        self.bits[(granule / 64) as usize].load(Ordering::Acquire) >> (granule % 64) & 1 != 0
+    }
+
+    /// The first marked granule at or after `from`.
+    pub fn next(&self, from: u64) -> Option<u64> {
+        let mut granule = from;
+        while granule < self.granules {
+            let word = self.bits[(granule / 64) as usize].load(Ordering::Acquire) >> (granule % 64);
+            if word != 0 {
+                return Some(granule + u64::from(word.trailing_zeros())).filter(|g| *g < self.granules);
+            }
+            granule = (granule / 64 + 1) * 64;
+        }
+        None
+    }
+
+    /// Number of marked granules.
+    pub fn count(&self) -> u64 {
+        self.bits.iter().map(|w| u64::from(w.load(Ordering::Acquire).count_ones())).sum()
+    }
+
+    /// First byte and length of a granule on a disk of `size` bytes.
+    pub(crate) fn bytes(&self, granule: u64, size: u64) -> (u64, u64) {
+        let offset = (granule * self.granularity).min(size);
+        (offset, self.granularity.min(size - offset))
+    }
+}
+
+impl Observer for DirtyMap {
+    fn after_change(&self, _disk: Below<'_>, offset: u64, len: u64) {
+        self.mark(offset, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_cover_what_they_touch() {
+        let map = DirtyMap::new(1000 * 512 + 1, 512).unwrap();
+        assert_eq!(map.granules(), 1001);
+        map.mark(511, 2);
+        map.mark(1000 * 512, u64::MAX);
+        assert_eq!((map.next(0), map.next(1), map.next(2), map.count()), (Some(0), Some(1), Some(1000), 3));
+        assert!(map.take(1) && !map.take(1) && !map.get(1));
+        assert_eq!(map.bytes(1000, 1000 * 512 + 1), (512_000, 1));
+        assert!(DirtyMap::new(1, 3).is_err());
+    }
+}

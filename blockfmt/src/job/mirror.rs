@@ -1,0 +1,171 @@
+//! Copying a disk that is in use, and switching over to the copy.
+
+use super::{DirtyMap, JobControl, copy};
+use crate::disk::Observer;
+use crate::ranges::RangeLocks;
+use crate::{Below, Disk, Error, Result};
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Granules that are copied at once and tracked.
+const GRANULE: u64 = 256 << 10;
+
+/// When the guest's writes reach the copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MirrorMode {
+    /// Later: writes are noted and copied by the job. A guest that writes faster than the job copies keeps
+    /// it from ending.
+    Background,
+    /// Before they are acknowledged.
+    WriteBlocking,
+}
+
+/// What the job and the guest's requests share.
+struct Shared {
+    dirty: DirtyMap,
+    ranges: RangeLocks,
+    target: Disk,
+    depth: Option<usize>,
+    blocking: bool,
+    /// Set when a blocking copy failed: from then on changes are only noted.
+    failed: AtomicBool,
+    error: Mutex<Option<Error>>,
+}
+
+impl Shared {
+    fn copy(&self, source: Below<'_>, granule: u64, buffer: &mut Vec<u8>) -> Result<()> {
+        let (offset, len) = self.dirty.bytes(granule, source.size().min(self.target.size()));
+        // Two copies of the same granule in the wrong order would leave old data in the target.
+        let _range = self.ranges.lock(granule..granule + 1);
+        let result = copy::copy_range(source, self.depth, &self.target, offset, len, buffer);
+        if result.is_err() {
+            self.dirty.mark(offset, len);
+        }
+        result
+    }
+}
+
+impl Observer for Shared {
+    fn after_change(&self, disk: Below<'_>, offset: u64, len: u64) {
+        self.dirty.mark(offset, len);
+        if !self.blocking || self.failed.load(Ordering::Acquire) || len == 0 {
+            return;
+        }
+        let granularity = self.dirty.granularity();
+        let mut buffer = Vec::new();
+        for granule in offset / granularity..=(offset + len - 1) / granularity {
+            if self.dirty.take(granule)
+                && let Err(error) = self.copy(disk, granule, &mut buffer)
+            {
+                self.failed.store(true, Ordering::Release);
+                *self.error.lock() = Some(error);
+                return;
+            }
+        }
+    }
+}
+
+/// A copy in progress: changes of the source are tracked as long as this lives.
+pub struct Mirror {
+    source: Disk,
+    shared: Arc<Shared>,
+    observer: Arc<dyn Observer>,
+}
+
+impl std::fmt::Debug for Mirror {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mirror")
+            .field("source", &self.source)
+            .field("dirty", &self.shared.dirty.count())
+            .finish()
+    }
+}
+
+impl Mirror {
+    /// Starts to track changes. With `depth`, only what the uppermost `depth` layers of the source hold is
+    /// copied: the target already shows the rest.
+    pub fn start(source: &Disk, target: &Disk, mode: MirrorMode, depth: Option<usize>) -> Result<Self> {
+        if target.size() < source.size() {
+            return Err(Error::InvalidOption("The target is smaller than the source".into()));
+        }
+        let dirty = DirtyMap::new(source.size(), GRANULE)?;
+        let shared = Arc::new(Shared {
+            dirty,
+            ranges: RangeLocks::default(),
+            target: target.clone(),
+            depth,
+            blocking: mode == MirrorMode::WriteBlocking,
+            failed: AtomicBool::new(false),
+            error: Mutex::default(),
+        });
+        let observer: Arc<dyn Observer> = shared.clone();
+        source.add_observer(observer.clone());
+        // Everything that exists now; later changes mark themselves.
+        shared.dirty.mark(0, source.size());
+        Ok(Mirror { source: source.clone(), shared, observer })
+    }
+
+    /// Copies until the target is equal, except for what the guest changes in this moment.
+    pub fn run(self, control: &JobControl) -> Result<Self> {
+        control.begin(self.source.size());
+        let mut counted = self.shared.dirty.count();
+        let mut buffer = Vec::new();
+        while let Some(first) = self.shared.dirty.next(0) {
+            let mut granule = Some(first);
+            while let Some(g) = granule {
+                let (_, len) = self.shared.dirty.bytes(g, self.source.size());
+                control.step(len)?;
+                if self.shared.dirty.take(g) {
+                    let layers = self.source.layers();
+                    self.shared.copy(Below::new(&layers), g, &mut buffer)?;
+                }
+                granule = self.shared.dirty.next(g + 1);
+            }
+            if let Some(error) = self.shared.error.lock().take() {
+                return Err(error);
+            }
+            let now = self.shared.dirty.count();
+            control.add_total(now * GRANULE);
+            if !self.shared.blocking && now != 0 && now >= counted && now <= 8 {
+                break; // the guest keeps a few granules dirty; the rest is copied while it waits
+            }
+            counted = now;
+        }
+        Ok(self)
+    }
+
+    /// Bytes that may differ between source and target.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.shared.dirty.count() * GRANULE
+    }
+
+    /// Completes the copy while the source takes no requests, then ends; the source stays in use.
+    pub fn finish(self, control: &JobControl) -> Result<()> {
+        let source = self.source.clone();
+        source.while_closed(|layers| self.complete(Below::new(layers), control))
+    }
+
+    /// Completes the copy and makes the source disk use the target's layers from the next request on.
+    pub fn pivot(self, control: &JobControl) -> Result<()> {
+        let target = self.shared.target.layers();
+        let source = self.source.clone();
+        source.switch_layers(target, |layers| self.complete(Below::new(layers), control))
+    }
+
+    fn complete(&self, source: Below<'_>, control: &JobControl) -> Result<()> {
+        let mut buffer = Vec::new();
+        while let Some(granule) = self.shared.dirty.next(0) {
+            control.check()?;
+            self.shared.dirty.take(granule);
+            self.shared.copy(source, granule, &mut buffer)?;
+        }
+        self.shared.target.flush()
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.source.remove_observer(&self.observer);
+    }
+}

@@ -1,0 +1,23 @@
+//! Long-running work on disks: copying, merging, mirroring, backing up.
+//!
+//! A job runs on the thread that calls it and returns when it is done; the embedder decides about threads.
+//! A [`JobControl`], shared with other threads, cancels it, limits its rate and reports its progress.
+//! Guests keep using the disk meanwhile.
+//!
+//! [`commit`], [`stream`] and [`rebase`] change nothing that a reader of the chain can see until their last
+//! step, and may be started again after a crash or a cancellation: what was moved already is skipped or
+//! moved again to the same effect.
+
+mod backup;
+mod chain;
+mod control;
+mod copy;
+mod dirty;
+mod mirror;
+
+pub use backup::backup;
+pub use chain::{commit, rebase, stream};
+pub use control::{JobControl, Progress};
+pub use copy::{Comparison, ConvertOptions, compare, convert};
+pub use dirty::DirtyMap;
+pub use mirror::{Mirror, MirrorMode};

@@ -1,0 +1,320 @@
+//! Jobs on disks that are in use.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
+
+mod common;
+
+use blockfmt::format::qcow2::{Compression, Qcow2Options};
+use blockfmt::job::{self, Comparison, ConvertOptions, DirtyMap, JobControl, Mirror, MirrorMode};
+use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions};
+use common::{Rng, assert_same, exercise, qemu_ok, text};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const SIZE: u64 = 4 << 20;
+
+struct Chain {
+    dir: tempfile::TempDir,
+    disk: Disk,
+    model: Vec<u8>,
+    rng: Rng,
+}
+
+impl Chain {
+    /// A raw base and `depth` qcow2 layers on top, each with contents of its own.
+    fn new(seed: u64, depth: usize) -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut rng = Rng(seed);
+        let mut model = rng.bytes(SIZE as usize);
+        model[1 << 20..2 << 20].fill(0);
+        std::fs::write(dir.path().join("0"), &model).unwrap();
+        let options = CreateOptions::new(Format::Qcow2, SIZE).backing("0", Format::Raw);
+        options.create(&dir.path().join("1")).unwrap();
+        let disk = OpenOptions::new(Format::Qcow2).open(dir.path().join("1")).unwrap();
+        let mut chain = Chain { dir, disk, model, rng };
+        chain.exercise(40);
+        for n in 2..=depth {
+            let qcow2 = Qcow2Options { extended_l2: n % 2 == 0, ..Qcow2Options::default() };
+            let options = CreateOptions::new(Format::Qcow2, 0).qcow2(qcow2);
+            chain.disk.snapshot(&chain.at(n), &options).unwrap();
+            chain.exercise(40);
+        }
+        chain
+    }
+
+    fn at(&self, n: usize) -> PathBuf {
+        self.dir.path().join(n.to_string())
+    }
+
+    fn exercise(&mut self, requests: usize) {
+        exercise(&self.disk, &mut self.model, &mut self.rng, requests);
+    }
+
+    /// Runs a job while another thread keeps using the disk.
+    fn busy<R: Send>(&mut self, job: impl FnOnce(&Disk) -> R + Send) -> R {
+        let disk = self.disk.clone();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (done, disk) = (&done, &disk);
+            let job = scope.spawn(move || {
+                let result = job(disk);
+                done.store(true, Ordering::Release);
+                result
+            });
+            while !done.load(Ordering::Acquire) {
+                exercise(disk, &mut self.model, &mut self.rng, 5);
+            }
+            job.join().unwrap()
+        })
+    }
+
+    /// Checks contents now and after opening the file again, and what QEMU thinks.
+    fn verify(self, top: &Path, layers: usize) {
+        assert_same(&self.disk, &self.model);
+        assert_eq!(self.disk.layers().len(), layers);
+        drop(self.disk);
+        for entry in std::fs::read_dir(self.dir.path()).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if name != "0" && path.extension().is_none() {
+                qemu_ok("qemu-img", &["check", "-f", "qcow2", text(&path)]);
+            }
+        }
+        let disk = OpenOptions::new(Format::Qcow2).open(top).unwrap();
+        assert_eq!(disk.layers().len(), layers);
+        assert_same(&disk, &self.model);
+        drop(disk);
+        let raw = top.with_extension("view");
+        qemu_ok("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(top), text(&raw)]);
+        assert!(std::fs::read(raw).unwrap() == self.model, "QEMU sees something else");
+    }
+}
+
+#[test]
+fn commit_merges_a_layer_in_the_middle() {
+    let mut chain = Chain::new(1, 4);
+    chain.busy(|disk| job::commit(disk, 1, &JobControl::new())).unwrap();
+    chain.exercise(30);
+    let top = chain.at(4);
+    chain.verify(&top, 4);
+}
+
+#[test]
+fn commit_merges_the_active_layer() {
+    let mut chain = Chain::new(2, 3);
+    chain.busy(|disk| job::commit(disk, 0, &JobControl::new())).unwrap();
+    chain.exercise(30);
+    let top = chain.at(2);
+    chain.verify(&top, 3);
+}
+
+#[test]
+fn commit_reaches_a_raw_base() {
+    let mut chain = Chain::new(3, 1);
+    chain.busy(|disk| job::commit(disk, 0, &JobControl::new())).unwrap();
+    chain.exercise(30);
+    assert_same(&chain.disk, &chain.model);
+    drop(chain.disk);
+    assert!(std::fs::read(chain.dir.path().join("0")).unwrap() == chain.model);
+}
+
+#[test]
+fn stream_flattens_all_or_a_part() {
+    for base in [None, Some(3), Some(2)] {
+        let mut chain = Chain::new(4, 4);
+        chain.busy(|disk| job::stream(disk, 0, base, &JobControl::new())).unwrap();
+        chain.exercise(30);
+        let top = chain.at(4);
+        chain.verify(&top, base.map_or(1, |b| 1 + 5 - b));
+    }
+    let mut chain = Chain::new(5, 4);
+    chain.busy(|disk| job::stream(disk, 1, Some(3), &JobControl::new())).unwrap();
+    let top = chain.at(4);
+    chain.verify(&top, 4);
+}
+
+#[test]
+fn rebase_keeps_contents() {
+    let mut chain = Chain::new(6, 2);
+    let other = chain.dir.path().join("other.raw");
+    std::fs::write(&other, Rng(77).bytes(2 << 20)).unwrap();
+    let base = OpenOptions::new(Format::Raw).read_only(true).open(&other).unwrap();
+    let reference = blockfmt::BackingRef { path: "other.raw".into(), format: Some("raw".into()) };
+    chain.busy(|disk| job::rebase(disk, &base.layers(), Some(&reference), &JobControl::new())).unwrap();
+    drop(base);
+    let top = chain.at(2);
+    chain.verify(&top, 2);
+}
+
+#[test]
+fn mirrors_follow_the_guest() {
+    for (n, mode) in [MirrorMode::Background, MirrorMode::WriteBlocking].into_iter().enumerate() {
+        for pivot in [false, true] {
+            let mut chain = Chain::new(10 + n as u64, 2);
+            let path = chain.dir.path().join("copy.qcow2");
+            CreateOptions::new(Format::Qcow2, SIZE).create(&path).unwrap();
+            let target = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
+            let copy = target.clone();
+            let mirror = chain.busy(move |disk| {
+                let control = JobControl::new();
+                Mirror::start(disk, &copy, mode, None)?.run(&control)
+            });
+            chain.exercise(20);
+            if pivot {
+                mirror.unwrap().pivot(&JobControl::new()).unwrap();
+                drop(target);
+                chain.exercise(20);
+                chain.verify(&path, 1);
+            } else {
+                mirror.unwrap().finish(&JobControl::new()).unwrap();
+                assert_same(&target, &chain.model);
+                chain.exercise(20);
+                drop(target);
+                let top = chain.at(2);
+                chain.verify(&top, 3);
+            }
+        }
+    }
+}
+
+#[test]
+fn backups_show_one_instant() {
+    let mut chain = Chain::new(20, 2);
+    let create = |name: &str| {
+        let path = chain.dir.path().join(name);
+        CreateOptions::new(Format::Qcow2, SIZE).create(&path).unwrap();
+        OpenOptions::new(Format::Qcow2).open(&path).unwrap()
+    };
+    let (full, next) = (create("full.qcow2"), create("next.qcow2"));
+    let before = chain.model.clone();
+    let changes = Arc::new(DirtyMap::new(SIZE, 65536).unwrap());
+    // No change happens between the two calls: the guest starts with the job.
+    chain.disk.add_observer(changes.clone());
+    let control = JobControl::new();
+    control.set_rate(64 << 20);
+    std::thread::scope(|scope| {
+        let disk = chain.disk.clone();
+        let (full, control) = (&full, &control);
+        let job = scope.spawn(move || job::backup(&disk, full, None, control));
+        while control.progress().total == 0 {
+            std::thread::yield_now();
+        }
+        // The observer of the job is in place before its first progress with anything done.
+        while control.progress().done == 0 {
+            std::thread::yield_now();
+        }
+        chain.exercise(60);
+        job.join().unwrap().unwrap();
+    });
+    assert_same(&full, &before);
+    // The increment on top of the full backup is the present.
+    assert!(changes.count() > 0);
+    job::backup(&chain.disk, &next, Some(&changes), &JobControl::new()).unwrap();
+    let mut merged = before;
+    let mut granule = changes.next(0);
+    while let Some(g) = granule {
+        let range = (g * 65536) as usize..((g + 1) * 65536).min(SIZE) as usize;
+        next.read_at(&mut merged[range.clone()], range.start as u64).unwrap();
+        granule = changes.next(g + 1);
+    }
+    assert!(merged == chain.model);
+}
+
+#[test]
+fn convert_and_compare() {
+    let chain = Chain::new(30, 2);
+    for compression in [Compression::Zlib, Compression::Zstd] {
+        for compress in [false, true] {
+            let path = chain.dir.path().join("c.qcow2");
+            let qcow2 = Qcow2Options { compression, ..Qcow2Options::default() };
+            CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
+            let target = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
+            let options = ConvertOptions { compress, ..ConvertOptions::default() };
+            job::convert(&chain.disk, &target, options, &JobControl::new()).unwrap();
+            assert_same(&target, &chain.model);
+            let result = job::compare(&chain.disk, &target, &JobControl::new()).unwrap();
+            assert_eq!(result, Comparison::Identical);
+            target.write_at(&[0x77; 3], 3_000_000).unwrap();
+            let mut changed = chain.model.clone();
+            changed[3_000_000..3_000_003].fill(0x77);
+            let first = changed.iter().zip(&chain.model).position(|(a, b)| a != b).unwrap() as u64;
+            let result = job::compare(&target, &chain.disk, &JobControl::new()).unwrap();
+            assert_eq!(result, Comparison::Differs(first));
+            target.write_at(&chain.model[3_000_000..3_000_003], 3_000_000).unwrap();
+            drop(target);
+            qemu_ok("qemu-img", &["check", "-f", "qcow2", text(&path)]);
+            let raw = chain.dir.path().join("view");
+            qemu_ok("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&path), text(&raw)]);
+            assert!(std::fs::read(raw).unwrap() == chain.model);
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn cancelled_jobs_leave_the_chain_alone_and_can_run_again() {
+    let mut chain = Chain::new(40, 3);
+    for _ in 0..3 {
+        let control = cancelling(SIZE / 3);
+        let result = job::stream(&chain.disk, 0, None, &control);
+        assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+        assert_eq!(chain.disk.layers().len(), 4);
+        chain.exercise(20);
+        assert_same(&chain.disk, &chain.model);
+    }
+    job::stream(&chain.disk, 0, None, &JobControl::new()).unwrap();
+    let top = chain.at(3);
+    chain.verify(&top, 1);
+}
+
+/// A control that cancels its own job after some bytes.
+fn cancelling(stop_at: u64) -> Arc<JobControl> {
+    Arc::new_cyclic(|weak: &std::sync::Weak<JobControl>| {
+        let weak = weak.clone();
+        JobControl::new().on_progress(move |progress| {
+            if progress.done > stop_at
+                && let Some(control) = weak.upgrade()
+            {
+                control.cancel();
+            }
+        })
+    })
+}
+
+#[test]
+fn a_group_snapshot_has_no_request_between() {
+    let (a, b) = (Chain::new(50, 1), Chain::new(51, 1));
+    let stop = AtomicBool::new(false);
+    a.disk.write_at(&[0; 8], 0).unwrap();
+    b.disk.write_at(&[0; 8], 0).unwrap();
+    std::thread::scope(|scope| {
+        // The guest writes the same number first to one disk, then to the other.
+        let writer = scope.spawn(|| {
+            let mut n = 0u64;
+            while !stop.load(Ordering::Acquire) {
+                n += 1;
+                a.disk.write_at(&n.to_le_bytes(), 0).unwrap();
+                b.disk.write_at(&n.to_le_bytes(), 0).unwrap();
+            }
+        });
+        let create = CreateOptions::new(Format::Qcow2, 0);
+        for i in 2..12 {
+            let group = [
+                (a.disk.clone(), a.disk.create_child(&a.at(i), &create).unwrap()),
+                (b.disk.clone(), b.disk.create_child(&b.at(i), &create).unwrap()),
+            ];
+            Disk::push_layers(&group).unwrap();
+            let frozen = |disk: &Disk| {
+                let layers = disk.layers();
+                let mut word = [0; 8];
+                blockfmt::Below::new(&layers[1..]).read(blockfmt::Scatter::new(&mut word), 0).unwrap();
+                u64::from_le_bytes(word)
+            };
+            let (x, y) = (frozen(&a.disk), frozen(&b.disk));
+            assert!(x == y || x == y + 1, "{x} and {y} were not frozen together");
+        }
+        stop.store(true, Ordering::Release);
+        writer.join().unwrap();
+    });
+}
