@@ -6,37 +6,25 @@ use parking_lot::Mutex;
 
 use super::config::{AccelChoice, ConsoleConfig, VmConfig};
 use super::console::{Console, InputFilter};
+use super::devices::{self, Attached};
 use super::vcpu::Control;
 use super::{Devices, Vm, VmError, entry, layout};
-use crate::accel::soft::SoftHypervisor;
-use crate::accel::{self, Hypervisor, IoBus, VmSpec};
-use crate::acpi::{self, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
+use crate::accel::{self, Hypervisor, IoBus, VmSpec, probe};
+use crate::acpi::{self, MmioDevice, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
 use crate::boot::{self, BootSource};
 use crate::bus::{Bus, BusDevice};
 use crate::devices::legacy::{
     AcpiPm, DebugConsole, DebugExit, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink, Pvpanic, Rtc, Serial,
     SerialOutput,
 };
+use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
-use crate::pci::{HostBridge, Identity, PciRoot, PciWindows};
 
 const COM1: u64 = 0x3f8;
 const CMOS: u64 = 0x70;
 const I8042_COMMAND: u64 = 0x64;
 const DEBUG_CONSOLE: u64 = 0xe9;
 const DEBUG_EXIT: u64 = 0xf4;
-const PCI_CONFIG: u64 = 0xcf8;
-
-/// The generic PCI Express host bridge that QEMU's vendor ID has; guests need no driver for it.
-const HOST_BRIDGE: Identity = Identity {
-    vendor: 0x1b36,
-    device: 0x0008,
-    revision: 0,
-    class: 0x06_0000,
-    subsystem_vendor: 0x1af4,
-    subsystem: 0x1100,
-    interrupt_pin: 0,
-};
 
 /// Builds a [`Vm`].
 pub struct VmBuilder {
@@ -149,9 +137,14 @@ impl VmBuilder {
             insert(DEBUG_CONSOLE, 1, Arc::new(DebugConsole::new(clone_output())))?;
             insert(DEBUG_EXIT, 1, Arc::new(DebugExit::new(power.clone())))?;
         }
-        let pci = pci_root(&accel, &memory, &mmio, &ports, &power)?;
+        let mut attached = if config.mmio {
+            Attached::mmio(accel.clone(), memory.clone(), mmio.clone())
+        } else {
+            Attached::pci(accel.clone(), memory.clone(), mmio.clone(), ports.clone(), power.clone())?
+        };
+        devices::attach_all(&mut attached, config)?;
 
-        let platform = platform(config, &memory, numa);
+        let platform = platform(config, &memory, numa, attached.mmio_devices.clone());
         let rsdp = acpi::write(&memory, layout::ACPI_AREA, &platform)?;
         write_generation_id(&memory).map_err(host("random bytes"))?;
         let source = BootSource {
@@ -163,14 +156,23 @@ impl VmBuilder {
         };
         let boot_entry = boot::load(&memory, &source)?;
 
-        let running = console.connect(serial, self.filter)?;
+        let running = console.connect(serial.clone(), self.filter)?;
         let vm = Vm {
             control: control.clone(),
             threads: Mutex::default(),
             lifecycle: Mutex::new(false),
             kind: hypervisor.kind(),
             memory,
-            devices: Devices { mmio, ports, pci: Some(pci), pm, console: Mutex::new(Some(running)) },
+            devices: Devices {
+                mmio,
+                ports,
+                units: std::iter::once(pm.clone() as Arc<dyn Lifecycle>)
+                    .chain([serial as Arc<dyn Lifecycle>])
+                    .chain(attached.units)
+                    .collect(),
+                pm,
+                console: Mutex::new(Some(running)),
+            },
             accel: accel.clone(),
         };
         // All vCPUs exist before the first thread runs: an error then drops `vm`, which ends the threads.
@@ -195,52 +197,25 @@ impl VmBuilder {
 
 /// The accelerator that the configuration names.
 fn accelerator(choice: AccelChoice) -> Result<Arc<dyn Hypervisor>, VmError> {
-    match choice {
-        AccelChoice::Soft | AccelChoice::Auto => Ok(Arc::new(SoftHypervisor::new())),
-        AccelChoice::Kvm => Err(accel::AccelError::Unavailable {
-            kind: accel::AccelKind::Kvm,
-            reason: "this build has no support for it; use --accel soft".into(),
-        }
-        .into()),
-    }
+    let kind = match choice {
+        AccelChoice::Auto => None,
+        AccelChoice::Kvm => Some(accel::AccelKind::Kvm),
+        AccelChoice::Soft => Some(accel::AccelKind::Soft),
+    };
+    Ok(probe::open(kind)?.into())
 }
 
-fn pci_root(
-    accel: &Arc<dyn accel::Vm>,
-    memory: &GuestMemory,
-    mmio: &Arc<Bus>,
-    ports: &Arc<Bus>,
-    power: &PowerSink,
-) -> Result<Arc<PciRoot>, VmError> {
-    let windows =
-        PciWindows { mmio32: layout::PCI_MMIO32, mmio64: layout::pci_mmio64(memory), io: layout::PCI_IO };
-    let root = PciRoot::new(mmio.clone(), ports.clone(), windows);
-    let mut lines = Vec::new();
-    for gsi in layout::PCI_INTX {
-        lines.push((gsi as u8, accel.irq_line(gsi)?));
-    }
-    if let Ok(lines) = lines.try_into() {
-        root.route_intx(lines);
-    }
-    let power = power.clone();
-    root.on_reset(move || power(crate::devices::legacy::PowerEvent::Reset));
-    root.add(Arc::new(HostBridge::new(HOST_BRIDGE)), 0)?;
-    mmio.insert(layout::PCI_ECAM.start, layout::PCI_ECAM.end - layout::PCI_ECAM.start, root.ecam())?;
-    ports.insert(PCI_CONFIG, 8, root.config_ports())?;
-    Ok(root)
-}
-
-fn platform(config: &VmConfig, memory: &GuestMemory, numa: Vec<NumaNode>) -> Platform {
+fn platform(config: &VmConfig, memory: &GuestMemory, numa: Vec<NumaNode>, mmio: Vec<MmioDevice>) -> Platform {
     Platform {
         cpus: config.cpus,
-        pci: Some(PciRootInfo {
+        pci: (!config.mmio).then(|| PciRootInfo {
             ecam: layout::PCI_ECAM,
             mmio32: layout::PCI_MMIO32,
             mmio64: layout::pci_mmio64(memory),
             io: layout::PCI_IO,
             intx: layout::PCI_INTX,
         }),
-        mmio: Vec::new(),
+        mmio,
         serial: true,
         generation_id: Some(layout::GENERATION_ID),
         numa,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::devices::virtio::rate::{Limits, Rate};
+
 /// Which accelerator runs the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -34,6 +36,10 @@ pub struct VmConfig {
     pub boot: BootConfig,
     /// The serial port COM1.
     pub console: ConsoleConfig,
+    /// virtio block devices, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Offer virtio devices over MMIO instead of PCI: a smaller machine without a PCI bus.
+    pub mmio: bool,
     /// Ports 0xE9 (debug console, printed on the serial console) and 0xF4 (exit with a code), for test guests.
     pub debug_ports: bool,
     /// End the machine when the guest's kernel panics (pvpanic).
@@ -49,6 +55,8 @@ impl Default for VmConfig {
             accel: AccelChoice::default(),
             boot: BootConfig::default(),
             console: ConsoleConfig::default(),
+            disks: Vec::new(),
+            mmio: false,
             debug_ports: false,
             stop_on_panic: true,
         }
@@ -129,6 +137,65 @@ pub struct NumaConfig {
     pub host_node: Option<u32>,
     /// Relative distance to each node, itself included (10 is local); empty for the defaults.
     pub distances: Vec<u8>,
+}
+
+/// A disk. Its format is always stated: a guest that writes an image's header must not choose how it is read next time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The image file or block device.
+    pub path: PathBuf,
+    /// The image's format: `raw`, `qcow2` and the other names that `nacre disk` knows.
+    pub format: String,
+    /// Serial number that the guest sees (at most 20 bytes).
+    #[serde(default)]
+    pub id: String,
+    /// Refuse writes.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Bypass the host's page cache.
+    #[serde(default)]
+    pub direct: bool,
+    /// Number of queues.
+    #[serde(default = "one")]
+    pub queues: u16,
+    /// Directories beside the image's own whose files its header may name as parents.
+    #[serde(default)]
+    pub allow: Vec<PathBuf>,
+    /// Rate limits.
+    #[serde(default)]
+    pub limits: LimitConfig,
+}
+
+fn one() -> u16 {
+    1
+}
+
+/// Rate limits of a device; 0 is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitConfig {
+    /// Bytes a second.
+    pub bytes: u64,
+    /// Bytes at once after an idle time; 0 for what a second allows.
+    pub bytes_burst: u64,
+    /// Operations a second.
+    pub operations: u64,
+    /// Operations at once after an idle time; 0 for what a second allows.
+    pub operations_burst: u64,
+}
+
+impl LimitConfig {
+    pub(super) fn limits(&self) -> Limits {
+        let rate = |per_second, burst| {
+            let burst = if burst == 0 { per_second } else { burst };
+            (per_second != 0).then_some(Rate { per_second, burst })
+        };
+        Limits {
+            bytes: rate(self.bytes, self.bytes_burst),
+            operations: rate(self.operations, self.operations_burst),
+        }
+    }
 }
 
 /// Where the serial console goes.

@@ -38,6 +38,10 @@ const PCI_MMIO64_ALIGN: u64 = 64 << 30;
 /// GSIs of the PCI interrupt lines.
 pub(super) const PCI_INTX: [u32; 4] = [16, 17, 18, 19];
 
+/// Register pages of virtio-mmio devices, and the interrupt inputs that are free for them.
+pub(super) const VIRTIO_MMIO: u64 = 0xfeb0_0000;
+pub(super) const VIRTIO_MMIO_GSIS: [u32; 12] = [20, 21, 22, 23, 16, 17, 18, 19, 5, 10, 11, 12];
+
 /// The smallest guest: boot structures, and a MiB above them.
 const MIN_SIZE: u64 = 2 << 20;
 /// Guest-physical addresses of at most 45 bits, the 64-bit PCI window included.

@@ -17,11 +17,13 @@
 mod build;
 mod config;
 mod console;
+mod devices;
 mod entry;
 mod events;
 mod layout;
 mod vcpu;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -29,7 +31,8 @@ use parking_lot::Mutex;
 
 pub use self::build::VmBuilder;
 pub use self::config::{
-    AccelChoice, BootConfig, ConsoleConfig, MemoryConfig, NumaConfig, PageConfig, VmConfig,
+    AccelChoice, BootConfig, ConsoleConfig, DiskConfig, LimitConfig, MemoryConfig, NumaConfig, PageConfig,
+    VmConfig,
 };
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};
@@ -40,9 +43,10 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::{Bus, BusError};
 use crate::devices::legacy::AcpiPm;
+use crate::devices::virtio::pci::VirtioPciError;
 use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::memory::{GuestMemory, MapError};
-use crate::pci::{PciError, PciRoot};
+use crate::pci::PciError;
 
 /// Why a machine cannot be built or controlled.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +75,18 @@ pub enum VmError {
     /// PCI.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] VirtioPciError),
+    /// A disk image.
+    #[error("Cannot use the disk {}", path.display())]
+    Disk {
+        /// The image.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: blockfmt::Error,
+    },
     /// A device did not follow a change of the machine's state.
     #[error(transparent)]
     Lifecycle(#[from] LifecycleError),
@@ -104,7 +120,8 @@ pub struct Vm {
 struct Devices {
     mmio: Arc<Bus>,
     ports: Arc<Bus>,
-    pci: Option<Arc<PciRoot>>,
+    /// Everything with a lifecycle, in the order in which it starts.
+    units: Vec<Arc<dyn Lifecycle>>,
     pm: Arc<AcpiPm>,
     console: Mutex<Option<RunningConsole>>,
 }
@@ -121,9 +138,7 @@ impl Vm {
     /// Fails when the machine has stopped or a device's back-end cannot be started.
     pub fn start(&self) -> Result<(), VmError> {
         let mut started = self.lifecycle.lock();
-        if let Some(pci) = &self.devices.pci {
-            pci.start()?;
-        }
+        self.devices.units.iter().try_for_each(|unit| unit.start())?;
         let event = if *started { VmEvent::Resumed } else { VmEvent::Started };
         if !self.control.run() {
             return Err(VmError::Stopped);
@@ -142,9 +157,7 @@ impl Vm {
         if !self.control.pause() {
             return Err(VmError::Stopped);
         }
-        if let Some(pci) = &self.devices.pci {
-            pci.pause()?;
-        }
+        self.devices.units.iter().try_for_each(|unit| unit.pause())?;
         self.control.events.push(VmEvent::Paused);
         Ok(())
     }
@@ -213,10 +226,10 @@ impl Drop for Vm {
             // A panic has been turned into a stop reason.
             let _ = thread.join();
         }
-        if let Some(pci) = &self.devices.pci
-            && let Err(error) = pci.pause()
-        {
-            tracing::error!(%error, "A device did not complete its requests");
+        for unit in &self.devices.units {
+            if let Err(error) = unit.pause() {
+                tracing::error!(%error, "A device did not complete its requests");
+            }
         }
         *self.devices.console.get_mut() = None;
         // Devices and buses refer to each other; cut that here.

@@ -1,5 +1,6 @@
 //! The `nacre` command line.
 
+mod accel;
 mod run;
 mod schema;
 
@@ -18,6 +19,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(Box<run::Args>),
+    Accel(accel::Args),
     /// Print the JSON schema of `nacre run --config` files.
     Schema,
     /// Print a completion script for a shell.
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(log).with_writer(std::io::stderr).init();
     let result = match cli.command {
         Command::Run(args) => run::run(*args),
+        Command::Accel(args) => accel::run(&args),
         Command::Schema => schema::print(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "nacre", &mut std::io::stdout());

@@ -1,6 +1,7 @@
 //! `nacre run`: one machine in this process, its console on the terminal.
 
 mod options;
+mod pairs;
 mod terminal;
 
 use std::process::ExitCode;

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
-use vmm_core::machine::{AccelChoice, ConsoleConfig, VmConfig};
+use vmm_core::machine::{AccelChoice, ConsoleConfig, DiskConfig, LimitConfig, VmConfig};
+
+use super::pairs::Pairs;
 
 const HELP: &str = "\
 Exit status:
@@ -52,6 +54,13 @@ pub struct Args {
     /// Accelerator [default: auto].
     #[arg(long, value_enum)]
     accel: Option<Accel>,
+    /// A disk: path=FILE,format=FORMAT[,readonly][,direct][,id=NAME][,queues=N][,allow=DIR]
+    /// [,bps=N][,iops=N] (may be repeated).
+    #[arg(long, value_name = "path=FILE,format=FORMAT,...", value_parser = parse_disk)]
+    disk: Vec<DiskConfig>,
+    /// Offer virtio devices over MMIO, without a PCI bus.
+    #[arg(long)]
+    mmio: bool,
     /// Where the serial console goes: stdio, pty, socket=PATH, file=PATH or off [default: stdio].
     #[arg(long, value_name = "WHERE", value_parser = parse_console)]
     console: Option<ConsoleConfig>,
@@ -114,6 +123,8 @@ impl Args {
         if let Some(console) = self.console {
             config.console = console;
         }
+        config.disks.extend(self.disk);
+        config.mmio |= self.mmio;
         config.debug_ports |= self.debug_ports;
         for pin in &self.pin {
             let (vcpu, cpus) = parse_pin(pin)?;
@@ -141,6 +152,31 @@ fn parse_size(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|_| "give a number with K, M, G or T, for example 512M")?;
     number.checked_mul(1 << shift).ok_or_else(|| "that is too much".into())
+}
+
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    let mut pairs = Pairs::parse(text)?;
+    let disk = DiskConfig {
+        path: pairs.required("path")?.into(),
+        format: pairs.required("format")?,
+        id: pairs.take("id").unwrap_or_default(),
+        readonly: pairs.flag("readonly")?,
+        direct: pairs.flag("direct")?,
+        queues: pairs.number("queues")?.unwrap_or(1),
+        allow: pairs.take("allow").into_iter().map(PathBuf::from).collect(),
+        limits: parse_limits(&mut pairs)?,
+    };
+    pairs.finish()?;
+    Ok(disk)
+}
+
+fn parse_limits(pairs: &mut Pairs) -> Result<LimitConfig, String> {
+    Ok(LimitConfig {
+        bytes: pairs.number("bps")?.unwrap_or(0),
+        bytes_burst: pairs.number("bps-burst")?.unwrap_or(0),
+        operations: pairs.number("iops")?.unwrap_or(0),
+        operations_burst: pairs.number("iops-burst")?.unwrap_or(0),
+    })
 }
 
 fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
@@ -208,6 +244,8 @@ mod tests {
             vec!["run"],
             vec!["run", "--kernel", "k", "--console", "socket="],
             vec!["run", "--kernel", "k", "--accel", "xen"],
+            vec!["run", "--kernel", "k", "--disk", "path=d"],
+            vec!["run", "--kernel", "k", "--disk", "path=d,format=raw,color=red"],
             vec!["run", "--kernel", "k", "--memory", "lots"],
         ] {
             assert!(Args::try_parse_from(&line).is_err(), "{line:?}");

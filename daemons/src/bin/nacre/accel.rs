@@ -1,0 +1,54 @@
+//! `nacre accel`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use vmm_core::accel::AccelKind;
+use vmm_core::accel::probe::{self, Probed};
+
+/// Say which accelerators work here, how fast they run kernel and user code, and why one was rejected.
+#[derive(Parser)]
+#[command(
+    after_help = "Exit status: 0 when an accelerator works, 1 otherwise.\n\nExample:\n  nacre accel --json"
+)]
+pub struct Args {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let report = probe::probe();
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        for probed in &report.accelerators {
+            writeln!(out, "{}", line(probed, report.chosen == Some(probed.kind)))?;
+        }
+    }
+    Ok(if report.chosen.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn line(probed: &Probed, chosen: bool) -> String {
+    let name = match probed.kind {
+        AccelKind::Kvm => "kvm",
+        AccelKind::Soft => "soft",
+    };
+    let speed = |mips: Option<f64>| mips.map_or("-".into(), |m| format!("{m:.0}"));
+    let state = match (chosen, probed.usable) {
+        (true, _) => "chosen",
+        (false, true) => "usable",
+        (false, false) => "rejected",
+    };
+    let mut text = format!(
+        "{name:<5} {state:<9} kernel {:>6} Minstr/s, user {:>6} Minstr/s",
+        speed(probed.kernel_mips),
+        speed(probed.user_mips)
+    );
+    if let Some(reason) = &probed.reason {
+        text += &format!("\n      {reason}");
+    }
+    text
+}
