@@ -1,0 +1,212 @@
+//! Whole machines with tiny guests, on every accelerator.
+
+mod guest;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+use vmm_core::accel::AccelKind;
+use vmm_core::machine::{AccelChoice, BootConfig, MemoryConfig, StopReason, Vm, VmConfig, VmError, VmEvent};
+
+/// The accelerators of this host. The software one is everywhere; KVM counts when its device opens.
+fn accelerators() -> Vec<AccelChoice> {
+    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let mut all = vec![AccelChoice::Soft];
+    if kvm {
+        all.push(AccelChoice::Kvm);
+    }
+    all
+}
+
+fn config(kernel: &Path, accel: AccelChoice) -> VmConfig {
+    VmConfig {
+        accel,
+        memory: MemoryConfig { size: 16 << 20, ..MemoryConfig::default() },
+        boot: BootConfig { kernel: kernel.to_owned(), ..BootConfig::default() },
+        debug_ports: true,
+        ..VmConfig::default()
+    }
+}
+
+/// Runs a machine to its end: what it printed and why it stopped.
+fn run(config: VmConfig) -> (String, StopReason) {
+    let output = Arc::new(Mutex::new(Vec::new()));
+    let sink = output.clone();
+    let vm = Vm::builder(config)
+        .serial_output(move |data: &[u8]| sink.lock().unwrap().extend_from_slice(data))
+        .build()
+        .unwrap();
+    vm.start().unwrap();
+    let reason = vm.wait();
+    drop(vm);
+    let text = String::from_utf8(output.lock().unwrap().clone()).unwrap();
+    (text, reason)
+}
+
+fn out8(a: &mut CodeAssembler, port: u16, value: u8) -> Result<(), IcedError> {
+    a.mov(dx, u32::from(port))?;
+    a.mov(al, u32::from(value))?;
+    a.out(dx, al)
+}
+
+fn print(a: &mut CodeAssembler, text: &str) -> Result<(), IcedError> {
+    text.bytes().try_for_each(|byte| out8(a, 0x3f8, byte))
+}
+
+fn power_off(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(dx, 0x604)?;
+    a.mov(ax, 0x3400)?; // SLP_EN, SLP_TYP 5
+    a.out(dx, ax)?;
+    let mut forever = a.create_label();
+    a.set_label(&mut forever)?;
+    a.hlt()?;
+    a.jmp(forever)
+}
+
+#[test]
+fn a_guest_prints_and_powers_off() {
+    let kernel = guest::kernel(|a| {
+        print(a, "hello\n")?;
+        power_off(a)
+    });
+    for accel in accelerators() {
+        assert_eq!(run(config(kernel.path(), accel)), ("hello\n".into(), StopReason::PowerOff), "{accel:?}");
+    }
+}
+
+#[test]
+fn every_way_to_stop_has_its_reason() {
+    type Write = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let ways: [(Write, StopReason); 6] = [
+        (|a| out8(a, 0x64, 0xfe), StopReason::Reset),
+        (|a| out8(a, 0x60c, 1), StopReason::Reset),
+        (|a| out8(a, 0xcf9, 6), StopReason::Reset),
+        (|a| out8(a, 0x505, 1), StopReason::Panic),
+        (|a| out8(a, 0xf4, 42), StopReason::Exit(42)),
+        // Without an interrupt table this becomes a triple fault.
+        (|a| a.ud2(), StopReason::TripleFault),
+    ];
+    for accel in accelerators() {
+        for (write, reason) in &ways {
+            let kernel = guest::kernel(|a| {
+                write(a)?;
+                a.hlt()
+            });
+            assert_eq!(run(config(kernel.path(), accel)).1, *reason, "{accel:?}");
+        }
+    }
+}
+
+/// The start information of the PVH ABI reaches the guest: it prints the first byte of its command line.
+#[test]
+fn the_command_line_reaches_the_guest() {
+    let kernel = guest::kernel(|a| {
+        a.mov(esi, dword_ptr(ebx + 24))?;
+        let mut again = a.create_label();
+        let mut end = a.create_label();
+        a.mov(dx, 0x3f8)?;
+        a.set_label(&mut again)?;
+        a.mov(al, byte_ptr(esi))?;
+        a.test(al, al)?;
+        a.je(end)?;
+        a.out(dx, al)?;
+        a.inc(esi)?;
+        a.jmp(again)?;
+        a.set_label(&mut end)?;
+        power_off(a)
+    });
+    for accel in accelerators() {
+        let mut config = config(kernel.path(), accel);
+        config.boot.command_line = "root=/dev/vda quiet".into();
+        assert_eq!(run(config).0, "root=/dev/vda quiet", "{accel:?}");
+    }
+}
+
+/// A guest that never stops by itself is stopped, paused and resumed by its owner, and leaves no thread behind.
+#[test]
+fn the_owner_is_in_control() {
+    let kernel = guest::kernel(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.inc(dword_ptr(0x20_0000))?;
+        a.jmp(again)
+    });
+    for accel in accelerators() {
+        let vm = Vm::builder(VmConfig { cpus: 2, ..config(kernel.path(), accel) }).build().unwrap();
+        let counter = || vm.memory().read_obj::<u32>(0x20_0000).unwrap();
+        assert_eq!(counter(), 0);
+        vm.start().unwrap();
+        while counter() == 0 {
+            std::thread::yield_now();
+        }
+        vm.pause().unwrap();
+        let paused_at = counter();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(counter(), paused_at, "{accel:?}");
+        assert_eq!(vm.stop_reason(), None);
+        vm.start().unwrap();
+        while counter() == paused_at {
+            std::thread::yield_now();
+        }
+        vm.stop();
+        assert_eq!(vm.wait(), StopReason::Stopped);
+        assert!(matches!(vm.start(), Err(VmError::Stopped)));
+        let events: Vec<_> = std::iter::from_fn(|| vm.events().take()).collect();
+        let expected =
+            [VmEvent::Started, VmEvent::Paused, VmEvent::Resumed, VmEvent::Stopped(StopReason::Stopped)];
+        assert_eq!(events, expected);
+        let kind = if accel == AccelChoice::Kvm { AccelKind::Kvm } else { AccelKind::Soft };
+        assert_eq!(vm.accelerator(), kind);
+    }
+}
+
+/// Builds, starts and drops machines; threads, descriptors and mappings return to what they were.
+#[test]
+fn nothing_remains_of_a_dropped_machine() {
+    // In a process of its own: tests beside this one open and close things, too.
+    const CHILD: &str = "NACRE_TEST_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        let me = std::env::current_exe().unwrap();
+        let args = ["--exact", "nothing_remains_of_a_dropped_machine", "--test-threads=1"];
+        let status = std::process::Command::new(me).args(args).env(CHILD, "1").status().unwrap();
+        assert!(status.success());
+        return;
+    }
+    let kernel = guest::kernel(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.jmp(again)
+    });
+    let count = |dir: &str| std::fs::read_dir(dir).unwrap().count();
+    let guest_mappings = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().filter(|line| line.contains("guest-ram") || line.contains("kvm")).count()
+    };
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    for accel in accelerators() {
+        for mmio in [false, true] {
+            let mut before = (0, 0, 0);
+            for round in 0..4 {
+                let mut config = VmConfig { cpus: 2, mmio, ..config(kernel.path(), accel) };
+                config.disks.push(
+                    serde_json::from_value(serde_json::json!({"path": disk.path(), "format": "raw"}))
+                        .unwrap(),
+                );
+                let vm = Vm::builder(config).build().unwrap();
+                if round % 2 == 0 {
+                    vm.start().unwrap();
+                }
+                drop(vm);
+                let now = (count("/proc/self/task"), count("/proc/self/fd"), guest_mappings());
+                if round > 0 {
+                    assert_eq!(now, before, "{accel:?}, mmio {mmio}");
+                }
+                before = now;
+            }
+            assert_eq!(before.2, 0, "{accel:?}, mmio {mmio}: guest RAM is still mapped");
+        }
+    }
+}
