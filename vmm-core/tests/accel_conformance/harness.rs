@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use iced_x86::code_asm::{CodeAssembler, al, ax, dx, eax};
 use softcpu::{CpuState, Segment, SegmentAttributes};
 use vmm_core::accel::kvm::KvmHypervisor;
+use vmm_core::accel::soft::SoftHypervisor;
 use vmm_core::accel::{Hypervisor, IoBus, Vcpu, VcpuExit, VcpuHandle, Vm, VmSpec};
 use vmm_core::memory::GuestMemory;
 
@@ -67,6 +68,11 @@ pub fn kvm() -> Option<Target> {
         }
         Err(error) => panic!("{error} (NACRE_TEST_NO_KVM=1 if this host shall do without)"),
     }
+}
+
+/// The software accelerator.
+pub fn soft() -> Target {
+    Target { hypervisor: Box::new(SoftHypervisor::new()), holes: Holes::default() }
 }
 
 /// One access that reached the bus.

