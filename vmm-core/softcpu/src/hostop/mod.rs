@@ -1,22 +1,24 @@
-//! x87, MMX and SSE instructions.
+//! SSE, MMX and x87 instructions, executed by the host's own units.
+//!
+//! [`translate`] turns a decoded instruction into a [`HostOp`]. Its core is a small generated function
+//! that loads the guest's operands into fixed host registers, runs the very instruction and stores the
+//! results, so that results, flags and exception bits are right by construction. What the host must not
+//! do on the guest's behalf is done here: alignment checks, unmasked exceptions, control registers and
+//! the memory images of `FXSAVE`, `FNSTENV` and their relatives.
+//!
+//! The number of generated functions is bounded: they depend on the opcode, its immediate byte and
+//! whether an operand is memory, not on register numbers or addresses.
 
-use iced_x86::Instruction;
+mod arena;
+mod control;
+mod exec;
+mod fpu;
+mod op;
+mod stub;
 
-use crate::cpu::{Cpu, Fault};
+#[cfg(test)]
+mod tests;
 
-/// One decoded x87, MMX or SSE instruction, ready to execute.
-///
-/// The caller has checked CR0.EM, CR0.TS and CR4.OSFXSR, and for x87 and MMX instructions whether an
-/// unmasked x87 exception is pending.
-pub(crate) struct HostOp {
-    /// Executes the instruction. `address` is the linear address of the memory operand if there is one.
-    /// On an error nothing that a restarted instruction would see may have changed.
-    pub run: fn(&mut Cpu, &HostOp, address: u64) -> Result<(), Fault>,
-    /// The decoded instruction.
-    pub instruction: Instruction,
-}
-
-/// Translates an instruction, or returns `None` if it is not implemented (it then raises `#UD`).
-pub(crate) fn translate(_instruction: &Instruction) -> Option<HostOp> {
-    None
-}
+pub(crate) use exec::{Guest, Trap};
+pub(crate) use op::{HostOp, translate};
+pub(crate) use stub::StubCache;

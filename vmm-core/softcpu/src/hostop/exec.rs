@@ -1,0 +1,348 @@
+//! Execution of translated instructions on a guest's state.
+
+use std::arch::asm;
+
+use super::fpu::{EXCEPTIONS, FSW_ES_B, MXCSR_FLAGS, MXCSR_MASKS};
+use super::op::{Body, HostOp, Memory, Unit, X87};
+use super::stub::{Output, Slot, Stub};
+use crate::state::FpuState;
+
+/// Largest memory operand that a stub touches (`FNSAVE` with 32-bit layout has 108 bytes).
+const BUFFER: usize = 128;
+
+const CR0_MP: u64 = 1 << 1;
+const CR0_EM: u64 = 1 << 2;
+const CR0_TS: u64 = 1 << 3;
+const CR4_OSFXSR: u64 = 1 << 9;
+const CR4_OSXMMEXCPT: u64 = 1 << 10;
+
+/// Exceptions that SIMD and x87 instructions raise by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trap {
+    /// `#UD`.
+    InvalidOpcode,
+    /// `#NM`.
+    DeviceNotAvailable,
+    /// `#GP(0)`.
+    GeneralProtection,
+    /// `#MF`.
+    X87,
+    /// `#XM`.
+    Simd,
+}
+
+/// The processor that an instruction runs on.
+pub(crate) trait Guest {
+    /// How the processor reports an exception.
+    type Fault: From<Trap>;
+    /// x87, MMX and SSE registers.
+    fn fpu(&mut self) -> &mut FpuState;
+    /// General registers in the order of the instruction encoding.
+    fn gpr(&mut self) -> &mut [u64; 16];
+    /// RFLAGS.
+    fn rflags(&mut self) -> u64;
+    /// Replaces RFLAGS.
+    fn set_rflags(&mut self, value: u64);
+    /// CR0.
+    fn cr0(&self) -> u64;
+    /// CR4.
+    fn cr4(&self) -> u64;
+    /// Address of the current instruction, as an offset in CS.
+    fn instruction_pointer(&self) -> u64;
+    /// Reads at a linear address; nothing changes on a fault.
+    fn read(&mut self, address: u64, data: &mut [u8]) -> Result<(), Self::Fault>;
+    /// Writes at a linear address, all or nothing.
+    fn write(&mut self, address: u64, data: &[u8]) -> Result<(), Self::Fault>;
+}
+
+#[repr(C, align(64))]
+struct Buffer([u8; BUFFER]);
+
+impl HostOp {
+    /// Runs the instruction. `address` is the linear address of its memory operand. A fault leaves the
+    /// processor as it was, but for the exception bits that the architecture sets.
+    pub(crate) fn execute<G: Guest>(&self, guest: &mut G, address: u64) -> Result<(), G::Fault> {
+        self.check_available(guest)?;
+        if self.aligned && address & 15 != 0 {
+            return Err(Trap::GeneralProtection.into());
+        }
+        let stub = match self.body {
+            Body::Stub(stub) => stub,
+            Body::Control(control) => return control.execute(guest, address),
+        };
+        match self.unit {
+            Unit::Integer | Unit::Sse | Unit::SseFloat => self.run_sse(guest, stub, address),
+            Unit::Mmx | Unit::MmxFloat => {
+                check_pending(guest)?;
+                let before = *guest.fpu();
+                guest.fpu().enter_mmx();
+                let result = self.run_sse(guest, stub, address);
+                let fpu = guest.fpu();
+                if result.is_err() {
+                    let mxcsr = fpu.mxcsr;
+                    *fpu = FpuState { mxcsr, ..before };
+                } else if let Slot::Mm(number) = self.first
+                    && let Some(register) = fpu.st.get_mut(usize::from(number))
+                {
+                    *register |= 0xffff << 64;
+                }
+                result
+            }
+            Unit::X87 => self.run_x87(guest, stub, address),
+        }
+    }
+
+    /// `#UD` and `#NM` by CR0 and CR4.
+    fn check_available<G: Guest>(&self, guest: &mut G) -> Result<(), G::Fault> {
+        let cr0 = guest.cr0();
+        let trap = match self.unit {
+            Unit::Integer => None,
+            Unit::X87 if matches!(self.body, Body::Control(super::control::Control::Wait)) => {
+                (cr0 & (CR0_MP | CR0_TS) == CR0_MP | CR0_TS).then_some(Trap::DeviceNotAvailable)
+            }
+            Unit::X87 => (cr0 & (CR0_EM | CR0_TS) != 0).then_some(Trap::DeviceNotAvailable),
+            _ if cr0 & CR0_EM != 0 => Some(Trap::InvalidOpcode),
+            Unit::Sse | Unit::SseFloat if guest.cr4() & CR4_OSFXSR == 0 => Some(Trap::InvalidOpcode),
+            _ => (cr0 & CR0_TS != 0).then_some(Trap::DeviceNotAvailable),
+        };
+        trap.map_or(Ok(()), |trap| Err(trap.into()))
+    }
+
+    fn run_sse<G: Guest>(&self, guest: &mut G, stub: Stub, address: u64) -> Result<(), G::Fault> {
+        let mut buffer = Buffer([0; BUFFER]);
+        let length = usize::from(self.length).min(BUFFER);
+        if self.memory == Memory::Load {
+            guest.read(address, &mut buffer.0[..length])?;
+        }
+        let memory = buffer.0.as_mut_ptr();
+        let call = Call {
+            stub,
+            first: pointer(guest, self.first, memory),
+            second: pointer(guest, self.second, memory),
+            image: guest.fpu(),
+            rax: guest.gpr()[0],
+            rdx: guest.gpr()[2],
+            rflags: guest.rflags(),
+        };
+        let output = if matches!(self.unit, Unit::SseFloat | Unit::MmxFloat) {
+            self.run_float(guest, call)?
+        } else {
+            // SAFETY: the operands point to whole registers or to the buffer.
+            unsafe { call.run() }
+        };
+        if self.memory == Memory::Store {
+            guest.write(address, &buffer.0[..length])?;
+        }
+        self.commit(guest, output);
+        Ok(())
+    }
+
+    /// Runs a stub that depends on MXCSR. Exceptions are masked for the run; if one that the guest does
+    /// not mask came up, its result is dropped and `#XM` raised.
+    fn run_float<G: Guest>(&self, guest: &mut G, mut call: Call) -> Result<Output, G::Fault> {
+        let mxcsr = guest.fpu().mxcsr;
+        if mxcsr & MXCSR_MASKS == MXCSR_MASKS {
+            // SAFETY: as in `run_sse`; all exceptions are masked.
+            let (output, after) = unsafe { call.run_with_mxcsr(mxcsr) };
+            guest.fpu().mxcsr = after;
+            return Ok(output);
+        }
+        let mut result = Buffer([0; BUFFER]);
+        let destination = call.first;
+        // SAFETY: the first operand is a whole register (16 bytes, or 8 of a general register that is
+        // followed by other processor state) or the 128-byte buffer.
+        unsafe { std::ptr::copy_nonoverlapping(destination, result.0.as_mut_ptr(), 8) };
+        if matches!(self.first, Slot::Xmm(_) | Slot::Mm(_)) {
+            // SAFETY: XMM and MMX registers have 16 bytes in the image.
+            unsafe { std::ptr::copy_nonoverlapping(destination, result.0.as_mut_ptr(), 16) };
+        }
+        call.first = result.0.as_mut_ptr();
+        // SAFETY: as above, with the destination replaced by a copy.
+        let (output, after) = unsafe { call.run_with_mxcsr(mxcsr & !MXCSR_FLAGS | MXCSR_MASKS) };
+        let raised = after & MXCSR_FLAGS;
+        let unmasked = raised & !(mxcsr >> 7);
+        // Invalid, denormal and divide-by-zero are detected before the operation and hide the others.
+        let reported = if unmasked & 0x07 != 0 { raised & 0x07 } else { raised };
+        guest.fpu().mxcsr |= reported;
+        if unmasked != 0 {
+            let enabled = guest.cr4() & CR4_OSXMMEXCPT != 0;
+            return Err(if enabled { Trap::Simd } else { Trap::InvalidOpcode }.into());
+        }
+        if matches!(self.first, Slot::Xmm(_) | Slot::Mm(_)) {
+            // SAFETY: the destination is a 16-byte register of the image.
+            unsafe { std::ptr::copy_nonoverlapping(result.0.as_ptr(), destination, 16) };
+        }
+        Ok(output)
+    }
+
+    fn run_x87<G: Guest>(&self, guest: &mut G, stub: Stub, address: u64) -> Result<(), G::Fault> {
+        if self.x87 != X87::StoreEnvironment {
+            check_pending(guest)?;
+        }
+        let mut buffer = Buffer([0; BUFFER]);
+        let length = usize::from(self.length).min(BUFFER);
+        if self.memory == Memory::Load {
+            guest.read(address, &mut buffer.0[..length])?;
+        }
+        let rip = guest.instruction_pointer();
+        let rflags = guest.rflags();
+        let fpu = guest.fpu();
+        let before = *fpu;
+        let pointers = (fpu.fop, fpu.fip, fpu.fdp);
+        let masks = !fpu.fcw & EXCEPTIONS;
+        let memory = buffer.0.as_mut_ptr();
+        // SAFETY: the stub uses the x87 stack and the buffer only.
+        let output = unsafe { run_x87(stub, fpu, memory, rflags) };
+        (fpu.fop, fpu.fip, fpu.fdp) = pointers;
+        let raised = fpu.fsw & EXCEPTIONS;
+        match self.x87 {
+            X87::Waiting => {
+                (fpu.fop, fpu.fip) = (self.fop, rip);
+                if self.memory != Memory::None {
+                    fpu.fdp = address;
+                }
+            }
+            X87::StoreEnvironment => super::control::put_pointers(&mut buffer.0[..length], pointers),
+            X87::LoadEnvironment => {
+                (fpu.fop, fpu.fip, fpu.fdp) = super::control::take_pointers(&buffer.0[..length]);
+            }
+        }
+        // A store is suppressed by an unmasked exception other than precision.
+        let suppressed = self.x87 == X87::Waiting && raised & masks & 0x1f != 0;
+        if self.memory == Memory::Store
+            && !suppressed
+            && let Err(fault) = guest.write(address, &buffer.0[..length])
+        {
+            *guest.fpu() = before;
+            return Err(fault);
+        }
+        self.commit(guest, output);
+        Ok(())
+    }
+
+    fn commit<G: Guest>(&self, guest: &mut G, output: Output) {
+        if let Slot::Gpr { number, bytes } = self.result
+            && let Some(register) = guest.gpr().get_mut(usize::from(number))
+        {
+            *register = match bytes {
+                8 => output.value,
+                4 => output.value & 0xffff_ffff,
+                _ => *register & !0xffff | output.value & 0xffff,
+            };
+        }
+        if self.rflags != 0 {
+            let mask = u64::from(self.rflags);
+            let merged = guest.rflags() & !mask | output.rflags & mask;
+            guest.set_rflags(merged);
+        }
+    }
+}
+
+/// `#MF` if an unmasked x87 exception is pending.
+pub(super) fn check_pending<G: Guest>(guest: &mut G) -> Result<(), G::Fault> {
+    if guest.fpu().fsw & FSW_ES_B & 0x80 != 0 { Err(Trap::X87.into()) } else { Ok(()) }
+}
+
+fn pointer<G: Guest>(guest: &mut G, slot: Slot, memory: *mut u8) -> *mut u8 {
+    match slot {
+        Slot::None => std::ptr::null_mut(),
+        Slot::Memory => memory,
+        Slot::Xmm(number) => std::ptr::from_mut(&mut guest.fpu().xmm[usize::from(number & 15)]).cast(),
+        Slot::Mm(number) => std::ptr::from_mut(&mut guest.fpu().st[usize::from(number & 7)]).cast(),
+        Slot::Gpr { number, .. } => {
+            std::ptr::from_mut(&mut guest.gpr()[usize::from(number & 15)]).cast()
+        }
+        Slot::High(number) => std::ptr::from_mut(&mut guest.gpr()[usize::from(number & 3)])
+            .cast::<u8>()
+            .wrapping_add(1),
+    }
+}
+
+/// A stub with its arguments.
+struct Call {
+    stub: Stub,
+    first: *mut u8,
+    second: *const u8,
+    image: *mut FpuState,
+    rax: u64,
+    rdx: u64,
+    rflags: u64,
+}
+
+impl Call {
+    /// # Safety
+    /// The operands must be valid for the accesses of the stub.
+    unsafe fn run(&self) -> Output {
+        // SAFETY: promised by the caller.
+        unsafe { (self.stub)(self.first, self.second, self.image, self.rax, self.rdx, user_flags(self.rflags)) }
+    }
+
+    /// Runs with `mxcsr` loaded and returns what it became.
+    ///
+    /// # Safety
+    /// As [`Call::run`]; `mxcsr` must have no reserved bit set and all exceptions masked.
+    unsafe fn run_with_mxcsr(&self, mxcsr: u32) -> (Output, u32) {
+        let mut host = 0u32;
+        let mut after = mxcsr;
+        let (value, rflags);
+        // SAFETY: MXCSR is restored before Rust code runs again; the stub has the System V convention.
+        unsafe {
+            asm!(
+                "stmxcsr [{host}]",
+                "ldmxcsr [{guest}]",
+                "call {stub}",
+                "stmxcsr [{guest}]",
+                "ldmxcsr [{host}]",
+                host = in(reg) &raw mut host,
+                guest = in(reg) &raw mut after,
+                stub = in(reg) self.stub,
+                inout("rdi") self.first => _,
+                inout("rsi") self.second => _,
+                inout("rdx") self.image => rflags,
+                inout("rcx") self.rax => _,
+                inout("r8") self.rdx => _,
+                inout("r9") user_flags(self.rflags) => _,
+                out("rax") value,
+                clobber_abi("sysv64"),
+            );
+        }
+        (Output { value, rflags }, after)
+    }
+}
+
+/// The arithmetic flags, fit for `POPFQ` in the host.
+fn user_flags(rflags: u64) -> u64 {
+    rflags & 0x8d5 | 0x202
+}
+
+/// Runs `stub` with the guest's x87 state in the host's unit.
+///
+/// # Safety
+/// The stub must touch nothing but the x87 unit and `memory`.
+unsafe fn run_x87(stub: Stub, fpu: &mut FpuState, memory: *mut u8, rflags: u64) -> Output {
+    let mut host = 0u32;
+    let (value, rflags_after);
+    // SAFETY: the image is 64-byte aligned and valid (MXCSR is checked when it is set); XMM registers are
+    // clobbered by the calling convention; the x87 unit is left as the convention wants it, empty and
+    // with the default control word, and MXCSR is restored.
+    unsafe {
+        asm!(
+            "stmxcsr [{host}]",
+            "fxrstor64 [r12]",
+            "call {stub}",
+            "fxsave64 [r12]",
+            "fninit",
+            "ldmxcsr [{host}]",
+            host = in(reg) &raw mut host,
+            stub = in(reg) stub,
+            in("r12") std::ptr::from_mut(fpu),
+            inout("rdi") memory => _,
+            inout("rsi") memory => _,
+            out("rdx") rflags_after,
+            inout("r9") user_flags(rflags) => _,
+            out("rax") value,
+            clobber_abi("sysv64"),
+        );
+    }
+    Output { value, rflags: rflags_after }
+}

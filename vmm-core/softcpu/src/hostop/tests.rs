@@ -1,0 +1,176 @@
+//! Instructions on a processor that has registers and a little flat memory only.
+
+use iced_x86::{Decoder, DecoderOptions};
+
+use super::*;
+use crate::state::FpuState;
+
+struct Mock {
+    fpu: FpuState,
+    gpr: [u64; 16],
+    rflags: u64,
+    memory: Vec<u8>,
+    stubs: StubCache,
+}
+
+#[derive(Debug, PartialEq)]
+enum MockFault {
+    Trap(Trap),
+    Page,
+}
+
+impl From<Trap> for MockFault {
+    fn from(trap: Trap) -> Self {
+        Self::Trap(trap)
+    }
+}
+
+impl Guest for Mock {
+    type Fault = MockFault;
+    fn fpu(&mut self) -> &mut FpuState {
+        &mut self.fpu
+    }
+    fn gpr(&mut self) -> &mut [u64; 16] {
+        &mut self.gpr
+    }
+    fn rflags(&mut self) -> u64 {
+        self.rflags
+    }
+    fn set_rflags(&mut self, value: u64) {
+        self.rflags = value;
+    }
+    fn cr0(&self) -> u64 {
+        0x8005_0033
+    }
+    fn cr4(&self) -> u64 {
+        0x6a0
+    }
+    fn instruction_pointer(&self) -> u64 {
+        0x1234
+    }
+    fn read(&mut self, address: u64, data: &mut [u8]) -> Result<(), MockFault> {
+        let start = address as usize;
+        data.copy_from_slice(self.memory.get(start..start + data.len()).ok_or(MockFault::Page)?);
+        Ok(())
+    }
+    fn write(&mut self, address: u64, data: &[u8]) -> Result<(), MockFault> {
+        let start = address as usize;
+        self.memory.get_mut(start..start + data.len()).ok_or(MockFault::Page)?.copy_from_slice(data);
+        Ok(())
+    }
+}
+
+impl Mock {
+    fn new() -> Self {
+        Self {
+            fpu: FpuState::default(),
+            gpr: [0; 16],
+            rflags: 2,
+            memory: vec![0; 4096],
+            stubs: StubCache::default(),
+        }
+    }
+
+    fn run(&mut self, bytes: &[u8], address: u64) -> Result<(), MockFault> {
+        let instruction = Decoder::with_ip(64, bytes, 0x1000, DecoderOptions::NONE).decode();
+        assert_eq!(instruction.len(), bytes.len());
+        let op = translate(&instruction, &mut self.stubs).expect("memory").expect("translated");
+        op.execute(self, address)
+    }
+}
+
+#[test]
+fn packed_integers() {
+    let mut cpu = Mock::new();
+    cpu.fpu.xmm[9] = 0x01ff;
+    cpu.fpu.xmm[3] = 0x0101;
+    cpu.run(&[0x66, 0x44, 0x0f, 0xfc, 0xcb], 0).unwrap(); // paddb xmm9, xmm3
+    assert_eq!(cpu.fpu.xmm[9], 0x0200);
+    assert_eq!(cpu.fpu.xmm[3], 0x0101);
+}
+
+#[test]
+fn misaligned_operand_faults() {
+    let mut cpu = Mock::new();
+    let before = cpu.fpu;
+    let paddb = [0x66, 0x0f, 0xfc, 0x06]; // paddb xmm0, [rsi]
+    assert_eq!(cpu.run(&paddb, 8), Err(MockFault::Trap(Trap::GeneralProtection)));
+    assert_eq!(cpu.run(&paddb, 0x10_0000), Err(MockFault::Page));
+    assert_eq!(cpu.fpu, before);
+}
+
+#[test]
+fn float_arithmetic_collects_and_raises_exceptions() {
+    let mut cpu = Mock::new();
+    cpu.fpu.xmm[0] = u128::from(1f64.to_bits());
+    cpu.fpu.xmm[1] = u128::from(3f64.to_bits());
+    let divsd = [0xf2, 0x0f, 0x5e, 0xc1]; // divsd xmm0, xmm1
+    cpu.run(&divsd, 0).unwrap();
+    assert_eq!(cpu.fpu.xmm[0], u128::from((1f64 / 3f64).to_bits()));
+    assert_eq!(cpu.fpu.mxcsr, 0x1fa0);
+    cpu.fpu.xmm[1] = 0;
+    cpu.fpu.mxcsr &= !(1 << 9);
+    let before = cpu.fpu.xmm;
+    assert_eq!(cpu.run(&divsd, 0), Err(MockFault::Trap(Trap::Simd)));
+    assert_eq!(cpu.fpu.xmm, before);
+    assert_eq!(cpu.fpu.mxcsr, 0x1da4);
+}
+
+#[test]
+fn general_register_results_and_flags() {
+    let mut cpu = Mock::new();
+    cpu.fpu.xmm[2] = u128::from((-7.9f64).to_bits());
+    cpu.gpr[12] = u64::MAX;
+    cpu.run(&[0xf2, 0x44, 0x0f, 0x2c, 0xe2], 0).unwrap(); // cvttsd2si r12d, xmm2
+    assert_eq!(cpu.gpr[12], 0xffff_fff9);
+    cpu.rflags = 0x8d7;
+    cpu.run(&[0x66, 0x0f, 0x2e, 0xd2], 0).unwrap(); // ucomisd xmm2, xmm2
+    assert_eq!(cpu.rflags, 0x42);
+    cpu.gpr[1] = 0xff00;
+    cpu.run(&[0xf2, 0x0f, 0x38, 0xf0, 0xc5], 0).unwrap(); // crc32 eax, ch
+    assert_eq!(cpu.gpr[0], 0xad7d_5351);
+}
+
+#[test]
+fn string_comparison_returns_an_index() {
+    let mut cpu = Mock::new();
+    cpu.fpu.xmm[1] = u128::from_le_bytes(*b"x\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    cpu.memory[1..17].copy_from_slice(b"abcx000000000000");
+    cpu.gpr[1] = u64::MAX;
+    cpu.run(&[0x66, 0x0f, 0x3a, 0x63, 0x0e, 0x00], 1).unwrap(); // pcmpistri xmm1, [rsi], 0
+    assert_eq!(cpu.gpr[1], 3);
+    assert_eq!(cpu.rflags & 1, 1);
+}
+
+#[test]
+fn x87_keeps_extended_precision_and_restarts() {
+    let mut cpu = Mock::new();
+    cpu.memory[..8].copy_from_slice(&3f64.to_le_bytes());
+    cpu.run(&[0xd9, 0xe8], 0).unwrap(); // fld1
+    cpu.run(&[0xdc, 0x36], 0).unwrap(); // fdiv qword [rsi]
+    assert_eq!(cpu.fpu.st[0], 0x3ffd_aaaa_aaaa_aaaa_aaab);
+    let before = cpu.fpu;
+    assert_eq!(cpu.run(&[0xdb, 0x3e], 1 << 20), Err(MockFault::Page)); // fstp tbyte [rsi]
+    assert_eq!(cpu.fpu, before);
+    cpu.run(&[0xdb, 0x3e], 16).unwrap();
+    assert_eq!(cpu.memory[16..26], before.st[0].to_le_bytes()[..10]);
+    assert_eq!(cpu.fpu.ftw, 0);
+    // With exceptions unmasked the error shows at the next waiting instruction.
+    cpu.fpu.fcw = 0x37e;
+    cpu.run(&[0xd9, 0xe0], 0).unwrap(); // fchs on an empty stack
+    assert_eq!(cpu.run(&[0xd9, 0xe8], 0), Err(MockFault::Trap(Trap::X87)));
+    cpu.run(&[0xdb, 0xe2], 0).unwrap(); // fnclex
+    cpu.run(&[0xd9, 0xe8], 0).unwrap();
+}
+
+#[test]
+fn mmx_uses_the_low_part_of_x87_registers() {
+    let mut cpu = Mock::new();
+    cpu.fpu.st[3] = 0x00ff_00ff;
+    cpu.memory[..8].copy_from_slice(&0x0001_0001u64.to_le_bytes());
+    cpu.run(&[0x0f, 0xfd, 0x1e], 0).unwrap(); // paddw mm3, [rsi]
+    assert_eq!(cpu.fpu.st[3], 0xffff_0000_0000_0100_0100);
+    assert_eq!(cpu.fpu.ftw, 0xff);
+    cpu.run(&[0x0f, 0x77], 0).unwrap(); // emms
+    assert_eq!(cpu.fpu.ftw, 0);
+}
