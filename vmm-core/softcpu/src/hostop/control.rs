@@ -85,7 +85,7 @@ impl Control {
             Self::Nop => {}
             Self::Wait => check_pending(guest)?,
             Self::Emms => {
-                check_pending(guest)?;
+                guest.fpu().reset_top();
                 guest.fpu().ftw = 0;
             }
             Self::Fninit => guest.fpu().init_x87(),
@@ -133,6 +133,7 @@ impl Control {
 }
 
 fn fxsave<G: Guest>(guest: &mut G, address: u64, wide: bool, long: bool) -> Result<(), G::Fault> {
+    guest.probe_write(address, AREA)?;
     let mut area = *guest.fpu();
     area.mxcsr_mask = MXCSR_VALID;
     if !wide {
@@ -171,6 +172,7 @@ fn fxrstor<G: Guest>(guest: &mut G, address: u64, wide: bool, long: bool) -> Res
     Ok(())
 }
 
+/// Unselected bytes are not written, but AMD processors check access to all.
 fn maskmov<G: Guest>(
     guest: &mut G,
     address: u64,
@@ -179,22 +181,19 @@ fn maskmov<G: Guest>(
     mmx: bool,
 ) -> Result<(), G::Fault> {
     let length = if mmx { 8 } else { 16 };
+    let fpu = guest.fpu();
     if mmx {
-        check_pending(guest)?;
-    }
-    let mut fpu = *guest.fpu();
-    if mmx {
+        // Also when the write faults.
         fpu.enter_mmx();
     }
     let registers: &[u128] = if mmx { &fpu.st } else { &fpu.xmm };
     let register = |number| registers.get(usize::from(number)).copied().unwrap_or_default().to_le_bytes();
     let (source, mask): ([u8; 16], [u8; 16]) = (register(source), register(mask));
     let selected = |index: usize| mask[index] & 0x80 != 0;
-    // A fault in the middle leaves earlier bytes written; the restarted instruction writes them again.
+    guest.probe_write(address, length)?;
     for index in (0..length).filter(|&index| selected(index)) {
         guest.write(address.wrapping_add(index as u64), &source[index..=index])?;
     }
-    *guest.fpu() = fpu;
     Ok(())
 }
 

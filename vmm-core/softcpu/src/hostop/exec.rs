@@ -2,7 +2,7 @@
 
 use std::arch::asm;
 
-use super::fpu::{EXCEPTIONS, FSW_ES_B, MXCSR_FLAGS, MXCSR_MASKS};
+use super::fpu::{EXCEPTIONS, FSW_ES_B, MXCSR_FLAGS, MXCSR_FZ, MXCSR_MASKS, MXCSR_UE, MXCSR_UM};
 use super::op::{Body, HostOp, Memory, Unit, X87};
 use super::stub::{Output, Slot, Stub};
 use crate::state::FpuState;
@@ -53,6 +53,8 @@ pub(crate) trait Guest {
     fn read(&mut self, address: u64, data: &mut [u8]) -> Result<(), Self::Fault>;
     /// Writes at a linear address, all or nothing.
     fn write(&mut self, address: u64, data: &[u8]) -> Result<(), Self::Fault>;
+    /// Faults if `write` of `length` bytes would; a write that follows succeeds.
+    fn probe_write(&mut self, address: u64, length: usize) -> Result<(), Self::Fault>;
 }
 
 #[repr(C, align(64))]
@@ -63,32 +65,16 @@ impl HostOp {
     /// processor as it was, but for the exception bits that the architecture sets.
     pub(crate) fn execute<G: Guest>(&self, guest: &mut G, address: u64) -> Result<(), G::Fault> {
         self.check_available(guest)?;
+        if self.unit.is_mmx() {
+            check_pending(guest)?;
+        }
         if self.aligned && address & 15 != 0 {
             return Err(Trap::GeneralProtection.into());
         }
-        let stub = match self.body {
-            Body::Stub(stub) => stub,
-            Body::Control(control) => return control.execute(guest, address),
-        };
-        match self.unit {
-            Unit::Integer | Unit::Sse | Unit::SseFloat => self.run_sse(guest, stub, address),
-            Unit::Mmx | Unit::MmxFloat => {
-                check_pending(guest)?;
-                let before = *guest.fpu();
-                guest.fpu().enter_mmx();
-                let result = self.run_sse(guest, stub, address);
-                let fpu = guest.fpu();
-                if result.is_err() {
-                    let mxcsr = fpu.mxcsr;
-                    *fpu = FpuState { mxcsr, ..before };
-                } else if let Slot::Mm(number) = self.first
-                    && let Some(register) = fpu.st.get_mut(usize::from(number))
-                {
-                    *register |= 0xffff << 64;
-                }
-                result
-            }
-            Unit::X87 => self.run_x87(guest, stub, address),
+        match (self.body, self.unit) {
+            (Body::Control(control), _) => control.execute(guest, address),
+            (Body::Stub(stub), Unit::X87) => self.run_x87(guest, stub, address),
+            (Body::Stub(stub), _) => self.run_sse(guest, stub, address),
         }
     }
 
@@ -111,8 +97,14 @@ impl HostOp {
     fn run_sse<G: Guest>(&self, guest: &mut G, stub: Stub, address: u64) -> Result<(), G::Fault> {
         let mut buffer = Buffer([0; BUFFER]);
         let length = usize::from(self.length).min(BUFFER);
-        if self.memory == Memory::Load {
-            guest.read(address, &mut buffer.0[..length])?;
+        match self.memory {
+            Memory::None => {}
+            Memory::Load => guest.read(address, &mut buffer.0[..length])?,
+            Memory::Store => guest.probe_write(address, length)?,
+        }
+        if self.unit.is_mmx() {
+            // Also when `#XM` follows.
+            guest.fpu().enter_mmx();
         }
         let memory = buffer.0.as_mut_ptr();
         let call = Call {
@@ -132,6 +124,11 @@ impl HostOp {
         };
         if self.memory == Memory::Store {
             guest.write(address, &buffer.0[..length])?;
+        }
+        if let Slot::Mm(number) = self.first
+            && let Some(register) = guest.fpu().st.get_mut(usize::from(number))
+        {
+            *register |= 0xffff << 64;
         }
         self.commit(guest, output);
         Ok(())
@@ -157,9 +154,16 @@ impl HostOp {
             unsafe { std::ptr::copy_nonoverlapping(destination, result.0.as_mut_ptr(), 16) };
         }
         call.first = result.0.as_mut_ptr();
+        let control = mxcsr & !MXCSR_FLAGS | MXCSR_MASKS;
+        let underflow_unmasked = mxcsr & MXCSR_UM == 0;
+        // Flushing to zero is the masked response to underflow.
+        let control = if underflow_unmasked { control & !MXCSR_FZ } else { control };
         // SAFETY: as above, with the destination replaced by a copy.
-        let (output, after) = unsafe { call.run_with_mxcsr(mxcsr & !MXCSR_FLAGS | MXCSR_MASKS) };
-        let raised = after & MXCSR_FLAGS;
+        let (output, after) = unsafe { call.run_with_mxcsr(control) };
+        let mut raised = after & MXCSR_FLAGS;
+        if underflow_unmasked && result.0.first_chunk().is_some_and(|lanes| self.tiny.occurs(lanes)) {
+            raised |= MXCSR_UE;
+        }
         let unmasked = raised & !(mxcsr >> 7);
         // Invalid, denormal and divide-by-zero are detected before the operation and hide the others.
         let reported = if unmasked & 0x07 != 0 { raised & 0x07 } else { raised };
@@ -181,13 +185,14 @@ impl HostOp {
         }
         let mut buffer = Buffer([0; BUFFER]);
         let length = usize::from(self.length).min(BUFFER);
-        if self.memory == Memory::Load {
-            guest.read(address, &mut buffer.0[..length])?;
+        match self.memory {
+            Memory::None => {}
+            Memory::Load => guest.read(address, &mut buffer.0[..length])?,
+            Memory::Store => guest.probe_write(address, length)?,
         }
         let rip = guest.instruction_pointer();
         let rflags = guest.rflags();
         let fpu = guest.fpu();
-        let before = *fpu;
         let pointers = (fpu.fop, fpu.fip, fpu.fdp);
         let masks = !fpu.fcw & EXCEPTIONS;
         let memory = buffer.0.as_mut_ptr();
@@ -209,12 +214,8 @@ impl HostOp {
         }
         // A store is suppressed by an unmasked exception other than precision.
         let suppressed = self.x87 == X87::Waiting && raised & masks & 0x1f != 0;
-        if self.memory == Memory::Store
-            && !suppressed
-            && let Err(fault) = guest.write(address, &buffer.0[..length])
-        {
-            *guest.fpu() = before;
-            return Err(fault);
+        if self.memory == Memory::Store && !suppressed {
+            guest.write(address, &buffer.0[..length])?;
         }
         self.commit(guest, output);
         Ok(())

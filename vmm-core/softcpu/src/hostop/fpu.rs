@@ -12,6 +12,12 @@ pub(crate) const FSW_TOP: u16 = 0x3800;
 pub(crate) const MXCSR_MASKS: u32 = 0x1f80;
 /// MXCSR exception flag bits.
 pub(crate) const MXCSR_FLAGS: u32 = 0x3f;
+/// MXCSR underflow flag.
+pub(crate) const MXCSR_UE: u32 = 1 << 4;
+/// MXCSR underflow mask.
+pub(crate) const MXCSR_UM: u32 = 1 << 11;
+/// MXCSR flush-to-zero.
+pub(crate) const MXCSR_FZ: u32 = 1 << 15;
 /// MXCSR bits that the virtual CPU implements; setting another raises `#GP`.
 pub(crate) const MXCSR_VALID: u32 = 0xffff;
 
@@ -21,6 +27,7 @@ pub(crate) const XMM_OFFSET: usize = 160;
 impl FpuState {
     /// The effect of `FNINIT` on the x87 part.
     pub(crate) fn init_x87(&mut self) {
+        self.reset_top();
         self.fcw = 0x37f;
         self.fsw = 0;
         self.ftw = 0;
@@ -39,12 +46,17 @@ impl FpuState {
     }
 
     /// What every MMX instruction but `EMMS` does to the x87 stack: TOP becomes 0 and all
-    /// registers valid. Registers keep their physical number, so the stack order rotates.
+    /// registers valid.
     pub(crate) fn enter_mmx(&mut self) {
+        self.reset_top();
+        self.ftw = 0xff;
+    }
+
+    /// Makes TOP 0; registers keep their physical number, so the stack order rotates.
+    pub(crate) fn reset_top(&mut self) {
         let top = usize::from((self.fsw & FSW_TOP) >> 11);
         self.st.rotate_right(top);
         self.fsw &= !FSW_TOP;
-        self.ftw = 0xff;
     }
 
     /// The `FXSAVE64` area as bytes.

@@ -34,6 +34,43 @@ pub(crate) enum Unit {
     X87,
 }
 
+/// The lanes of an XMM result that can be tiny. With underflow unmasked a tiny result raises `#XM` even if
+/// it is exact, which the flags of a masked run do not show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tiny {
+    None,
+    Single { lanes: usize },
+    Double { lanes: usize },
+}
+
+impl Tiny {
+    fn of(mnemonic: M) -> Self {
+        match mnemonic {
+            M::Addss | M::Subss | M::Mulss | M::Divss | M::Cvtsd2ss => Self::Single { lanes: 1 },
+            M::Addps | M::Subps | M::Mulps | M::Divps | M::Addsubps | M::Haddps | M::Hsubps | M::Dpps
+            | M::Cvtpd2ps => Self::Single { lanes: 4 },
+            M::Addsd | M::Subsd | M::Mulsd | M::Divsd => Self::Double { lanes: 1 },
+            M::Addpd | M::Subpd | M::Mulpd | M::Divpd | M::Addsubpd | M::Haddpd | M::Hsubpd | M::Dppd => {
+                Self::Double { lanes: 2 }
+            }
+            _ => Self::None,
+        }
+    }
+
+    /// Whether a lane of the result is denormal.
+    pub(super) fn occurs(self, result: &[u8; 16]) -> bool {
+        match self {
+            Self::None => false,
+            Self::Single { lanes } => {
+                result.as_chunks().0.iter().take(lanes).any(|&lane| f32::from_le_bytes(lane).is_subnormal())
+            }
+            Self::Double { lanes } => {
+                result.as_chunks().0.iter().take(lanes).any(|&lane| f64::from_le_bytes(lane).is_subnormal())
+            }
+        }
+    }
+}
+
 /// How an x87 instruction relates to the state around the register stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum X87 {
@@ -52,6 +89,12 @@ impl X87 {
             M::Fldenv | M::Frstor => Self::LoadEnvironment,
             _ => Self::Waiting,
         }
+    }
+}
+
+impl Unit {
+    pub(super) fn is_mmx(self) -> bool {
+        matches!(self, Self::Mmx | Self::MmxFloat)
     }
 }
 
@@ -76,6 +119,8 @@ pub(crate) struct HostOp {
     pub(super) length: u16,
     /// Where the general-register result goes.
     pub(super) result: Slot,
+    /// Which lanes of the result can underflow.
+    pub(super) tiny: Tiny,
     /// How an x87 instruction treats pending exceptions and the environment.
     pub(super) x87: X87,
     /// The memory operand must be aligned to 16 bytes.
@@ -114,6 +159,7 @@ pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> io:
         memory: Memory::None,
         length: instruction.memory_size().size() as u16,
         result: Slot::None,
+        tiny: Tiny::of(instruction.mnemonic()),
         x87: X87::of(instruction.mnemonic()),
         aligned: false,
         rflags: rflags_written(instruction),
@@ -129,7 +175,7 @@ pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> io:
     op.body = Body::Stub(stub);
     (op.first, op.second) = (first, second);
     op.result = match (instruction.mnemonic(), first) {
-        (M::Pcmpestri | M::Pcmpistri, _) => Slot::Gpr { number: 1, bytes: 4 },
+        (M::Pcmpestri | M::Pcmpestri64 | M::Pcmpistri, _) => Slot::Gpr { number: 1, bytes: 4 },
         (_, Slot::Gpr { .. }) => first,
         _ => Slot::None,
     };
@@ -209,7 +255,8 @@ fn may_be_misaligned(mnemonic: M) -> bool {
     matches!(
         mnemonic,
         M::Movups | M::Movupd | M::Movdqu | M::Lddqu
-            | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
+            | M::Pcmpestri | M::Pcmpestri64 | M::Pcmpestrm | M::Pcmpestrm64
+            | M::Pcmpistri | M::Pcmpistrm
     )
 }
 

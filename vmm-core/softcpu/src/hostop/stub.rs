@@ -166,8 +166,11 @@ fn generate(body: &Instruction) -> Option<Vec<u8>> {
     let mnemonic = body.mnemonic();
     let rflags_read = body.rflags_read() != 0;
     let rflags_written = body.rflags_modified() != 0;
-    let explicit_lengths = matches!(mnemonic, Mnemonic::Pcmpestri | Mnemonic::Pcmpestrm);
-    let index_in_rcx = matches!(mnemonic, Mnemonic::Pcmpestri | Mnemonic::Pcmpistri);
+    let explicit_lengths = matches!(
+        mnemonic,
+        Mnemonic::Pcmpestri | Mnemonic::Pcmpestri64 | Mnemonic::Pcmpestrm | Mnemonic::Pcmpestrm64
+    );
+    let index_in_rcx = matches!(mnemonic, Mnemonic::Pcmpestri | Mnemonic::Pcmpestri64 | Mnemonic::Pcmpistri);
 
     let image_xmm0 = |base| MemoryOperand::with_base_displ(base, XMM_OFFSET as i64);
     let mut image = Register::RDX;

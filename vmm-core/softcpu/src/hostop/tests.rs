@@ -53,6 +53,10 @@ impl Guest for Mock {
         data.copy_from_slice(self.memory.get(start..start + data.len()).ok_or(MockFault::Page)?);
         Ok(())
     }
+    fn probe_write(&mut self, address: u64, length: usize) -> Result<(), MockFault> {
+        let start = address as usize;
+        self.memory.get(start..start + length).map(drop).ok_or(MockFault::Page)
+    }
     fn write(&mut self, address: u64, data: &[u8]) -> Result<(), MockFault> {
         let start = address as usize;
         self.memory.get_mut(start..start + data.len()).ok_or(MockFault::Page)?.copy_from_slice(data);
