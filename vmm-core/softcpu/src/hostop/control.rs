@@ -94,20 +94,21 @@ impl Control {
                 check_pending(guest)?;
                 let mut data = [0; 2];
                 guest.read(address, &mut data)?;
-                let fpu = guest.fpu();
-                fpu.fcw = u16::from_le_bytes(data) & 0x1f3f | 0x40;
-                fpu.update_summary();
+                let (resident, fpu) = guest.units();
+                resident.set_control_word(fpu, u16::from_le_bytes(data) & 0x1f3f | 0x40);
             }
             Self::Fnstcw => {
-                let data = guest.fpu().fcw.to_le_bytes();
+                let data = guest.units().1.fcw.to_le_bytes();
                 guest.write(address, &data)?;
             }
             Self::Fnstsw => {
-                let data = guest.fpu().fsw.to_le_bytes();
+                let (resident, fpu) = guest.units();
+                let data = resident.status_word(fpu).to_le_bytes();
                 guest.write(address, &data)?;
             }
             Self::FnstswAx => {
-                let status = u64::from(guest.fpu().fsw);
+                let (resident, fpu) = guest.units();
+                let status = u64::from(resident.status_word(fpu));
                 let rax = &mut guest.gpr()[0];
                 *rax = *rax & !0xffff | status;
             }

@@ -4,6 +4,7 @@ use std::arch::asm;
 
 use super::fpu::{EXCEPTIONS, FSW_ES_B, MXCSR_FLAGS, MXCSR_FZ, MXCSR_MASKS, MXCSR_UE, MXCSR_UM};
 use super::op::{Body, HostOp, Memory, Unit, X87};
+use super::resident::Resident;
 use super::stub::{Output, Slot, Stub};
 use crate::state::FpuState;
 
@@ -35,8 +36,14 @@ pub(crate) enum Trap {
 pub(crate) trait Guest {
     /// How the processor reports an exception.
     type Fault: From<Trap>;
-    /// x87, MMX and SSE registers.
-    fn fpu(&mut self) -> &mut FpuState;
+    /// x87, MMX and SSE registers, and which of them the host holds.
+    fn units(&mut self) -> (&mut Resident, &mut FpuState);
+    /// The same registers after all of them were moved to memory.
+    fn fpu(&mut self) -> &mut FpuState {
+        let (resident, fpu) = self.units();
+        resident.settle(fpu);
+        fpu
+    }
     /// General registers in the order of the instruction encoding.
     fn gpr(&mut self) -> &mut [u64; 16];
     /// RFLAGS.
@@ -111,7 +118,7 @@ impl HostOp {
             stub,
             first: pointer(guest, self.first, memory),
             second: pointer(guest, self.second, memory),
-            image: guest.fpu(),
+            image: guest.units().1,
             rax: guest.gpr()[0],
             rdx: guest.gpr()[2],
             rflags: guest.rflags(),
@@ -126,7 +133,7 @@ impl HostOp {
             guest.write(address, &buffer.0[..length])?;
         }
         if let Slot::Mm(number) = self.first
-            && let Some(register) = guest.fpu().st.get_mut(usize::from(number))
+            && let Some(register) = guest.units().1.st.get_mut(usize::from(number))
         {
             *register |= 0xffff << 64;
         }
@@ -137,13 +144,12 @@ impl HostOp {
     /// Runs a stub that depends on MXCSR. Exceptions are masked for the run; if one that the guest does
     /// not mask came up, its result is dropped and `#XM` raised.
     fn run_float<G: Guest>(&self, guest: &mut G, mut call: Call) -> Result<Output, G::Fault> {
-        let mxcsr = guest.fpu().mxcsr;
-        if mxcsr & MXCSR_MASKS == MXCSR_MASKS {
-            // SAFETY: as in `run_sse`; all exceptions are masked.
-            let (output, after) = unsafe { call.run_with_mxcsr(mxcsr) };
-            guest.fpu().mxcsr = after;
-            return Ok(output);
+        let (resident, fpu) = guest.units();
+        if resident.enter_mxcsr(fpu) {
+            // SAFETY: as in `run_sse`; the guest's MXCSR is loaded.
+            return Ok(unsafe { call.run() });
         }
+        let mxcsr = fpu.mxcsr;
         let mut result = Buffer([0; BUFFER]);
         let destination = call.first;
         // SAFETY: the first operand is a whole register (16 bytes, or 8 of a general register that is
@@ -192,6 +198,24 @@ impl HostOp {
         }
         let rip = guest.instruction_pointer();
         let rflags = guest.rflags();
+        if self.x87 == X87::Waiting {
+            let (resident, fpu) = guest.units();
+            (fpu.fop, fpu.fip) = (self.fop, rip);
+            if self.memory != Memory::None {
+                fpu.fdp = address;
+            }
+            if resident.enter_x87(fpu) {
+                let memory = buffer.0.as_mut_ptr();
+                let rflags = user_flags(rflags);
+                // SAFETY: the stub uses the x87 stack, which the guest's state is in, and the buffer.
+                let output = unsafe { stub(memory, memory, fpu, 0, 0, rflags) };
+                if self.memory == Memory::Store {
+                    guest.write(address, &buffer.0[..length])?;
+                }
+                self.commit(guest, output);
+                return Ok(());
+            }
+        }
         let fpu = guest.fpu();
         let pointers = (fpu.fop, fpu.fip, fpu.fdp);
         let masks = !fpu.fcw & EXCEPTIONS;
@@ -201,12 +225,7 @@ impl HostOp {
         (fpu.fop, fpu.fip, fpu.fdp) = pointers;
         let raised = fpu.fsw & EXCEPTIONS;
         match self.x87 {
-            X87::Waiting => {
-                (fpu.fop, fpu.fip) = (self.fop, rip);
-                if self.memory != Memory::None {
-                    fpu.fdp = address;
-                }
-            }
+            X87::Waiting => {}
             X87::StoreEnvironment => super::control::put_pointers(&mut buffer.0[..length], pointers),
             X87::LoadEnvironment => {
                 (fpu.fop, fpu.fip, fpu.fdp) = super::control::take_pointers(&buffer.0[..length]);
@@ -239,17 +258,19 @@ impl HostOp {
     }
 }
 
-/// `#MF` if an unmasked x87 exception is pending.
+/// `#MF` if an unmasked x87 exception is pending. State with unmasked exceptions is never resident.
 pub(super) fn check_pending<G: Guest>(guest: &mut G) -> Result<(), G::Fault> {
-    if guest.fpu().fsw & FSW_ES_B & 0x80 != 0 { Err(Trap::X87.into()) } else { Ok(()) }
+    let fpu = guest.units().1;
+    let pending = fpu.fcw & EXCEPTIONS != EXCEPTIONS && fpu.fsw & FSW_ES_B & 0x80 != 0;
+    if pending { Err(Trap::X87.into()) } else { Ok(()) }
 }
 
 fn pointer<G: Guest>(guest: &mut G, slot: Slot, memory: *mut u8) -> *mut u8 {
     match slot {
         Slot::None => std::ptr::null_mut(),
         Slot::Memory => memory,
-        Slot::Xmm(number) => std::ptr::from_mut(&mut guest.fpu().xmm[usize::from(number & 15)]).cast(),
-        Slot::Mm(number) => std::ptr::from_mut(&mut guest.fpu().st[usize::from(number & 7)]).cast(),
+        Slot::Xmm(number) => std::ptr::from_mut(&mut guest.units().1.xmm[usize::from(number & 15)]).cast(),
+        Slot::Mm(number) => std::ptr::from_mut(&mut guest.units().1.st[usize::from(number & 7)]).cast(),
         Slot::Gpr { number, .. } => {
             std::ptr::from_mut(&mut guest.gpr()[usize::from(number & 15)]).cast()
         }

@@ -14,6 +14,7 @@ mod control;
 mod exec;
 mod fpu;
 mod op;
+mod resident;
 mod stub;
 
 #[cfg(test)]
@@ -21,4 +22,5 @@ mod tests;
 
 pub(crate) use exec::{Guest, Trap};
 pub(crate) use op::{HostOp, translate};
+pub(crate) use resident::Resident;
 pub(crate) use stub::StubCache;

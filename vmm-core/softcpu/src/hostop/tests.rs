@@ -7,6 +7,7 @@ use crate::state::FpuState;
 
 struct Mock {
     fpu: FpuState,
+    resident: Resident,
     gpr: [u64; 16],
     rflags: u64,
     memory: Vec<u8>,
@@ -27,8 +28,8 @@ impl From<Trap> for MockFault {
 
 impl Guest for Mock {
     type Fault = MockFault;
-    fn fpu(&mut self) -> &mut FpuState {
-        &mut self.fpu
+    fn units(&mut self) -> (&mut Resident, &mut FpuState) {
+        (&mut self.resident, &mut self.fpu)
     }
     fn gpr(&mut self) -> &mut [u64; 16] {
         &mut self.gpr
@@ -68,6 +69,7 @@ impl Mock {
     fn new() -> Self {
         Self {
             fpu: FpuState::default(),
+            resident: Resident::default(),
             gpr: [0; 16],
             rflags: 2,
             memory: vec![0; 4096],
@@ -79,7 +81,9 @@ impl Mock {
         let instruction = Decoder::with_ip(64, bytes, 0x1000, DecoderOptions::NONE).decode();
         assert_eq!(instruction.len(), bytes.len());
         let op = translate(&instruction, &mut self.stubs).expect("memory").expect("translated");
-        op.execute(self, address)
+        let result = op.execute(self, address);
+        self.fpu();
+        result
     }
 }
 
