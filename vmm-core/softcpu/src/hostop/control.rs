@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic as M};
 
-use super::exec::{Guest, Trap, check_pending};
+use super::exec::{Guest, Trap};
 use super::fpu::MXCSR_VALID;
 use super::op::Memory;
 use crate::state::FpuState;
@@ -18,7 +18,6 @@ const AREA_32: usize = 288;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Control {
     Nop,
-    Wait,
     Emms,
     Fninit,
     Fnclex,
@@ -44,7 +43,8 @@ impl Control {
                 Self::Nop
             }
             M::Fneni | M::Fndisi | M::Fnsetpm => Self::Nop,
-            M::Wait => Self::Wait,
+            // A pending exception was delivered before.
+            M::Wait => Self::Nop,
             M::Emms => Self::Emms,
             M::Fninit => Self::Fninit,
             M::Fnclex => Self::Fnclex,
@@ -67,7 +67,7 @@ impl Control {
     /// Use, size and alignment of the memory operand.
     pub(super) fn memory(self) -> (Memory, u16, bool) {
         match self {
-            Self::Nop | Self::Wait | Self::Emms | Self::Fninit | Self::Fnclex | Self::FnstswAx => {
+            Self::Nop | Self::Emms | Self::Fninit | Self::Fnclex | Self::FnstswAx => {
                 (Memory::None, 0, false)
             }
             Self::Fldcw => (Memory::Load, 2, false),
@@ -83,7 +83,6 @@ impl Control {
     pub(super) fn execute<G: Guest>(self, guest: &mut G, address: u64) -> Result<(), G::Fault> {
         match self {
             Self::Nop => {}
-            Self::Wait => check_pending(guest)?,
             Self::Emms => {
                 guest.fpu().reset_top();
                 guest.fpu().ftw = 0;
@@ -91,7 +90,6 @@ impl Control {
             Self::Fninit => guest.fpu().init_x87(),
             Self::Fnclex => guest.fpu().fsw &= 0x7f00,
             Self::Fldcw => {
-                check_pending(guest)?;
                 let mut data = [0; 2];
                 guest.read(address, &mut data)?;
                 let (resident, fpu) = guest.units();
@@ -109,7 +107,7 @@ impl Control {
             Self::FnstswAx => {
                 let (resident, fpu) = guest.units();
                 let status = u64::from(resident.status_word(fpu));
-                let rax = &mut guest.gpr()[0];
+                let rax = guest.gpr(0);
                 *rax = *rax & !0xffff | status;
             }
             Self::Ldmxcsr => {
@@ -117,7 +115,7 @@ impl Control {
                 guest.read(address, &mut data)?;
                 let value = u32::from_le_bytes(data);
                 if value & !MXCSR_VALID != 0 {
-                    return Err(Trap::GeneralProtection.into());
+                    return Err(guest.raise_trap(Trap::GeneralProtection));
                 }
                 guest.fpu().mxcsr = value;
             }
@@ -150,7 +148,7 @@ fn fxrstor<G: Guest>(guest: &mut G, address: u64, wide: bool, long: bool) -> Res
     let mut area = FpuState::default();
     guest.read(address, area.area_mut())?;
     if area.mxcsr & !MXCSR_VALID != 0 {
-        return Err(Trap::GeneralProtection.into());
+        return Err(guest.raise_trap(Trap::GeneralProtection));
     }
     if !wide {
         area.fip &= 0xffff_ffff;

@@ -2,7 +2,7 @@
 
 use std::arch::asm;
 
-use super::fpu::{EXCEPTIONS, FSW_ES_B, MXCSR_FLAGS, MXCSR_FZ, MXCSR_MASKS, MXCSR_UE, MXCSR_UM};
+use super::fpu::{EXCEPTIONS, MXCSR_FLAGS, MXCSR_FZ, MXCSR_MASKS, MXCSR_UE, MXCSR_UM};
 use super::op::{Body, HostOp, Memory, Unit, X87};
 use super::resident::Resident;
 use super::stub::{Output, Slot, Stub};
@@ -11,10 +11,6 @@ use crate::state::FpuState;
 /// Largest memory operand that a stub touches (`FNSAVE` with 32-bit layout has 108 bytes).
 const BUFFER: usize = 128;
 
-const CR0_MP: u64 = 1 << 1;
-const CR0_EM: u64 = 1 << 2;
-const CR0_TS: u64 = 1 << 3;
-const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 
 /// Exceptions that SIMD and x87 instructions raise by themselves.
@@ -22,12 +18,8 @@ const CR4_OSXMMEXCPT: u64 = 1 << 10;
 pub(crate) enum Trap {
     /// `#UD`.
     InvalidOpcode,
-    /// `#NM`.
-    DeviceNotAvailable,
     /// `#GP(0)`.
     GeneralProtection,
-    /// `#MF`.
-    X87,
     /// `#XM`.
     Simd,
 }
@@ -35,7 +27,9 @@ pub(crate) enum Trap {
 /// The processor that an instruction runs on.
 pub(crate) trait Guest {
     /// How the processor reports an exception.
-    type Fault: From<Trap>;
+    type Fault;
+    /// Makes an exception pending.
+    fn raise_trap(&mut self, trap: Trap) -> Self::Fault;
     /// x87, MMX and SSE registers, and which of them the host holds.
     fn units(&mut self) -> (&mut Resident, &mut FpuState);
     /// The same registers after all of them were moved to memory.
@@ -44,18 +38,22 @@ pub(crate) trait Guest {
         resident.settle(fpu);
         fpu
     }
-    /// General registers in the order of the instruction encoding.
-    fn gpr(&mut self) -> &mut [u64; 16];
-    /// RFLAGS.
-    fn rflags(&mut self) -> u64;
-    /// Replaces RFLAGS.
-    fn set_rflags(&mut self, value: u64);
-    /// CR0.
-    fn cr0(&self) -> u64;
+    /// Address of a general register by its number in the instruction encoding. The seven bytes that follow
+    /// it belong to the processor too.
+    fn gpr_address(&mut self, number: u8) -> *mut u64;
+    /// A general register.
+    fn gpr(&mut self, number: u8) -> &mut u64 {
+        // SAFETY: a register of the processor, which is borrowed.
+        unsafe { &mut *self.gpr_address(number) }
+    }
+    /// CF, PF, AF, ZF, SF and OF in their RFLAGS positions.
+    fn status_flags(&mut self) -> u64;
+    /// Replaces these flags.
+    fn set_status_flags(&mut self, value: u64);
     /// CR4.
     fn cr4(&self) -> u64;
-    /// Address of the current instruction, as an offset in CS.
-    fn instruction_pointer(&self) -> u64;
+    /// Offset in CS that [`HostOp::offset`] counts from.
+    fn block_start(&self) -> u64;
     /// Reads at a linear address; nothing changes on a fault.
     fn read(&mut self, address: u64, data: &mut [u8]) -> Result<(), Self::Fault>;
     /// Writes at a linear address, all or nothing.
@@ -68,37 +66,18 @@ pub(crate) trait Guest {
 struct Buffer([u8; BUFFER]);
 
 impl HostOp {
-    /// Runs the instruction. `address` is the linear address of its memory operand. A fault leaves the
-    /// processor as it was, but for the exception bits that the architecture sets.
+    /// Runs the instruction, which CR0 and CR4 allow and before which no x87 exception is pending. `address`
+    /// is the linear address of its memory operand. A fault leaves the processor as it was, but for what the
+    /// architecture says to change.
     pub(crate) fn execute<G: Guest>(&self, guest: &mut G, address: u64) -> Result<(), G::Fault> {
-        self.check_available(guest)?;
-        if self.unit.is_mmx() {
-            check_pending(guest)?;
-        }
         if self.aligned && address & 15 != 0 {
-            return Err(Trap::GeneralProtection.into());
+            return Err(guest.raise_trap(Trap::GeneralProtection));
         }
         match (self.body, self.unit) {
             (Body::Control(control), _) => control.execute(guest, address),
             (Body::Stub(stub), Unit::X87) => self.run_x87(guest, stub, address),
             (Body::Stub(stub), _) => self.run_sse(guest, stub, address),
         }
-    }
-
-    /// `#UD` and `#NM` by CR0 and CR4.
-    fn check_available<G: Guest>(&self, guest: &mut G) -> Result<(), G::Fault> {
-        let cr0 = guest.cr0();
-        let trap = match self.unit {
-            Unit::Integer => None,
-            Unit::X87 if matches!(self.body, Body::Control(super::control::Control::Wait)) => {
-                (cr0 & (CR0_MP | CR0_TS) == CR0_MP | CR0_TS).then_some(Trap::DeviceNotAvailable)
-            }
-            Unit::X87 => (cr0 & (CR0_EM | CR0_TS) != 0).then_some(Trap::DeviceNotAvailable),
-            _ if cr0 & CR0_EM != 0 => Some(Trap::InvalidOpcode),
-            Unit::Sse | Unit::SseFloat if guest.cr4() & CR4_OSFXSR == 0 => Some(Trap::InvalidOpcode),
-            _ => (cr0 & CR0_TS != 0).then_some(Trap::DeviceNotAvailable),
-        };
-        trap.map_or(Ok(()), |trap| Err(trap.into()))
     }
 
     fn run_sse<G: Guest>(&self, guest: &mut G, stub: Stub, address: u64) -> Result<(), G::Fault> {
@@ -119,9 +98,8 @@ impl HostOp {
             first: pointer(guest, self.first, memory),
             second: pointer(guest, self.second, memory),
             image: guest.units().1,
-            rax: guest.gpr()[0],
-            rdx: guest.gpr()[2],
-            rflags: guest.rflags(),
+            rax: *guest.gpr(0),
+            rdx: *guest.gpr(2),
         };
         let output = if matches!(self.unit, Unit::SseFloat | Unit::MmxFloat) {
             self.run_float(guest, call)?
@@ -176,7 +154,7 @@ impl HostOp {
         guest.fpu().mxcsr |= reported;
         if unmasked != 0 {
             let enabled = guest.cr4() & CR4_OSXMMEXCPT != 0;
-            return Err(if enabled { Trap::Simd } else { Trap::InvalidOpcode }.into());
+            return Err(guest.raise_trap(if enabled { Trap::Simd } else { Trap::InvalidOpcode }));
         }
         if matches!(self.first, Slot::Xmm(_) | Slot::Mm(_)) {
             // SAFETY: the destination is a 16-byte register of the image.
@@ -186,9 +164,6 @@ impl HostOp {
     }
 
     fn run_x87<G: Guest>(&self, guest: &mut G, stub: Stub, address: u64) -> Result<(), G::Fault> {
-        if self.x87 != X87::StoreEnvironment {
-            check_pending(guest)?;
-        }
         let mut buffer = Buffer([0; BUFFER]);
         let length = usize::from(self.length).min(BUFFER);
         match self.memory {
@@ -196,8 +171,8 @@ impl HostOp {
             Memory::Load => guest.read(address, &mut buffer.0[..length])?,
             Memory::Store => guest.probe_write(address, length)?,
         }
-        let rip = guest.instruction_pointer();
-        let rflags = guest.rflags();
+        let rip = guest.block_start().wrapping_add(u64::from(self.offset));
+        let rflags = if self.reads_rflags { guest.status_flags() } else { 0 };
         if self.x87 == X87::Waiting {
             let (resident, fpu) = guest.units();
             (fpu.fop, fpu.fip) = (self.fop, rip);
@@ -241,9 +216,8 @@ impl HostOp {
     }
 
     fn commit<G: Guest>(&self, guest: &mut G, output: Output) {
-        if let Slot::Gpr { number, bytes } = self.result
-            && let Some(register) = guest.gpr().get_mut(usize::from(number))
-        {
+        if let Slot::Gpr { number, bytes } = self.result {
+            let register = guest.gpr(number);
             *register = match bytes {
                 8 => output.value,
                 4 => output.value & 0xffff_ffff,
@@ -252,17 +226,10 @@ impl HostOp {
         }
         if self.rflags != 0 {
             let mask = u64::from(self.rflags);
-            let merged = guest.rflags() & !mask | output.rflags & mask;
-            guest.set_rflags(merged);
+            let kept = if mask == STATUS { 0 } else { guest.status_flags() & !mask };
+            guest.set_status_flags(kept | output.rflags & mask);
         }
     }
-}
-
-/// `#MF` if an unmasked x87 exception is pending. State with unmasked exceptions is never resident.
-pub(super) fn check_pending<G: Guest>(guest: &mut G) -> Result<(), G::Fault> {
-    let fpu = guest.units().1;
-    let pending = fpu.fcw & EXCEPTIONS != EXCEPTIONS && fpu.fsw & FSW_ES_B & 0x80 != 0;
-    if pending { Err(Trap::X87.into()) } else { Ok(()) }
 }
 
 fn pointer<G: Guest>(guest: &mut G, slot: Slot, memory: *mut u8) -> *mut u8 {
@@ -271,12 +238,8 @@ fn pointer<G: Guest>(guest: &mut G, slot: Slot, memory: *mut u8) -> *mut u8 {
         Slot::Memory => memory,
         Slot::Xmm(number) => std::ptr::from_mut(&mut guest.units().1.xmm[usize::from(number & 15)]).cast(),
         Slot::Mm(number) => std::ptr::from_mut(&mut guest.units().1.st[usize::from(number & 7)]).cast(),
-        Slot::Gpr { number, .. } => {
-            std::ptr::from_mut(&mut guest.gpr()[usize::from(number & 15)]).cast()
-        }
-        Slot::High(number) => std::ptr::from_mut(&mut guest.gpr()[usize::from(number & 3)])
-            .cast::<u8>()
-            .wrapping_add(1),
+        Slot::Gpr { number, .. } => guest.gpr_address(number).cast(),
+        Slot::High(number) => guest.gpr_address(number).cast::<u8>().wrapping_add(1),
     }
 }
 
@@ -288,7 +251,6 @@ struct Call {
     image: *mut FpuState,
     rax: u64,
     rdx: u64,
-    rflags: u64,
 }
 
 impl Call {
@@ -296,7 +258,7 @@ impl Call {
     /// The operands must be valid for the accesses of the stub.
     unsafe fn run(&self) -> Output {
         // SAFETY: promised by the caller.
-        unsafe { (self.stub)(self.first, self.second, self.image, self.rax, self.rdx, user_flags(self.rflags)) }
+        unsafe { (self.stub)(self.first, self.second, self.image, self.rax, self.rdx, 0) }
     }
 
     /// Runs with `mxcsr` loaded and returns what it became.
@@ -323,7 +285,6 @@ impl Call {
                 inout("rdx") self.image => rflags,
                 inout("rcx") self.rax => _,
                 inout("r8") self.rdx => _,
-                inout("r9") user_flags(self.rflags) => _,
                 out("rax") value,
                 clobber_abi("sysv64"),
             );
@@ -332,9 +293,12 @@ impl Call {
     }
 }
 
+/// The flags that [`Guest::status_flags`] deals in.
+const STATUS: u64 = 0x8d5;
+
 /// The arithmetic flags, fit for `POPFQ` in the host.
 fn user_flags(rflags: u64) -> u64 {
-    rflags & 0x8d5 | 0x202
+    rflags & STATUS | 0x202
 }
 
 /// Runs `stub` with the guest's x87 state in the host's unit.

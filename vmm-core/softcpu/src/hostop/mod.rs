@@ -11,6 +11,7 @@
 
 mod arena;
 mod control;
+mod cpu;
 mod exec;
 mod fpu;
 mod op;

@@ -1,13 +1,12 @@
 //! Classification: which unit runs an instruction and what it does with memory.
 
-use std::io;
-
 use iced_x86::{
     CodeSize, CpuidFeature as F, Encoder, EncodingKind, Instruction, Mnemonic as M, OpKind, Register, RflagsBits,
 };
 
 use super::control::Control;
 use super::stub::{Slot, Stub, StubCache, canonical, is_x87};
+use crate::cpu::{Cpu, Fault};
 
 /// How the memory operand is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,9 +106,13 @@ pub(crate) enum Body {
     Control(Control),
 }
 
+/// Executes a translated instruction with the linear address of its memory operand.
+pub(crate) type Run = fn(&mut Cpu, &HostOp, u64) -> Result<(), Fault>;
+
 /// A translated instruction. The caller computes the linear address of the memory operand.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HostOp {
+    pub(crate) run: Run,
     pub(super) body: Body,
     pub(super) unit: Unit,
     pub(super) first: Slot,
@@ -127,6 +130,12 @@ pub(crate) struct HostOp {
     pub(super) aligned: bool,
     /// RFLAGS bits that the instruction writes.
     pub(super) rflags: u16,
+    /// The instruction looks at RFLAGS.
+    pub(super) reads_rflags: bool,
+    /// Segment and address size of an operand at rDI (`MASKMOVQ`, `MASKMOVDQU`).
+    pub(super) implicit: Option<(u8, u8)>,
+    /// Offset of the instruction in its block.
+    pub(super) offset: u16,
     /// The x87 opcode as FOP stores it.
     pub(super) fop: u16,
 }
@@ -143,15 +152,19 @@ impl HostOp {
 }
 
 /// Translates an instruction of the SSE to SSE4.2, AES, PCLMULQDQ, SHA, MMX and x87 sets, `POPCNT` and
-/// `CRC32`. `None` for everything else; whether the guest's model announces the instruction is the
-/// caller's decision.
-///
-/// # Errors
-/// The host refuses memory for the generated code.
-pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> io::Result<Option<HostOp>> {
-    let Some(unit) = unit(instruction) else { return Ok(None) };
+/// `CRC32`, whose address is relative to its block. `None` for everything else; whether the guest's model
+/// announces the instruction is the caller's decision.
+pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> Option<HostOp> {
+    let mut op = describe(instruction, stubs)?;
+    op.run = super::cpu::pick(instruction, &op);
+    Some(op)
+}
+
+fn describe(instruction: &Instruction, stubs: &mut StubCache) -> Option<HostOp> {
+    let unit = unit(instruction)?;
     let memory_operand = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
     let mut op = HostOp {
+        run: |cpu, op, address| op.execute(cpu, address),
         body: Body::Control(Control::Nop),
         unit,
         first: Slot::None,
@@ -163,15 +176,18 @@ pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> io:
         x87: X87::of(instruction.mnemonic()),
         aligned: false,
         rflags: rflags_written(instruction),
+        reads_rflags: instruction.rflags_read() != 0,
+        implicit: implicit(instruction),
+        offset: instruction.ip() as u16,
         fop: if unit == Unit::X87 { x87_opcode(instruction) } else { 0 },
     };
     if let Some(control) = Control::classify(instruction) {
         op.body = Body::Control(control);
         (op.memory, op.length, op.aligned) = control.memory();
-        return Ok(Some(op));
+        return Some(op);
     }
-    let Some((body, first, second)) = canonical(instruction) else { return Ok(None) };
-    let Some(stub) = stubs.get(&body)? else { return Ok(None) };
+    let (body, first, second) = canonical(instruction)?;
+    let stub = stubs.get(&body)?;
     op.body = Body::Stub(stub);
     (op.first, op.second) = (first, second);
     op.result = match (instruction.mnemonic(), first) {
@@ -184,11 +200,11 @@ pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> io:
         op.memory = if store { Memory::Store } else { Memory::Load };
         op.aligned = op.length == 16 && !may_be_misaligned(instruction.mnemonic());
     }
-    Ok(Some(op))
+    Some(op)
 }
 
 fn unit(instruction: &Instruction) -> Option<Unit> {
-    if is_x87(instruction) {
+    if is_x87(instruction) || instruction.mnemonic() == M::Wait {
         return Some(Unit::X87);
     }
     let mnemonic = instruction.mnemonic();
@@ -265,6 +281,24 @@ fn x87_stores(mnemonic: M) -> bool {
         mnemonic,
         M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp | M::Fnstenv | M::Fnsave
     )
+}
+
+fn implicit(instruction: &Instruction) -> Option<(u8, u8)> {
+    let bytes = match instruction.op0_kind() {
+        OpKind::MemorySegRDI => 8,
+        OpKind::MemorySegEDI => 4,
+        OpKind::MemorySegDI => 2,
+        _ => return None,
+    };
+    let segment = match instruction.memory_segment() {
+        Register::ES => 0,
+        Register::CS => 1,
+        Register::SS => 2,
+        Register::FS => 4,
+        Register::GS => 5,
+        _ => 3,
+    };
+    Some((segment, bytes))
 }
 
 /// The RFLAGS bits that an instruction writes, clears or leaves undefined.

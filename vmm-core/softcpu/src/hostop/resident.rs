@@ -12,7 +12,8 @@ use super::fpu::{EXCEPTIONS, MXCSR_MASKS};
 use crate::state::FpuState;
 
 /// What of the guest's state the host's registers hold. While `x87` is set, the control word of the
-/// [`FpuState`] is right and the other x87 fields are stale, except for the last instruction's pointers;
+/// [`FpuState`] is right and the summary bit of
+/// the status word are right and the other x87 fields are stale, except for the last instruction's pointers;
 /// while `mxcsr` is set, its control bits are right and its flags are stale.
 #[derive(Debug, Default)]
 pub(crate) struct Resident {
@@ -87,6 +88,8 @@ impl Resident {
         if fpu.fcw & EXCEPTIONS != EXCEPTIONS {
             return false;
         }
+        // A summary bit without unmasked exceptions, as software may have loaded it.
+        fpu.update_summary();
         self.load_x87(fpu);
         true
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ptr::NonNull;
 
 use iced_x86::{
     Code, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind,
@@ -51,27 +52,34 @@ pub(crate) struct StubCache {
 }
 
 impl StubCache {
-    /// The stub for `body`, an instruction rewritten by [`canonical`]. `None` when the encoder
-    /// refuses it.
-    pub(crate) fn get(&mut self, body: &Instruction) -> io::Result<Option<Stub>> {
+    /// The stub for `body`, an instruction rewritten by [`canonical`]. `None` when the encoder refuses it or
+    /// the host refuses memory for code.
+    pub(crate) fn get(&mut self, body: &Instruction) -> Option<Stub> {
         let mut key = Assembler::new();
-        if !key.push(body) {
-            return Ok(None);
-        }
+        key.add(body)?;
         let key = key.finish();
         if let Some(&stub) = self.stubs.get(&key) {
-            return Ok(Some(stub));
+            return Some(stub);
         }
-        let Some(code) = generate(body) else { return Ok(None) };
-        let arena = match &mut self.arena {
-            Some(arena) => arena,
-            none => none.insert(Arena::new()?),
+        let code = generate(body)?;
+        let address = match self.append(&code) {
+            Ok(address) => address,
+            Err(error) => {
+                tracing::error!(%error, "No executable memory for SIMD instructions");
+                return None;
+            }
         };
-        let address = arena.append(&code)?;
         // SAFETY: `generate` returns a complete function with the calling convention of `Stub`.
         let stub: Stub = unsafe { std::mem::transmute(address.as_ptr()) };
         self.stubs.insert(key, stub);
-        Ok(Some(stub))
+        Some(stub)
+    }
+
+    fn append(&mut self, code: &[u8]) -> io::Result<NonNull<u8>> {
+        match &mut self.arena {
+            Some(arena) => arena.append(code),
+            none => none.insert(Arena::new()?).append(code),
+        }
     }
 }
 
@@ -271,12 +279,8 @@ impl Assembler {
         Self(Encoder::new(64))
     }
 
-    fn push(&mut self, instruction: &Instruction) -> bool {
-        self.0.encode(instruction, 0).is_ok()
-    }
-
     fn add(&mut self, instruction: &Instruction) -> Option<()> {
-        self.push(instruction).then_some(())
+        self.0.encode(instruction, 0).ok().map(drop)
     }
 
     fn two(&mut self, code: Code, to: Register, from: Register) -> Option<()> {

@@ -8,8 +8,9 @@ use crate::state::FpuState;
 struct Mock {
     fpu: FpuState,
     resident: Resident,
-    gpr: [u64; 16],
-    rflags: u64,
+    /// One more than there are: see [`Guest::gpr_address`].
+    gpr: [u64; 17],
+    flags: u64,
     memory: Vec<u8>,
     stubs: StubCache,
 }
@@ -20,33 +21,27 @@ enum MockFault {
     Page,
 }
 
-impl From<Trap> for MockFault {
-    fn from(trap: Trap) -> Self {
-        Self::Trap(trap)
-    }
-}
-
 impl Guest for Mock {
     type Fault = MockFault;
+    fn raise_trap(&mut self, trap: Trap) -> MockFault {
+        MockFault::Trap(trap)
+    }
     fn units(&mut self) -> (&mut Resident, &mut FpuState) {
         (&mut self.resident, &mut self.fpu)
     }
-    fn gpr(&mut self) -> &mut [u64; 16] {
-        &mut self.gpr
+    fn gpr_address(&mut self, number: u8) -> *mut u64 {
+        &raw mut self.gpr[usize::from(number)]
     }
-    fn rflags(&mut self) -> u64 {
-        self.rflags
+    fn status_flags(&mut self) -> u64 {
+        self.flags
     }
-    fn set_rflags(&mut self, value: u64) {
-        self.rflags = value;
-    }
-    fn cr0(&self) -> u64 {
-        0x8005_0033
+    fn set_status_flags(&mut self, value: u64) {
+        self.flags = value;
     }
     fn cr4(&self) -> u64 {
         0x6a0
     }
-    fn instruction_pointer(&self) -> u64 {
+    fn block_start(&self) -> u64 {
         0x1234
     }
     fn read(&mut self, address: u64, data: &mut [u8]) -> Result<(), MockFault> {
@@ -70,20 +65,25 @@ impl Mock {
         Self {
             fpu: FpuState::default(),
             resident: Resident::default(),
-            gpr: [0; 16],
-            rflags: 2,
+            gpr: [0; 17],
+            flags: 0,
             memory: vec![0; 4096],
             stubs: StubCache::default(),
         }
     }
 
+    /// Runs an instruction and moves all state to memory.
     fn run(&mut self, bytes: &[u8], address: u64) -> Result<(), MockFault> {
-        let instruction = Decoder::with_ip(64, bytes, 0x1000, DecoderOptions::NONE).decode();
-        assert_eq!(instruction.len(), bytes.len());
-        let op = translate(&instruction, &mut self.stubs).expect("memory").expect("translated");
-        let result = op.execute(self, address);
+        let result = self.step(bytes, address);
         self.fpu();
         result
+    }
+
+    fn step(&mut self, bytes: &[u8], address: u64) -> Result<(), MockFault> {
+        let instruction = Decoder::with_ip(64, bytes, 0x1000, DecoderOptions::NONE).decode();
+        assert_eq!(instruction.len(), bytes.len());
+        let op = translate(&instruction, &mut self.stubs).expect("translated");
+        op.execute(self, address)
     }
 }
 
@@ -131,9 +131,9 @@ fn general_register_results_and_flags() {
     cpu.gpr[12] = u64::MAX;
     cpu.run(&[0xf2, 0x44, 0x0f, 0x2c, 0xe2], 0).unwrap(); // cvttsd2si r12d, xmm2
     assert_eq!(cpu.gpr[12], 0xffff_fff9);
-    cpu.rflags = 0x8d7;
+    cpu.flags = 0x8d5;
     cpu.run(&[0x66, 0x0f, 0x2e, 0xd2], 0).unwrap(); // ucomisd xmm2, xmm2
-    assert_eq!(cpu.rflags, 0x42);
+    assert_eq!(cpu.flags, 0x40);
     cpu.gpr[1] = 0xff00;
     cpu.run(&[0xf2, 0x0f, 0x38, 0xf0, 0xc5], 0).unwrap(); // crc32 eax, ch
     assert_eq!(cpu.gpr[0], 0xad7d_5351);
@@ -147,7 +147,7 @@ fn string_comparison_returns_an_index() {
     cpu.gpr[1] = u64::MAX;
     cpu.run(&[0x66, 0x0f, 0x3a, 0x63, 0x0e, 0x00], 1).unwrap(); // pcmpistri xmm1, [rsi], 0
     assert_eq!(cpu.gpr[1], 3);
-    assert_eq!(cpu.rflags & 1, 1);
+    assert_eq!(cpu.flags & 1, 1);
 }
 
 #[test]
@@ -163,12 +163,44 @@ fn x87_keeps_extended_precision_and_restarts() {
     cpu.run(&[0xdb, 0x3e], 16).unwrap();
     assert_eq!(cpu.memory[16..26], before.st[0].to_le_bytes()[..10]);
     assert_eq!(cpu.fpu.ftw, 0);
-    // With exceptions unmasked the error shows at the next waiting instruction.
+    // With exceptions unmasked the error waits for the next instruction.
     cpu.fpu.fcw = 0x37e;
     cpu.run(&[0xd9, 0xe0], 0).unwrap(); // fchs on an empty stack
-    assert_eq!(cpu.run(&[0xd9, 0xe8], 0), Err(MockFault::Trap(Trap::X87)));
-    cpu.run(&[0xdb, 0xe2], 0).unwrap(); // fnclex
-    cpu.run(&[0xd9, 0xe8], 0).unwrap();
+    assert_eq!(cpu.fpu.fsw & 0x80c1, 0x80c1);
+    assert_eq!(cpu.fpu.st[0], before.st[7]);
+}
+
+#[test]
+fn resident_state_gives_the_same_results() {
+    let program: [&[u8]; 12] = [
+        &[0xd9, 0xeb],             // fldpi
+        &[0xd9, 0xe8],             // fld1
+        &[0xd8, 0xf1],             // fdiv st, st(1)
+        &[0xf2, 0x0f, 0x5e, 0xc1], // divsd xmm0, xmm1
+        &[0xd9, 0xfa],             // fsqrt
+        &[0x0f, 0xfd, 0x1e],       // paddw mm3, [rsi]
+        &[0x0f, 0x77],             // emms
+        &[0xd9, 0xee],             // fldz
+        &[0xd9, 0x2e],             // fldcw [rsi]
+        &[0xf2, 0x0f, 0x51, 0xc8], // sqrtsd xmm1, xmm0
+        &[0xdb, 0x3e],             // fstp tbyte [rsi]
+        &[0xdf, 0xe0],             // fnstsw ax
+    ];
+    let run = |settle_each: bool| {
+        let mut cpu = Mock::new();
+        cpu.fpu.xmm[0] = u128::from(2f64.to_bits());
+        cpu.fpu.xmm[1] = u128::from(7f64.to_bits());
+        cpu.memory[..2].copy_from_slice(&0x0f7fu16.to_le_bytes());
+        for bytes in program {
+            cpu.step(bytes, 0).unwrap();
+            if settle_each {
+                cpu.fpu();
+            }
+        }
+        cpu.fpu();
+        (cpu.fpu, cpu.gpr, cpu.memory)
+    };
+    assert_eq!(run(false), run(true));
 }
 
 #[test]

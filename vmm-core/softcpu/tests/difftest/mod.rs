@@ -1,0 +1,229 @@
+//! Differential test: random instructions on random inputs, run by the host's processor and by the software
+//! processor, must leave the same registers, flags and memory and raise the same exception.
+
+mod forms;
+mod generate;
+mod layout;
+mod native;
+mod random;
+mod report;
+mod soft;
+mod state;
+mod undefined;
+
+use iced_x86::{Instruction, Mnemonic as M};
+
+use forms::Form;
+use generate::{Encoding, Patches};
+pub use layout::Mode;
+use layout::{DATA, DATA_WRITABLE};
+use native::Native;
+use random::Random;
+use soft::Soft;
+use state::{Exception, Outcome, State};
+
+/// Inputs that each encoding runs with.
+const INPUTS: u64 = 32;
+/// Mismatches of one opcode that are printed.
+const REPORTS: usize = 1;
+
+/// Misaligned SSE mode, which AMD processors have.
+const MXCSR_MM: u32 = 1 << 17;
+
+/// What to run.
+pub struct Options {
+    pub cases: u64,
+    pub seed: u64,
+    /// Only this mode.
+    pub mode: Option<Mode>,
+    /// Only this mnemonic.
+    pub only: Option<String>,
+}
+
+/// What a run found.
+#[derive(Default)]
+pub struct Summary {
+    pub cases: u64,
+    pub faults: u64,
+    pub forms: usize,
+    /// Mnemonics with mismatches, how many, and the first one in full.
+    pub mismatches: std::collections::BTreeMap<String, (u64, Vec<String>)>,
+}
+
+/// Runs `options.cases` cases.
+pub fn run(options: &Options) -> Summary {
+    let forms: Vec<(Mode, Form)> = [Mode::Long, Mode::Compat]
+        .into_iter()
+        .filter(|&mode| options.mode.is_none_or(|only| only == mode))
+        .flat_map(|mode| forms::all(mode, options.only.as_deref()).into_iter().map(move |form| (mode, form)))
+        .collect();
+    assert!(!forms.is_empty(), "no such mnemonic");
+    let mut machines = Machines { native: Native::new(), soft: Soft::new() };
+    machines.fill_read_only(&mut Random::new(options.seed));
+    let mut random = Random::new(options.seed);
+    let mut summary = Summary { forms: forms.len(), ..Summary::default() };
+    let mut next = 0;
+    while summary.cases < options.cases {
+        // All forms in turn: a run covers each of them equally.
+        let (mode, form) = &forms[next % forms.len()];
+        next += 1;
+        machines.test_form(*mode, form, &mut random, &mut summary);
+    }
+    summary
+}
+
+struct Machines {
+    native: Native,
+    soft: Soft,
+}
+
+impl Machines {
+    fn fill_read_only(&mut self, random: &mut Random) {
+        let content: Vec<u8> = (0..512).flat_map(|_| random.integer().to_le_bytes()).collect();
+        self.native.change_read_only(|page| page.copy_from_slice(&content));
+        self.soft.data()[DATA_WRITABLE as usize..].copy_from_slice(&content);
+    }
+
+    fn test_form(&mut self, mode: Mode, form: &Form, random: &mut Random, summary: &mut Summary) {
+        let Some(encoding) = (0..20).find_map(|_| generate::encoding(mode, form, random)) else { return };
+        self.native.place(mode, &encoding.bytes, encoding.fpu);
+        self.soft.place(&encoding.bytes);
+        let mut patches = Patches::new();
+        for _ in 0..INPUTS {
+            let input = generate::input(&encoding, random, &mut patches);
+            let before = self.patch(&patches);
+            let native = self.native.run(mode, &input, encoding.bytes.len(), encoding.fpu);
+            let soft = self.soft.run(mode, &input);
+            summary.cases += 1;
+            if native.state.fx.mxcsr & MXCSR_MM != 0 {
+                // Loaded from random memory; the guest's processor does not know the bit.
+                continue;
+            }
+            summary.faults += u64::from(native.exception.is_some());
+            let difference = compare(&encoding, &input, &native, &soft);
+            if let Some((operand, _)) = patches.last() {
+                self.ignore_undefined(&encoding, &input, *operand);
+            }
+            let same_memory = self.native.data() == self.soft.data();
+            if difference.is_some() || !same_memory {
+                let entry = summary.mismatches.entry(format!("{:?}", encoding.instruction.mnemonic()));
+                let (count, reports) = entry.or_default();
+                *count += 1;
+                if reports.len() < REPORTS {
+                    let memory = (&*self.native.data(), &*self.soft.data());
+                    let (native, soft) = (&native, &soft);
+                    reports.push(report::mismatch(
+                        &encoding, &input, &before, native, soft, memory, difference,
+                    ));
+                }
+            }
+            if !same_memory {
+                let content = self.native.data().to_vec();
+                self.soft.data().copy_from_slice(&content);
+            }
+        }
+    }
+
+    /// Writes the patches to both machines and returns those that applied.
+    fn patch(&mut self, patches: &Patches) -> Patches {
+        let mut applied = Patches::new();
+        for (address, bytes) in patches {
+            let Some(start) = address.checked_sub(DATA).filter(|&start| start < DATA_WRITABLE) else {
+                continue;
+            };
+            let end = (start as usize + bytes.len()).min(DATA_WRITABLE as usize);
+            let range = start as usize..end;
+            let bytes = &bytes[..range.len()];
+            self.native.data()[range.clone()].copy_from_slice(bytes);
+            self.soft.data()[range].copy_from_slice(bytes);
+            applied.push((*address, bytes.to_vec()));
+        }
+        applied
+    }
+
+    /// Makes the bytes equal that the architecture leaves undefined within the memory operand.
+    fn ignore_undefined(&mut self, encoding: &Encoding, input: &State, operand: u64) {
+        for range in undefined::memory(&encoding.instruction, input) {
+            for address in range.map(|offset| operand.wrapping_add(offset)) {
+                let Some(at) = address.checked_sub(DATA).filter(|&at| at < DATA_WRITABLE) else { continue };
+                self.soft.data()[at as usize] = self.native.data()[at as usize];
+            }
+        }
+    }
+}
+
+/// Whether both raised the same exception. Instructions that the processor splits into many accesses may
+/// report another address within the page that faults.
+fn same_exception(instruction: &Instruction, native: Option<Exception>, soft: Option<Exception>) -> bool {
+    let (Some(native), Some(soft)) = (native, soft) else { return native == soft };
+    let split = matches!(
+        instruction.mnemonic(),
+        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Fnsave | M::Frstor | M::Fnstenv | M::Fldenv
+            | M::Maskmovq | M::Maskmovdqu
+    );
+    // They probe their last byte first, which may be in another page.
+    let area = matches!(instruction.mnemonic(), M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64);
+    let shift = if split { 12 } else { 0 };
+    // The kernel reports addresses of its own half as present.
+    let ignored = u32::from(native.address >> 63 != 0 || area && native.vector == 14);
+    native.vector == soft.vector
+        && (native.error ^ soft.error) & !ignored == 0
+        && (area || native.address >> shift == soft.address >> shift)
+}
+
+/// The first difference that matters.
+fn compare(encoding: &Encoding, input: &State, native: &Outcome, soft: &Outcome) -> Option<String> {
+    let instruction = &encoding.instruction;
+    if !same_exception(instruction, native.exception, soft.exception) {
+        return Some("exception".into());
+    }
+    let (a, b) = (&native.state, &soft.state);
+    if a.rip != b.rip {
+        return Some("RIP".into());
+    }
+    let skip = undefined::result(instruction, input).then(|| undefined::first_register(instruction)).flatten();
+    if let Some(n) = (0..encoding.mode.registers()).find(|&n| Some(n) != skip && a.gpr[n] != b.gpr[n]) {
+        return Some(report::GPR_NAMES[n].into());
+    }
+    let completed = native.exception.is_none_or(|exception| exception.vector == 1 || exception.vector == 3);
+    let undefined = if completed { undefined::flags(instruction, input) } else { 0 };
+    let flags = (a.rflags ^ b.rflags) & !undefined;
+    if flags != 0 {
+        return Some(format!("RFLAGS {flags:#x}"));
+    }
+    let (x, y) = (&a.fx, &b.fx);
+    let x87 = (x.fcw, x.fsw, x.ftw) != (y.fcw, y.fsw, y.ftw);
+    if x87 {
+        return Some("x87 control, status or tag word".into());
+    }
+    if let Some(n) = (0..8).find(|&n| (x.st[n] ^ y.st[n]) << 48 != 0) {
+        return Some(format!("ST({n})"));
+    }
+    let simd = native.exception.is_some_and(|exception| exception.vector == 19);
+    let undefined = if simd { undefined::mxcsr_flags(instruction, input) } else { 0 };
+    if (x.mxcsr ^ y.mxcsr) & !undefined != 0 {
+        return Some("MXCSR".into());
+    }
+    (0..16).find(|&n| x.xmm[n] != y.xmm[n]).map(|n| format!("XMM{n}"))
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (mnemonic, (count, reports)) in &self.mismatches {
+            writeln!(f, "{mnemonic}: {count} mismatches, for example")?;
+            for report in reports {
+                write!(f, "{report}")?;
+            }
+        }
+        let names: Vec<String> =
+            self.mismatches.iter().map(|(name, (count, _))| format!("{name}:{count}")).collect();
+        write!(
+            f,
+            "{} cases of {} forms, {} raised exceptions, mismatches: {}",
+            self.cases,
+            self.forms,
+            self.faults,
+            if names.is_empty() { "none".into() } else { names.join(" ") }
+        )
+    }
+}
