@@ -181,7 +181,7 @@ impl Cpu {
         mode: u16,
         second_page: Option<u64>,
     ) -> Box<Block> {
-        let mut builder = Builder::new(mode, gpa & (PAGE_SIZE - 1));
+        let mut builder = Builder::new(mode, gpa & (PAGE_SIZE - 1), &mut self.stubs);
         let total = instructions.len();
         for (i, instruction) in instructions.iter().enumerate() {
             builder.instruction(instruction, (total - i) as u8, i + 1 == total);

@@ -1,6 +1,6 @@
 //! Instructions without a specialised handler.
 
-use iced_x86::{Instruction, Mnemonic as M, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic as M, OpKind};
 
 use super::Slow;
 use crate::ops::{io, legacy, string, system};
@@ -35,6 +35,17 @@ pub(crate) fn slow_handler(i: &Instruction) -> Option<(Slow, bool)> {
         M::Int1 => (system::int1, false),
         M::Into => (legacy::into, false),
         M::Ud0 | M::Ud1 | M::Ud2 => (system::ud, false),
+        // PREFETCHW needs a memory operand.
+        M::Reservednop
+            if matches!(
+                i.code(),
+                Code::Reservednop_rm16_r16_0F0D
+                    | Code::Reservednop_rm32_r32_0F0D
+                    | Code::Reservednop_rm64_r64_0F0D
+            ) =>
+        {
+            (system::ud, false)
+        }
         M::Hlt => (system::hlt, false),
         M::Cpuid => (system::cpuid, false),
         M::Rdtsc | M::Rdtscp => (system::rdtsc, true),

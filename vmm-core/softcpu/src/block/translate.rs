@@ -8,7 +8,7 @@ use super::op::{FS_BASE, GS_BASE, Handler, Op, RIP, X_ADDR16, X_ADDR32, X_STACK,
 use super::slow::slow_handler;
 use super::{Slow, SlowOp};
 use crate::cpu::mode;
-use crate::hostop::{self, HostOp};
+use crate::hostop::{self, HostOp, StubCache};
 use crate::ops::ea::{Legacy, Long};
 use crate::ops::host::Unit;
 use crate::ops::operand::{address_size, encode, segment_number, size_of};
@@ -54,21 +54,22 @@ macro_rules! by_condition {
 }
 
 /// Collects the operations of one block.
-pub(crate) struct Builder {
+pub(crate) struct Builder<'a> {
     mode: u16,
     /// Offset of the block in its page.
     page_offset: u64,
     ops: Vec<Op>,
     slow: Vec<Box<SlowOp>>,
     host: Vec<Box<HostOp>>,
+    stubs: &'a mut StubCache,
 }
 
 /// An operation under construction: the handler, and whether it ends the block.
 type Chosen = (Handler, bool);
 
-impl Builder {
-    pub fn new(mode: u16, page_offset: u64) -> Self {
-        Self { mode, page_offset, ops: Vec::new(), slow: Vec::new(), host: Vec::new() }
+impl<'a> Builder<'a> {
+    pub fn new(mode: u16, page_offset: u64, stubs: &'a mut StubCache) -> Self {
+        Self { mode, page_offset, ops: Vec::new(), slow: Vec::new(), host: Vec::new(), stubs }
     }
 
     pub fn finish(self) -> (Vec<Op>, Vec<Box<SlowOp>>, Vec<Box<HostOp>>) {
@@ -291,9 +292,9 @@ impl Builder {
             M::Bt => {
                 if is_immediate(i.op1_kind()) {
                     op.imm.set(i.immediate(1));
-                    by_size!(size, rmw::reg, bits::Bit<bits::Test, false>)
+                    by_size!(size, bits::test_reg, bits::Bit<bits::Test, false>)
                 } else {
-                    by_size!(size, rmw::reg, bits::Bit<bits::Test, true>)
+                    by_size!(size, bits::test_reg, bits::Bit<bits::Test, true>)
                 }
             }
             M::Bts => bit!(bits::Set),
@@ -432,7 +433,14 @@ impl Builder {
         op.index = register(i.memory_index());
         op.scale = i.memory_index_scale().trailing_zeros() as u8;
         let segment = i.memory_segment();
-        if segment == Register::SS {
+        let stack = if self.code64() {
+            // Overrides other than FS and GS are ignored here too.
+            !matches!(segment, Register::FS | Register::GS)
+                && matches!(i.memory_base().full_register(), Register::RSP | Register::RBP)
+        } else {
+            segment == Register::SS
+        };
+        if stack {
             op.x |= X_STACK;
         }
         let displacement = i.memory_displacement64();
@@ -495,7 +503,9 @@ impl Builder {
     }
 
     fn push(&mut self, i: &Instruction, op: &mut Op, long: bool) -> Handler {
-        op.x |= X_STACK;
+        if !has_memory(i) {
+            op.x |= X_STACK;
+        }
         let size = stack_size(i);
         match i.op0_kind() {
             OpKind::Register if i.op0_register().is_segment_register() => {
@@ -513,7 +523,9 @@ impl Builder {
     }
 
     fn pop(&mut self, i: &Instruction, op: &mut Op, long: bool) -> Handler {
-        op.x |= X_STACK;
+        if !has_memory(i) {
+            op.x |= X_STACK;
+        }
         let size = stack_size(i);
         match i.op0_kind() {
             OpKind::Register if size == 8 => stack::pop64_reg,
@@ -621,7 +633,7 @@ impl Builder {
 
     /// x87, MMX and SSE instructions, and whatever is left.
     fn host(&mut self, i: &Instruction, op: &mut Op, long: bool) -> Chosen {
-        let Some(host) = hostop::translate(i) else {
+        let Some(host) = hostop::translate(i, self.stubs) else {
             return self.slow(i, op, system::unimplemented, false);
         };
         let boxed = Box::new(host);
@@ -715,7 +727,15 @@ fn unit(i: &Instruction) -> Unit {
     match i.mnemonic() {
         M::Wait => return Unit::Wait,
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => return Unit::Fxsr,
-        M::Fninit | M::Fnstcw | M::Fnstsw | M::Fnclex | M::Fnstenv | M::Fnsave => return Unit::X87Control,
+        M::Fninit
+        | M::Fnstcw
+        | M::Fnstsw
+        | M::Fnclex
+        | M::Fnstenv
+        | M::Fnsave
+        | M::Fneni
+        | M::Fndisi
+        | M::Fnsetpm => return Unit::X87Control,
         _ => {}
     }
     let features = i.cpuid_features();
@@ -736,11 +756,10 @@ fn unit(i: &Instruction) -> Unit {
                 | M::Fucomip
                 | M::Fisttp
         );
-    let uses_xmm = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_xmm());
     let uses_mm = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
     if x87 {
         Unit::X87
-    } else if uses_mm && !uses_xmm || i.mnemonic() == M::Emms {
+    } else if uses_mm || i.mnemonic() == M::Emms {
         Unit::Mmx
     } else {
         Unit::Sse

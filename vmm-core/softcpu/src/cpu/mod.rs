@@ -17,6 +17,7 @@ use crate::bus::{Bus, Local};
 use crate::config::CpuConfig;
 use crate::exit::DebugControl;
 use crate::handle::CpuHandle;
+use crate::hostop::{Resident, StubCache};
 use crate::memory::{GuestMemory, Map, Member};
 use crate::mmu::tlb::Tlb;
 use crate::state::{CpuState, DescriptorTable, FpuState, MpState, Msrs, Segment};
@@ -125,6 +126,10 @@ pub struct Cpu {
     /// What RIP is limited to: 16, 32 or 64 bits.
     pub(crate) rip_mask: u64,
     pub(crate) fpu: FpuState,
+    /// What of `fpu` the host's registers hold at the moment.
+    pub(crate) resident: Resident,
+    /// Code that executes SIMD and x87 instructions.
+    pub(crate) stubs: StubCache,
     pub(crate) code64: bool,
     pub(crate) cpl: u8,
     /// Bits of [`mode`].
@@ -217,6 +222,8 @@ impl Cpu {
             block_start: 0,
             rip_mask: 0xffff,
             fpu: FpuState::default(),
+            resident: Resident::default(),
+            stubs: StubCache::default(),
             code64: false,
             cpl: 0,
             mode: 0,

@@ -82,6 +82,7 @@ impl Cpu {
         self.slice = allowed as i64;
         self.fuel = self.slice - i64::from(first.count);
         execute(self, first.first());
+        self.resident.settle(&mut self.fpu);
         self.executed += (self.slice - self.fuel) as u64;
         self.slice = 0;
         self.fuel = 0;

@@ -45,10 +45,8 @@ impl Arena {
     /// Copies `code` into the arena and returns the address where it can be called.
     pub(crate) fn append(&mut self, code: &[u8]) -> io::Result<NonNull<u8>> {
         let start = self.used.next_multiple_of(16);
-        let end = start
-            .checked_add(code.len())
-            .filter(|&end| end <= CAPACITY)
-            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let end =
+            start.checked_add(code.len()).filter(|&end| end <= CAPACITY).ok_or(io::ErrorKind::OutOfMemory)?;
         let first = start / PAGE * PAGE;
         let length = end.next_multiple_of(PAGE) - first;
         self.protect(first, length, libc::PROT_READ | libc::PROT_WRITE)?;
@@ -94,8 +92,7 @@ mod tests {
         }
         for (value, function) in functions.into_iter().enumerate() {
             // SAFETY: the bytes are `mov eax, value; ret`.
-            let function: extern "sysv64" fn() -> u32 =
-                unsafe { std::mem::transmute(function.as_ptr()) };
+            let function: extern "sysv64" fn() -> u32 = unsafe { std::mem::transmute(function.as_ptr()) };
             assert_eq!(function() as usize, value);
         }
     }

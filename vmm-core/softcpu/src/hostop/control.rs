@@ -28,10 +28,20 @@ pub(crate) enum Control {
     Ldmxcsr,
     Stmxcsr,
     /// With 64-bit pointers or not; in a 64-bit segment or not.
-    Fxsave { wide: bool, long: bool },
-    Fxrstor { wide: bool, long: bool },
+    Fxsave {
+        wide: bool,
+        long: bool,
+    },
+    Fxrstor {
+        wide: bool,
+        long: bool,
+    },
     /// `MASKMOVDQU` or `MASKMOVQ`: source and mask register.
-    Maskmov { source: u8, mask: u8, mmx: bool },
+    Maskmov {
+        source: u8,
+        mask: u8,
+        mmx: bool,
+    },
 }
 
 impl Control {
@@ -67,9 +77,7 @@ impl Control {
     /// Use, size and alignment of the memory operand.
     pub(super) fn memory(self) -> (Memory, u16, bool) {
         match self {
-            Self::Nop | Self::Emms | Self::Fninit | Self::Fnclex | Self::FnstswAx => {
-                (Memory::None, 0, false)
-            }
+            Self::Nop | Self::Emms | Self::Fninit | Self::Fnclex | Self::FnstswAx => (Memory::None, 0, false),
             Self::Fldcw => (Memory::Load, 2, false),
             Self::Fnstcw | Self::Fnstsw => (Memory::Store, 2, false),
             Self::Ldmxcsr => (Memory::Load, 4, false),
@@ -172,13 +180,7 @@ fn fxrstor<G: Guest>(guest: &mut G, address: u64, wide: bool, long: bool) -> Res
 }
 
 /// Unselected bytes are not written, but AMD processors check access to all.
-fn maskmov<G: Guest>(
-    guest: &mut G,
-    address: u64,
-    source: u8,
-    mask: u8,
-    mmx: bool,
-) -> Result<(), G::Fault> {
+fn maskmov<G: Guest>(guest: &mut G, address: u64, source: u8, mask: u8, mmx: bool) -> Result<(), G::Fault> {
     let length = if mmx { 8 } else { 16 };
     let fpu = guest.fpu();
     if mmx {

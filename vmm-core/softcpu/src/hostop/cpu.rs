@@ -22,6 +22,12 @@ impl Guest for Cpu {
         }
     }
 
+    #[cold]
+    fn misaligned(&mut self, address: u64) -> Fault {
+        self.non_canonical = self.long_mode() && (address as i64) << 16 >> 16 != address as i64;
+        self.gp()
+    }
+
     #[inline(always)]
     fn units(&mut self) -> (&mut Resident, &mut FpuState) {
         (&mut self.resident, &mut self.fpu)
@@ -102,23 +108,39 @@ pub(super) fn pick(instruction: &Instruction, op: &HostOp) -> Run {
 fn pick_move(code: Code, op: &HostOp) -> Option<Run> {
     Some(match (code, op.memory) {
         (
-            Code::Movups_xmm_xmmm128 | Code::Movupd_xmm_xmmm128 | Code::Movdqu_xmm_xmmm128
-            | Code::Movaps_xmm_xmmm128 | Code::Movapd_xmm_xmmm128 | Code::Movdqa_xmm_xmmm128,
+            Code::Movups_xmm_xmmm128
+            | Code::Movupd_xmm_xmmm128
+            | Code::Movdqu_xmm_xmmm128
+            | Code::Movaps_xmm_xmmm128
+            | Code::Movapd_xmm_xmmm128
+            | Code::Movdqa_xmm_xmmm128,
             Memory::Load,
         ) => load_vector,
         (
-            Code::Movups_xmmm128_xmm | Code::Movupd_xmmm128_xmm | Code::Movdqu_xmmm128_xmm
-            | Code::Movaps_xmmm128_xmm | Code::Movapd_xmmm128_xmm | Code::Movdqa_xmmm128_xmm,
+            Code::Movups_xmmm128_xmm
+            | Code::Movupd_xmmm128_xmm
+            | Code::Movdqu_xmmm128_xmm
+            | Code::Movaps_xmmm128_xmm
+            | Code::Movapd_xmmm128_xmm
+            | Code::Movdqa_xmmm128_xmm,
             Memory::Store,
         ) => store_vector,
         (
-            Code::Movups_xmm_xmmm128 | Code::Movupd_xmm_xmmm128 | Code::Movdqu_xmm_xmmm128
-            | Code::Movaps_xmm_xmmm128 | Code::Movapd_xmm_xmmm128 | Code::Movdqa_xmm_xmmm128,
+            Code::Movups_xmm_xmmm128
+            | Code::Movupd_xmm_xmmm128
+            | Code::Movdqu_xmm_xmmm128
+            | Code::Movaps_xmm_xmmm128
+            | Code::Movapd_xmm_xmmm128
+            | Code::Movdqa_xmm_xmmm128,
             Memory::None,
         ) => copy_vector,
-        (Code::Movq_xmm_xmmm64 | Code::Movq_xmm_rm64 | Code::Movsd_xmm_xmmm64, Memory::Load) => load_zeroed::<8>,
+        (Code::Movq_xmm_xmmm64 | Code::Movq_xmm_rm64 | Code::Movsd_xmm_xmmm64, Memory::Load) => {
+            load_zeroed::<8>
+        }
         (Code::Movd_xmm_rm32 | Code::Movss_xmm_xmmm32, Memory::Load) => load_zeroed::<4>,
-        (Code::Movq_xmmm64_xmm | Code::Movq_rm64_xmm | Code::Movsd_xmmm64_xmm, Memory::Store) => store_low::<8>,
+        (Code::Movq_xmmm64_xmm | Code::Movq_rm64_xmm | Code::Movsd_xmmm64_xmm, Memory::Store) => {
+            store_low::<8>
+        }
         (Code::Movd_rm32_xmm | Code::Movss_xmmm32_xmm, Memory::Store) => store_low::<4>,
         _ => return None,
     })
@@ -132,8 +154,16 @@ fn generic(cpu: &mut Cpu, op: &HostOp, address: u64) -> Result<(), Fault> {
 fn at_rdi(cpu: &mut Cpu, op: &HostOp, _address: u64) -> Result<(), Fault> {
     let Some((segment, bytes)) = op.implicit else { return Err(cpu.ud()) };
     let offset = Cpu::gpr(cpu, 7) & (u64::MAX >> (64 - 8 * u32::from(bytes)));
-    let address = cpu.segment_address(usize::from(segment), offset, u64::from(op.length), true)?;
-    op.execute(cpu, address)
+    match cpu.segment_address(usize::from(segment), offset, u64::from(op.length), true) {
+        Ok(address) => op.execute(cpu, address),
+        Err(fault) => {
+            if op.unit.is_mmx() {
+                cpu.resident.settle(&mut cpu.fpu);
+                cpu.fpu.enter_mmx();
+            }
+            Err(fault)
+        }
+    }
 }
 
 fn xmm(cpu: &mut Cpu, slot: Slot) -> *mut u128 {

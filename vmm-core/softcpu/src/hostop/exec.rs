@@ -30,6 +30,8 @@ pub(crate) trait Guest {
     type Fault;
     /// Makes an exception pending.
     fn raise_trap(&mut self, trap: Trap) -> Self::Fault;
+    /// `#SS` or `#GP` for an address that is not canonical, otherwise `#GP`.
+    fn misaligned(&mut self, address: u64) -> Self::Fault;
     /// x87, MMX and SSE registers, and which of them the host holds.
     fn units(&mut self) -> (&mut Resident, &mut FpuState);
     /// The same registers after all of them were moved to memory.
@@ -71,7 +73,11 @@ impl HostOp {
     /// architecture says to change.
     pub(crate) fn execute<G: Guest>(&self, guest: &mut G, address: u64) -> Result<(), G::Fault> {
         if self.aligned && address & 15 != 0 {
-            return Err(guest.raise_trap(Trap::GeneralProtection));
+            return Err(match self.body {
+                // Save areas: an address that is not canonical comes first.
+                Body::Control(_) => guest.misaligned(address),
+                Body::Stub(_) => guest.raise_trap(Trap::GeneralProtection),
+            });
         }
         match (self.body, self.unit) {
             (Body::Control(control), _) => control.execute(guest, address),

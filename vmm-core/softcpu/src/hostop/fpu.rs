@@ -81,8 +81,7 @@ mod tests {
 
     #[test]
     fn mmx_entry_keeps_physical_registers() {
-        let mut image = FpuState::default();
-        image.fsw = 3 << 11;
+        let mut image = FpuState { fsw: 3 << 11, ..FpuState::default() };
         for (i, st) in image.st.iter_mut().enumerate() {
             // ST(i) lives in physical register (TOP + i) mod 8.
             *st = ((3 + i) % 8) as u128;

@@ -21,7 +21,6 @@ mod stub;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use exec::{Guest, Trap};
 pub(crate) use op::{HostOp, translate};
 pub(crate) use resident::Resident;
 pub(crate) use stub::StubCache;

@@ -1,7 +1,8 @@
 //! Classification: which unit runs an instruction and what it does with memory.
 
 use iced_x86::{
-    CodeSize, CpuidFeature as F, Encoder, EncodingKind, Instruction, Mnemonic as M, OpKind, Register, RflagsBits,
+    CodeSize, CpuidFeature as F, Encoder, EncodingKind, Instruction, Mnemonic as M, OpKind, Register,
+    RflagsBits,
 };
 
 use super::control::Control;
@@ -46,7 +47,14 @@ impl Tiny {
     fn of(mnemonic: M) -> Self {
         match mnemonic {
             M::Addss | M::Subss | M::Mulss | M::Divss | M::Cvtsd2ss => Self::Single { lanes: 1 },
-            M::Addps | M::Subps | M::Mulps | M::Divps | M::Addsubps | M::Haddps | M::Hsubps | M::Dpps
+            M::Addps
+            | M::Subps
+            | M::Mulps
+            | M::Divps
+            | M::Addsubps
+            | M::Haddps
+            | M::Hsubps
+            | M::Dpps
             | M::Cvtpd2ps => Self::Single { lanes: 4 },
             M::Addsd | M::Subsd | M::Mulsd | M::Divsd => Self::Double { lanes: 1 },
             M::Addpd | M::Subpd | M::Mulpd | M::Divpd | M::Addsubpd | M::Haddpd | M::Hsubpd | M::Dppd => {
@@ -138,17 +146,6 @@ pub(crate) struct HostOp {
     pub(super) offset: u16,
     /// The x87 opcode as FOP stores it.
     pub(super) fop: u16,
-}
-
-impl HostOp {
-    /// Size of the memory operand in bytes and whether it is written; `None` without one.
-    pub(crate) fn memory(&self) -> Option<(usize, bool)> {
-        match self.memory {
-            Memory::None => None,
-            Memory::Load => Some((usize::from(self.length), false)),
-            Memory::Store => Some((usize::from(self.length), true)),
-        }
-    }
 }
 
 /// Translates an instruction of the SSE to SSE4.2, AES, PCLMULQDQ, SHA, MMX and x87 sets, `POPCNT` and
@@ -251,36 +248,100 @@ fn unit(instruction: &Instruction) -> Option<Unit> {
 fn depends_on_mxcsr(mnemonic: M) -> bool {
     matches!(
         mnemonic,
-        M::Addps | M::Addpd | M::Addss | M::Addsd | M::Subps | M::Subpd | M::Subss | M::Subsd
-            | M::Mulps | M::Mulpd | M::Mulss | M::Mulsd | M::Divps | M::Divpd | M::Divss | M::Divsd
-            | M::Sqrtps | M::Sqrtpd | M::Sqrtss | M::Sqrtsd
-            | M::Rcpps | M::Rcpss | M::Rsqrtps | M::Rsqrtss
-            | M::Minps | M::Minpd | M::Minss | M::Minsd | M::Maxps | M::Maxpd | M::Maxss | M::Maxsd
-            | M::Cmpps | M::Cmppd | M::Cmpss | M::Cmpsd
-            | M::Comiss | M::Comisd | M::Ucomiss | M::Ucomisd
-            | M::Addsubps | M::Addsubpd | M::Haddps | M::Haddpd | M::Hsubps | M::Hsubpd
-            | M::Dpps | M::Dppd | M::Roundps | M::Roundpd | M::Roundss | M::Roundsd
-            | M::Cvtps2pd | M::Cvtpd2ps | M::Cvtss2sd | M::Cvtsd2ss
-            | M::Cvtdq2ps | M::Cvtps2dq | M::Cvttps2dq | M::Cvtpd2dq | M::Cvttpd2dq
-            | M::Cvtsi2ss | M::Cvtsi2sd | M::Cvtss2si | M::Cvtsd2si | M::Cvttss2si | M::Cvttsd2si
-            | M::Cvtpi2ps | M::Cvtpi2pd | M::Cvtps2pi | M::Cvtpd2pi | M::Cvttps2pi | M::Cvttpd2pi
+        M::Addps
+            | M::Addpd
+            | M::Addss
+            | M::Addsd
+            | M::Subps
+            | M::Subpd
+            | M::Subss
+            | M::Subsd
+            | M::Mulps
+            | M::Mulpd
+            | M::Mulss
+            | M::Mulsd
+            | M::Divps
+            | M::Divpd
+            | M::Divss
+            | M::Divsd
+            | M::Sqrtps
+            | M::Sqrtpd
+            | M::Sqrtss
+            | M::Sqrtsd
+            | M::Rcpps
+            | M::Rcpss
+            | M::Rsqrtps
+            | M::Rsqrtss
+            | M::Minps
+            | M::Minpd
+            | M::Minss
+            | M::Minsd
+            | M::Maxps
+            | M::Maxpd
+            | M::Maxss
+            | M::Maxsd
+            | M::Cmpps
+            | M::Cmppd
+            | M::Cmpss
+            | M::Cmpsd
+            | M::Comiss
+            | M::Comisd
+            | M::Ucomiss
+            | M::Ucomisd
+            | M::Addsubps
+            | M::Addsubpd
+            | M::Haddps
+            | M::Haddpd
+            | M::Hsubps
+            | M::Hsubpd
+            | M::Dpps
+            | M::Dppd
+            | M::Roundps
+            | M::Roundpd
+            | M::Roundss
+            | M::Roundsd
+            | M::Cvtps2pd
+            | M::Cvtpd2ps
+            | M::Cvtss2sd
+            | M::Cvtsd2ss
+            | M::Cvtdq2ps
+            | M::Cvtps2dq
+            | M::Cvttps2dq
+            | M::Cvtpd2dq
+            | M::Cvttpd2dq
+            | M::Cvtsi2ss
+            | M::Cvtsi2sd
+            | M::Cvtss2si
+            | M::Cvtsd2si
+            | M::Cvttss2si
+            | M::Cvttsd2si
+            | M::Cvtpi2ps
+            | M::Cvtpi2pd
+            | M::Cvtps2pi
+            | M::Cvtpd2pi
+            | M::Cvttps2pi
+            | M::Cvttpd2pi
     )
 }
 
 fn may_be_misaligned(mnemonic: M) -> bool {
     matches!(
         mnemonic,
-        M::Movups | M::Movupd | M::Movdqu | M::Lddqu
-            | M::Pcmpestri | M::Pcmpestri64 | M::Pcmpestrm | M::Pcmpestrm64
-            | M::Pcmpistri | M::Pcmpistrm
+        M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpestri
+            | M::Pcmpestri64
+            | M::Pcmpestrm
+            | M::Pcmpestrm64
+            | M::Pcmpistri
+            | M::Pcmpistrm
     )
 }
 
 fn x87_stores(mnemonic: M) -> bool {
-    matches!(
-        mnemonic,
-        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp | M::Fnstenv | M::Fnsave
-    )
+    matches!(mnemonic, M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp | M::Fnstenv | M::Fnsave)
 }
 
 fn implicit(instruction: &Instruction) -> Option<(u8, u8)> {

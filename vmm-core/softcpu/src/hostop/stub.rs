@@ -5,8 +5,7 @@ use std::io;
 use std::ptr::NonNull;
 
 use iced_x86::{
-    Code, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind,
-    Register,
+    Code, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind, Register,
 };
 
 use super::arena::Arena;
@@ -23,8 +22,7 @@ pub(crate) struct Output {
 
 /// Generated code. RDI and RSI point to the first and second operand (a register of the guest or
 /// memory), RDX to the image that holds XMM0; RCX, R8 and R9 hold the guest's RAX, RDX, RFLAGS.
-pub(crate) type Stub =
-    unsafe extern "sysv64" fn(*mut u8, *const u8, *mut FpuState, u64, u64, u64) -> Output;
+pub(crate) type Stub = unsafe extern "sysv64" fn(*mut u8, *const u8, *mut FpuState, u64, u64, u64) -> Output;
 
 /// Where an operand lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,10 +134,9 @@ fn canonical_register(register: Register, operand: u32) -> Option<(Slot, Registe
         Register::AH | Register::CH | Register::DH | Register::BH => {
             Slot::High(register.full_register().number() as u8)
         }
-        _ if register.is_gpr() => Slot::Gpr {
-            number: register.full_register().number() as u8,
-            bytes: register.size() as u8,
-        },
+        _ if register.is_gpr() => {
+            Slot::Gpr { number: register.full_register().number() as u8, bytes: register.size() as u8 }
+        }
         _ => return None,
     };
     let replacement = match register.size() {
@@ -198,7 +195,9 @@ fn generate(body: &Instruction) -> Option<Vec<u8>> {
         code.two(Code::Mov_r64_rm64, Register::RDX, Register::R8)?;
     }
     for (operand, base) in [(first, Register::RDI), (second, Register::RSI)] {
-        if operand.read && let Some(load) = operand.load {
+        if operand.read
+            && let Some(load) = operand.load
+        {
             code.load(load, operand.register, MemoryOperand::with_base(base))?;
         }
     }
@@ -206,7 +205,9 @@ fn generate(body: &Instruction) -> Option<Vec<u8>> {
     let mut uses_mm = false;
     for (operand, base) in [(first, Register::RDI), (second, Register::RSI)] {
         uses_mm |= operand.register.is_mm();
-        if operand.write && let Some(store) = operand.store {
+        if operand.write
+            && let Some(store) = operand.store
+        {
             let memory = MemoryOperand::with_base(base);
             code.add(&Instruction::with2(store, memory, operand.register).ok()?)?;
         }

@@ -2,6 +2,7 @@
 
 use iced_x86::{Decoder, DecoderOptions};
 
+use super::exec::{Guest, Trap};
 use super::*;
 use crate::state::FpuState;
 
@@ -25,6 +26,9 @@ impl Guest for Mock {
     type Fault = MockFault;
     fn raise_trap(&mut self, trap: Trap) -> MockFault {
         MockFault::Trap(trap)
+    }
+    fn misaligned(&mut self, _address: u64) -> MockFault {
+        MockFault::Trap(Trap::GeneralProtection)
     }
     fn units(&mut self) -> (&mut Resident, &mut FpuState) {
         (&mut self.resident, &mut self.fpu)

@@ -136,22 +136,24 @@ pub(crate) unsafe fn compare_exchange_16(host: u64, old: u128, new: u128) -> u12
     }
 }
 
+/// The instruction itself. Its intrinsic becomes a library call unless the whole program has the feature.
+///
 /// # Safety
-/// As [`compare_exchange_16`].
+/// As [`compare_exchange_16`], on a host that has the instruction.
 #[cfg(target_arch = "x86_64")]
 unsafe fn native_compare_exchange_16(host: u64, old: u128, new: u128) -> u128 {
-    let (low, high): (u64, u64);
-    // SAFETY: the caller's promise. RBX cannot be named as an operand, so it is exchanged.
+    let (mut low, mut high) = (old as u64, (old >> 64) as u64);
+    // SAFETY: the caller's promise. RBX cannot be an operand, so it is swapped in and out.
     unsafe {
         std::arch::asm!(
-            "xchg rbx, {new_low}",
-            "lock cmpxchg16b xmmword ptr [{p}]",
+            "xchg {new_low}, rbx",
+            "lock cmpxchg16b [{host}]",
             "mov rbx, {new_low}",
             new_low = inout(reg) new as u64 => _,
-            p = in(reg) host,
+            host = in(reg) host,
             in("rcx") (new >> 64) as u64,
-            inout("rax") old as u64 => low,
-            inout("rdx") (old >> 64) as u64 => high,
+            inout("rax") low,
+            inout("rdx") high,
         );
     }
     u128::from(low) | u128::from(high) << 64

@@ -62,6 +62,16 @@ impl Cpu {
         (entry.write == last & !OFFSET).then(|| address.wrapping_add(entry.addend))
     }
 
+    /// Host address of `size` bytes that the TLB knows to be readable, or writable, and that are within one
+    /// page.
+    #[inline(always)]
+    pub(crate) fn host_range(&self, address: u64, size: u64, write: bool) -> Option<u64> {
+        let entry = self.entry(address);
+        let known = if write { entry.write } else { entry.read };
+        let last = address.wrapping_add(size - 1);
+        (known == address & !OFFSET && known == last & !OFFSET).then(|| address.wrapping_add(entry.addend))
+    }
+
     #[inline(always)]
     fn entry(&self, address: u64) -> &Entry {
         let at = index(address, self.user & 1);
@@ -202,6 +212,7 @@ impl Cpu {
 
     fn read_target(&mut self, target: Target, size: u64) -> u64 {
         match target {
+            Target::Host(_) if !size.is_power_of_two() => self.read_pieces(target, size),
             // SAFETY: `translate` found a mapped region, and the access is within one page.
             Target::Host(host) => unsafe { host::load(host, size) },
             Target::Device(gpa) => {
@@ -214,6 +225,7 @@ impl Cpu {
 
     fn write_target(&mut self, target: Target, size: u64, value: u64) {
         match target {
+            Target::Host(_) if !size.is_power_of_two() => self.write_pieces(target, size, value),
             // SAFETY: `translate` found a mapped, writable region, and the access is within one page.
             Target::Host(host) => unsafe { host::store(host, size, value) },
             Target::Device(gpa) => self.device_write(gpa, &value.to_le_bytes()[..size as usize]),
@@ -232,6 +244,7 @@ impl Cpu {
     }
 
     fn device_read(&mut self, gpa: u64, data: &mut [u8]) {
+        self.resident.settle(&mut self.fpu);
         if self.apic_page == Some(gpa & !OFFSET) {
             let tsc = self.tsc_now();
             self.local.mmio_read((gpa & OFFSET) as u32, data, tsc);
@@ -242,6 +255,7 @@ impl Cpu {
     }
 
     fn device_write(&mut self, gpa: u64, data: &[u8]) {
+        self.resident.settle(&mut self.fpu);
         if self.apic_page == Some(gpa & !OFFSET) {
             let tsc = self.tsc_now();
             self.local.mmio_write((gpa & OFFSET) as u32, data, tsc);

@@ -57,6 +57,13 @@ impl<B: BitOp, const REG: bool> Modify for Bit<B, REG> {
     }
 }
 
+/// BT of a register, which stays as it is.
+pub(crate) fn test_reg<T: Width, B: Modify>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    let value = T::get(cpu, op.r1);
+    B::apply::<T>(cpu, op, value);
+    next!(cpu, op)
+}
+
 /// The element of a bit string in memory that the register `op.r2` selects.
 #[inline(always)]
 fn element<T: Width>(cpu: &Cpu, op: OpPtr) -> u64 {

@@ -74,6 +74,8 @@ fn run_slow(cpu: &mut Cpu, op: OpPtr) -> Result<(), Fault> {
     let behind = start.wrapping_add(u64::from(op.off) + u64::from(op.len)) & cpu.rip_mask;
     cpu.regs[usize::from(RIP)] = behind;
     cpu.block_start = start;
+    // It may call out of the processor.
+    cpu.resident.settle(&mut cpu.fpu);
     let result = (slow.run)(cpu, &slow.instruction);
     if result.is_err() {
         cpu.regs[usize::from(RIP)] = start;

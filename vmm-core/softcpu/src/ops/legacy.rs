@@ -1,6 +1,6 @@
 //! Instructions of older modes: BCD, BOUND, ENTER, far pointers.
 
-use iced_x86::{Code, Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::operand::{segment_number, size_of};
 use super::width::Width;
@@ -110,7 +110,13 @@ pub(crate) fn arpl(cpu: &mut Cpu, instruction: &Instruction) -> Result<(), Fault
     let rpl = cpu.operand(instruction, 1)? & 3;
     let raise = destination & 3 < rpl;
     if raise {
-        cpu.set_operand(instruction, 0, destination & !3 | rpl)?;
+        let value = destination & !3 | rpl;
+        if instruction.op0_kind() == OpKind::Register {
+            // Only 16 bits are written, whatever the operand size.
+            u16::set(cpu, instruction.op0_register().number() as u8, value);
+        } else {
+            cpu.set_operand(instruction, 0, value)?;
+        }
     }
     cpu.set_one_flag(ZF, raise);
     Ok(())

@@ -94,7 +94,10 @@ pub(crate) fn push_imm<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 pub(crate) fn push_mem<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
     let value = check!(cpu, op, cpu.ld::<T>(address));
-    check!(cpu, op, cpu.push::<T>(value));
+    if cpu.push::<T>(value).is_err() {
+        cpu.stack_fault(true);
+        return fault(cpu, op);
+    }
     next!(cpu, op)
 }
 
@@ -114,7 +117,10 @@ pub(crate) fn pop_reg<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 /// POP to memory: the address is computed with the stack pointer after the pop.
 pub(crate) fn pop_mem<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let old = cpu.regs[4];
-    let value = check!(cpu, op, cpu.pop::<T>());
+    let Ok(value) = cpu.pop::<T>() else {
+        cpu.stack_fault(true);
+        return fault(cpu, op);
+    };
     let result = match E::linear::<T>(cpu, op, true) {
         Ok(address) => cpu.st::<T>(address, value),
         Err(fault) => Err(fault),

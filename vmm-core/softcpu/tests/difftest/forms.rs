@@ -115,7 +115,9 @@ fn has_modrm(mode: Mode, map: u8, opcode: u8) -> bool {
         (0, 0x62 | 0xc4 | 0xc5) => mode == Mode::Compat,
         (0, 0x40..=0x61 | 0x64..=0x68 | 0x6a | 0x6c..=0x7f | 0x90..=0xbf) => false,
         (0, 0xc2 | 0xc3 | 0xc8..=0xcf | 0xd4..=0xd7 | 0xe0..=0xf5 | 0xf8..=0xfd) => false,
-        (1, 0x05..=0x0c | 0x30..=0x37 | 0x77 | 0x80..=0x8f | 0xa0..=0xa2 | 0xa8..=0xaa | 0xc8..=0xcf) => false,
+        (1, 0x05..=0x0c | 0x30..=0x37 | 0x77 | 0x80..=0x8f | 0xa0..=0xa2 | 0xa8..=0xaa | 0xc8..=0xcf) => {
+            false
+        }
         _ => true,
     }
 }
@@ -126,11 +128,33 @@ pub fn is_testable(instruction: &Instruction) -> bool {
     let announced = instruction.cpuid_features().iter().all(|feature| {
         matches!(
             feature,
-            F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64
-                | F::CMOV | F::CX8 | F::CMPXCHG16B | F::CLFSH | F::MULTIBYTENOP | F::PAUSE | F::MSR
-                | F::FPU | F::FPU287 | F::FPU387 | F::FXSR | F::MMX
-                | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::POPCNT
-                | F::PREFETCHW | F::CET_IBT
+            F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::X64
+                | F::CMOV
+                | F::CX8
+                | F::CMPXCHG16B
+                | F::CLFSH
+                | F::MULTIBYTENOP
+                | F::PAUSE
+                | F::MSR
+                | F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::FXSR
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
+                | F::POPCNT
+                | F::PREFETCHW
+                | F::CET_IBT
         )
     });
     let to_segment = instruction.op_count() > 0
@@ -150,8 +174,10 @@ pub fn is_testable(instruction: &Instruction) -> bool {
             // The host knows them, the guest's processor does not.
             | M::Tzcnt | M::Lzcnt | M::Monitor | M::Mwait | M::Xgetbv | M::Xsetbv
     );
-    let far = instruction.is_jmp_far() || instruction.is_call_far()
-        || instruction.is_jmp_far_indirect() || instruction.is_call_far_indirect();
+    let far = instruction.is_jmp_far()
+        || instruction.is_call_far()
+        || instruction.is_jmp_far_indirect()
+        || instruction.is_call_far_indirect();
     // AMD processors read four bytes, Intel's two.
     let vendor = instruction.code() == Code::Movsxd_r16_rm16;
     announced && !vendor && !to_segment && !excluded && !far
@@ -162,8 +188,17 @@ pub fn uses_fpu(instruction: &Instruction) -> bool {
     instruction.cpuid_features().iter().any(|feature| {
         matches!(
             feature,
-            F::FPU | F::FPU287 | F::FPU387 | F::FXSR | F::MMX
-                | F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2
+            F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::FXSR
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::SSE3
+                | F::SSSE3
+                | F::SSE4_1
+                | F::SSE4_2
         )
     })
 }

@@ -1,6 +1,8 @@
 //! Random encodings of a form, and random inputs for an encoding.
 
-use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{
+    ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, OpKind, Register,
+};
 
 use super::forms::{Form, Template, is_testable, uses_fpu};
 use super::layout::{CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE};
@@ -100,7 +102,12 @@ fn push_address(modrm: u8, bytes: &mut Vec<u8>, random: &mut Random) {
 }
 
 /// Replaces displacements and branch targets that would lead out of the windows.
-fn patch_constants(bytes: &mut [u8], instruction: &Instruction, offsets: ConstantOffsets, random: &mut Random) {
+fn patch_constants(
+    bytes: &mut [u8],
+    instruction: &Instruction,
+    offsets: ConstantOffsets,
+    random: &mut Random,
+) {
     let mut put = |offset: usize, size: usize, value: u64| {
         bytes[offset..offset + size].copy_from_slice(&value.to_le_bytes()[..size]);
     };
@@ -127,7 +134,9 @@ fn patch_constants(bytes: &mut [u8], instruction: &Instruction, offsets: Constan
     let target = target.wrapping_sub(segment);
     let size = offsets.displacement_size();
     match (instruction.memory_base(), instruction.memory_index()) {
-        (Register::RIP | Register::EIP, _) => put(offsets.displacement_offset(), size, target.wrapping_sub(next)),
+        (Register::RIP | Register::EIP, _) => {
+            put(offsets.displacement_offset(), size, target.wrapping_sub(next))
+        }
         (Register::None, Register::None) => put(offsets.displacement_offset(), size, target),
         (Register::None, _) => put(offsets.displacement_offset(), size, target.wrapping_sub(256)),
         _ => {}
@@ -212,6 +221,8 @@ pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) ->
         M::Div | M::Idiv if random.percent(70) => {
             state.gpr[2] = random.pick(&[0, 0, 1, u64::MAX, 5, 0xffff_ffff]);
         }
+        // An underflow in the middle does not show in the result.
+        M::Dppd | M::Dpps => state.fx.mxcsr |= 0x1f80,
         M::Bt | M::Bts | M::Btr | M::Btc if instruction.op0_kind() == OpKind::Memory => {
             if instruction.op1_kind() == OpKind::Register {
                 let number = instruction.op1_register().full_register().number();
@@ -233,10 +244,7 @@ pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) ->
         patches.push((address, content));
     }
     if instruction.op0_kind() == OpKind::Register
-        && matches!(
-            instruction.flow_control(),
-            FlowControl::IndirectBranch | FlowControl::IndirectCall
-        )
+        && matches!(instruction.flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall)
     {
         state.gpr[instruction.op0_register().full_register().number()] = branch_target(random);
     }
@@ -261,7 +269,14 @@ fn stack(instruction: &Instruction, state: &mut State, random: &mut Random, patc
     state.gpr[RSP] = if returns || flags || random.percent(90) {
         aligned
     } else {
-        random.pick(&[DATA, DATA + 4, DATA + DATA_WRITABLE, DATA + DATA_WRITABLE + 4, DATA + DATA_LENGTH - 4, DATA + DATA_LENGTH])
+        random.pick(&[
+            DATA,
+            DATA + 4,
+            DATA + DATA_WRITABLE,
+            DATA + DATA_WRITABLE + 4,
+            DATA + DATA_LENGTH - 4,
+            DATA + DATA_LENGTH,
+        ])
     };
     if matches!(instruction.mnemonic(), M::Enter | M::Leave) {
         state.gpr[RBP] = DATA + 1024 + random.below(DATA_WRITABLE - 2048);
@@ -327,7 +342,12 @@ fn bit_offset(instruction: &Instruction, random: &mut Random) -> u64 {
 }
 
 /// Sets the base register so that the memory operand lies in the data window, and returns its address.
-fn explicit_address(instruction: &Instruction, state: &mut State, random: &mut Random, size: u64) -> Option<u64> {
+fn explicit_address(
+    instruction: &Instruction,
+    state: &mut State,
+    random: &mut Random,
+    size: u64,
+) -> Option<u64> {
     (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory)?;
     let (base, index) = (instruction.memory_base(), instruction.memory_index());
     let branch = instruction.flow_control() != FlowControl::Next;
@@ -357,7 +377,8 @@ fn explicit_address(instruction: &Instruction, state: &mut State, random: &mut R
             _ => full,
         }
     };
-    let offset = displacement.wrapping_add(index_value.wrapping_mul(u64::from(instruction.memory_index_scale())));
+    let offset =
+        displacement.wrapping_add(index_value.wrapping_mul(u64::from(instruction.memory_index_scale())));
     if base == Register::None {
         return Some(offset.wrapping_add(segment));
     }

@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use iced_x86::code_asm::{self as asm, CodeAssembler};
 
-use super::layout::{CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE, USER_CS32, USER_CS64, USER_DS};
+use super::layout::{
+    CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE, USER_CS32,
+    USER_CS64, USER_DS,
+};
 use softcpu::FpuState;
 
 use super::state::{Exception, Outcome, State};
@@ -96,7 +99,8 @@ impl Native {
         assert_eq!(result, 0, "arch_prctl(ARCH_SET_GS)");
         Self {
             // SAFETY: both are complete functions without arguments that preserve callee-saved registers.
-            run: entries.map(|at| at.map(|at| unsafe { std::mem::transmute::<u64, extern "sysv64" fn()>(at) })),
+            run: entries
+                .map(|at| at.map(|at| unsafe { std::mem::transmute::<u64, extern "sysv64" fn()>(at) })),
             epilogue,
             // SAFETY: mapped above for the rest of the process; the cell allows the changes behind it.
             exchange: unsafe { &*(EXCHANGE as *const UnsafeCell<Exchange>) },
@@ -161,7 +165,7 @@ impl Native {
             state.rip = exchange.rip;
             // Where a taken branch goes is filled with INT3, but for the place of the instruction.
             let landed = vector == 3
-                && (CODE..CODE + CODE_LENGTH).contains(&exchange.rip)
+                && (CODE..CODE + CODE_LENGTH).contains(&(exchange.rip - 1))
                 && !(INSTRUCTION..INSTRUCTION + 32).contains(&(exchange.rip - 1));
             // A jump to unmapped memory completes; the fault belongs to the next instruction.
             let fetch = vector == 14 && exchange.error & 0x10 != 0 && exchange.address == exchange.rip;
@@ -234,15 +238,42 @@ fn leave(a: &mut CodeAssembler) -> Result<(), iced_x86::IcedError> {
 
 /// In the order of the instruction encoding.
 const GPRS: [asm::AsmRegister64; 16] = [
-    asm::rax, asm::rcx, asm::rdx, asm::rbx, asm::rsp, asm::rbp, asm::rsi, asm::rdi, asm::r8, asm::r9,
-    asm::r10, asm::r11, asm::r12, asm::r13, asm::r14, asm::r15,
+    asm::rax,
+    asm::rcx,
+    asm::rdx,
+    asm::rbx,
+    asm::rsp,
+    asm::rbp,
+    asm::rsi,
+    asm::rdi,
+    asm::r8,
+    asm::r9,
+    asm::r10,
+    asm::r11,
+    asm::r12,
+    asm::r13,
+    asm::r14,
+    asm::r15,
 ];
 
 /// The order of the general registers in a signal frame.
 const FRAME_GPRS: [i32; 16] = [
-    libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP,
-    libc::REG_RSI, libc::REG_RDI, libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11,
-    libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+    libc::REG_R8,
+    libc::REG_R9,
+    libc::REG_R10,
+    libc::REG_R11,
+    libc::REG_R12,
+    libc::REG_R13,
+    libc::REG_R14,
+    libc::REG_R15,
 ];
 
 extern "C" fn on_signal(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {

@@ -28,14 +28,20 @@ pub fn mismatch(
     IntelFormatter::new().format(&encoding.instruction, &mut disassembly);
     let bytes: Vec<String> = encoding.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let what = difference.unwrap_or_else(|| "memory".into());
-    let _ = writeln!(text, "{} | {disassembly} | {:?} | differs: {what}", bytes.join(" "), encoding.instruction.code());
+    let _ = writeln!(
+        text,
+        "{} | {disassembly} | {:?} | differs: {what}",
+        bytes.join(" "),
+        encoding.instruction.code()
+    );
     for (address, bytes) in patches {
         let _ = writeln!(text, "  memory {address:#x}: {bytes:02x?}");
     }
     let _ = writeln!(text, "  exception: native {:?}, soft {:?}", native.exception, soft.exception);
-    let rows = GPR_NAMES.iter().enumerate().map(|(n, name)| {
-        (*name, input.gpr[n], native.state.gpr[n], soft.state.gpr[n])
-    });
+    let rows = GPR_NAMES
+        .iter()
+        .enumerate()
+        .map(|(n, name)| (*name, input.gpr[n], native.state.gpr[n], soft.state.gpr[n]));
     let rows = rows.chain([
         ("RIP", input.rip, native.state.rip, soft.state.rip),
         ("RFLAGS", input.rflags, native.state.rflags, soft.state.rflags),

@@ -11,7 +11,10 @@ use softcpu::{
     SegmentAttributes,
 };
 
-use super::layout::{CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE, USER_CS32, USER_CS64, USER_DS};
+use super::layout::{
+    CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE, USER_CS32,
+    USER_CS64, USER_DS,
+};
 use super::state::{Exception, Outcome, RFLAGS_RF, State};
 
 // Guest-physical layout.
@@ -42,6 +45,7 @@ const USER: u64 = 4;
 
 const KERNEL_CS: u16 = 0x10;
 #[repr(align(4096))]
+#[expect(dead_code, reason = "accessed through raw pointers")]
 struct Ram([u8; RAM as usize]);
 
 struct NoDevices;
@@ -125,14 +129,14 @@ impl Soft {
         self.put(PD + (DATA >> 21) * 8, PT_DATA | table);
         self.put(PD + (CODE >> 21) * 8, PT_CODE | table);
         for page in 0..16 {
-            self.put(PT_SYSTEM + page * 8, page * PAGE | PRESENT | WRITABLE);
+            self.put(PT_SYSTEM + page * 8, (page * PAGE) | PRESENT | WRITABLE);
         }
         for page in 0..DATA_LENGTH / PAGE {
             let access = if page * PAGE < DATA_WRITABLE { WRITABLE } else { 0 };
-            self.put(PT_DATA + page * 8, DATA_GPA + page * PAGE | PRESENT | USER | access | 1 << 63);
+            self.put(PT_DATA + page * 8, (DATA_GPA + page * PAGE) | PRESENT | USER | access | 1 << 63);
         }
         for page in 0..CODE_LENGTH / PAGE {
-            self.put(PT_CODE + page * 8, CODE_GPA + page * PAGE | PRESENT | USER | WRITABLE);
+            self.put(PT_CODE + page * 8, (CODE_GPA + page * PAGE) | PRESENT | USER | WRITABLE);
         }
         self.put(GDT + 0x10, 0x00af_9b00_0000_ffff);
         self.put(GDT + 0x18, 0x00cf_9300_0000_ffff);
@@ -143,7 +147,7 @@ impl Soft {
         // No I/O permission bitmap.
         self.put(TSS + 0x60, 0xffff << 48);
         for vector in 0..32u64 {
-            let privilege = if vector == 3 { 3 } else { 0 };
+            let privilege = if matches!(vector, 3 | 4) { 3 } else { 0 };
             let offset = SYSTEM + HANDLERS + vector * 16;
             let gate = offset & 0xffff | u64::from(KERNEL_CS) << 16 | (0x8e | privilege << 5) << 40;
             self.put(IDT + vector * 16, gate | (offset >> 16 & 0xffff) << 48);
@@ -153,7 +157,7 @@ impl Soft {
         }
     }
 
-    /// Fills the code window and the read-only page as the host has them.
+    /// Places an instruction.
     pub fn place(&mut self, bytes: &[u8]) {
         let mut code = [0xcc; 32];
         code[..bytes.len()].copy_from_slice(bytes);
@@ -234,7 +238,8 @@ fn user_state(reset: &CpuState) -> CpuState {
     let data = flat(USER_DS, 0xc0f3);
     state.segments = [data, flat(USER_CS64, 0xa0fb), data, data, null, null];
     state.segments[5].base = GS_BASE;
-    state.tr = Segment { selector: 0x40, attributes: SegmentAttributes(0x8b), limit: 0x67, base: SYSTEM + TSS };
+    state.tr =
+        Segment { selector: 0x40, attributes: SegmentAttributes(0x8b), limit: 0x67, base: SYSTEM + TSS };
     state.gdtr = DescriptorTable { base: SYSTEM + GDT, limit: 0x3f };
     state.idtr = DescriptorTable { base: SYSTEM + IDT, limit: 32 * 16 - 1 };
     state.cr0 = 0x8005_0033;
