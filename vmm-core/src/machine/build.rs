@@ -224,10 +224,15 @@ fn platform(config: &VmConfig, memory: &GuestMemory, numa: Vec<NumaNode>, mmio: 
 
 /// Gives this run of the machine an identifier of its own.
 fn write_generation_id(memory: &GuestMemory) -> std::io::Result<()> {
-    let mut id = [0u8; 16];
-    // SAFETY: `id` is a live buffer of the stated length.
-    if unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) } != id.len() as isize {
+    memory.write(layout::GENERATION_ID, &random::<16>()?).map_err(std::io::Error::other)
+}
+
+/// Random bytes of the host.
+pub(super) fn random<const N: usize>() -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // SAFETY: `bytes` is a live buffer of the stated length.
+    if unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) } != N as isize {
         return Err(std::io::Error::last_os_error());
     }
-    memory.write(layout::GENERATION_ID, &id).map_err(std::io::Error::other)
+    Ok(bytes)
 }

@@ -38,6 +38,10 @@ pub struct VmConfig {
     pub console: ConsoleConfig,
     /// virtio block devices, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// virtio network devices, in the order in which the guest finds them.
+    pub nets: Vec<NetConfig>,
+    /// Offer an entropy device.
+    pub rng: bool,
     /// Offer virtio devices over MMIO instead of PCI: a smaller machine without a PCI bus.
     pub mmio: bool,
     /// Ports 0xE9 (debug console, printed on the serial console) and 0xF4 (exit with a code), for test guests.
@@ -56,6 +60,8 @@ impl Default for VmConfig {
             boot: BootConfig::default(),
             console: ConsoleConfig::default(),
             disks: Vec::new(),
+            nets: Vec::new(),
+            rng: false,
             mmio: false,
             debug_ports: false,
             stop_on_panic: true,
@@ -165,6 +171,42 @@ pub struct DiskConfig {
     /// Rate limits.
     #[serde(default)]
     pub limits: LimitConfig,
+}
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// What is at the other end.
+    pub backend: NetBackendConfig,
+    /// MAC address, such as `52:54:00:12:34:56`; a random one when it is missing.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// MTU that the guest is told.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+    /// A name for messages and counters.
+    #[serde(default)]
+    pub id: String,
+    /// Pairs of queues (tap only; a Unix stream has one).
+    #[serde(default = "one")]
+    pub queues: u16,
+    /// Limits on what the guest sends.
+    #[serde(default)]
+    pub send_limits: LimitConfig,
+    /// Limits on what the guest receives.
+    #[serde(default)]
+    pub receive_limits: LimitConfig,
+}
+
+/// The other end of a network device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetBackendConfig {
+    /// A tap interface of the host, made when it does not exist.
+    Tap(String),
+    /// A Unix stream socket with frames preceded by their length in 32 bits, as QEMU, passt and gvproxy use.
+    Unix(PathBuf),
 }
 
 fn one() -> u16 {

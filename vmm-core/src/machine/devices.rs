@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use blockfmt::{Format, OpenOptions, OpenPolicy};
 
-use super::config::{DiskConfig, VmConfig};
+use super::config::{DiskConfig, NetBackendConfig, NetConfig, VmConfig};
 use super::{VmError, layout};
 use crate::accel;
 use crate::acpi::MmioDevice;
@@ -12,7 +12,8 @@ use crate::bus::Bus;
 use crate::devices::legacy::{PowerEvent, PowerSink};
 use crate::devices::virtio::blk::BlkOptions;
 use crate::devices::virtio::mmio::MMIO_SIZE;
-use crate::devices::virtio::{Blk, VirtioDevice, VirtioMmio, VirtioPci};
+use crate::devices::virtio::net::{NetBackend, NetOptions, StreamBackend, TapBackend};
+use crate::devices::virtio::{Blk, Net, Rng, VirtioDevice, VirtioMmio, VirtioPci};
 use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 use crate::pci::{HostBridge, Identity, PciRoot, PciWindows};
@@ -101,6 +102,12 @@ pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<(
     for disk in &config.disks {
         attached.add(open_disk(disk)?)?;
     }
+    for net in &config.nets {
+        attached.add(open_net(net)?)?;
+    }
+    if config.rng {
+        attached.add(Rng::new().map_err(|source| VmError::Host { what: "random bytes", source })?)?;
+    }
     Ok(())
 }
 
@@ -121,4 +128,68 @@ fn open_disk(config: &DiskConfig) -> Result<Arc<Blk>, VmError> {
         ..BlkOptions::default()
     };
     Ok(Blk::new(Arc::new(disk), &options))
+}
+
+fn open_net(config: &NetConfig) -> Result<Arc<Net>, VmError> {
+    let backend: Arc<dyn NetBackend> = match &config.backend {
+        NetBackendConfig::Tap(name) => Arc::new(TapBackend::open(name, config.queues.max(1))?),
+        NetBackendConfig::Unix(path) => {
+            let backend = StreamBackend::new(path);
+            if !backend.is_connected() {
+                return Err(VmError::NetSocket { path: path.clone() });
+            }
+            Arc::new(backend)
+        }
+    };
+    let options = NetOptions {
+        mac: match &config.mac {
+            Some(text) => parse_mac(text)?,
+            None => random_mac()?,
+        },
+        mtu: config.mtu,
+        send_limits: config.send_limits.limits(),
+        receive_limits: config.receive_limits.limits(),
+        ..NetOptions::default()
+    };
+    Net::new(backend, &options).map_err(|source| VmError::Host { what: "event descriptors", source })
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], VmError> {
+    let malformed = || VmError::Config(format!("MAC address {text:?}; give one such as 52:54:00:12:34:56"));
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2).ok_or_else(malformed)?;
+        *byte = u8::from_str_radix(part, 16).map_err(|_| malformed())?;
+    }
+    // A group address cannot be a station's.
+    if parts.next().is_some() || mac[0] & 1 != 0 { Err(malformed()) } else { Ok(mac) }
+}
+
+/// A random address with the prefix that virtual machines use.
+fn random_mac() -> Result<[u8; 6], VmError> {
+    let random: [u8; 3] =
+        super::build::random().map_err(|source| VmError::Host { what: "random bytes", source })?;
+    Ok([0x52, 0x54, 0x00, random[0], random[1], random[2]])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mac_addresses_are_checked() {
+        assert_eq!(parse_mac("52:54:00:12:34:aF").unwrap(), [0x52, 0x54, 0, 0x12, 0x34, 0xaf]);
+        for bad in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:56:78",
+            "53:54:00:12:34:56",
+            "5:54:00:12:34:56",
+            "+2:54:00:12:34:56",
+        ] {
+            assert!(parse_mac(bad).is_err(), "{bad}");
+        }
+        assert_ne!(random_mac().unwrap(), random_mac().unwrap());
+    }
 }

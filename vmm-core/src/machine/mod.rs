@@ -31,8 +31,8 @@ use parking_lot::Mutex;
 
 pub use self::build::VmBuilder;
 pub use self::config::{
-    AccelChoice, BootConfig, ConsoleConfig, DiskConfig, LimitConfig, MemoryConfig, NumaConfig, PageConfig,
-    VmConfig,
+    AccelChoice, BootConfig, ConsoleConfig, DiskConfig, LimitConfig, MemoryConfig, NetBackendConfig,
+    NetConfig, NumaConfig, PageConfig, VmConfig,
 };
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};
@@ -43,6 +43,7 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::{Bus, BusError};
 use crate::devices::legacy::AcpiPm;
+use crate::devices::virtio::net::TapError;
 use crate::devices::virtio::pci::VirtioPciError;
 use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::memory::{GuestMemory, MapError};
@@ -90,6 +91,15 @@ pub enum VmError {
     /// A device did not follow a change of the machine's state.
     #[error(transparent)]
     Lifecycle(#[from] LifecycleError),
+    /// A tap interface.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// Nobody listens at the socket of a network device.
+    #[error("Nobody listens at {}; start the switch or passt first", path.display())]
+    NetSocket {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The host refused a thread or descriptor.
     #[error("Cannot get {what} from the host; raise its limits")]
     Host {

@@ -7,7 +7,7 @@ use softcpu::{Budget, Cpu, CpuConfig, CpuHandle, DebugEvent, Exit};
 use super::bus::SoftBus;
 use super::lapic::{Apics, Lapic, LocalApic};
 use super::walk;
-use crate::accel::{AccelError, CpuState, DebugControl, DebugExit, Vcpu, VcpuExit, VcpuHandle};
+use crate::accel::{AccelError, BreakKind, CpuState, DebugControl, DebugExit, Vcpu, VcpuExit, VcpuHandle};
 use crate::memory::GuestMemory;
 
 /// DR6: a single step.
@@ -74,9 +74,15 @@ impl Vcpu for SoftVcpu {
     }
 
     fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {
-        if *control != DebugControl::default() {
-            return Err(AccelError::Unsupported("debugging on the software CPU".into()));
+        if control.hardware.iter().any(|b| b.kind != BreakKind::Execute) {
+            return Err(AccelError::Unsupported("watchpoints on the software CPU; use breakpoints".into()));
         }
+        self.breakpoints = control.hardware.iter().map(|b| b.address).collect();
+        self.cpu.set_debug(softcpu::DebugControl {
+            single_step: control.single_step,
+            trap_int3: control.software_breakpoints,
+            breakpoints: self.breakpoints.clone(),
+        });
         Ok(())
     }
 

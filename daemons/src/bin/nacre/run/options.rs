@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
-use vmm_core::machine::{AccelChoice, ConsoleConfig, DiskConfig, LimitConfig, VmConfig};
+use vmm_core::machine::{
+    AccelChoice, ConsoleConfig, DiskConfig, LimitConfig, NetBackendConfig, NetConfig, VmConfig,
+};
 
 use super::pairs::Pairs;
 
@@ -58,6 +60,13 @@ pub struct Args {
     /// [,bps=N][,iops=N] (may be repeated).
     #[arg(long, value_name = "path=FILE,format=FORMAT,...", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
+    /// A network card: tap=NAME or unix=SOCKET, with [,mac=ADDRESS][,id=NAME][,mtu=N][,queues=N]
+    /// [,bps=N][,pps=N] (may be repeated).
+    #[arg(long, value_name = "tap=NAME|unix=SOCKET,...", value_parser = parse_net)]
+    net: Vec<NetConfig>,
+    /// Offer an entropy device.
+    #[arg(long)]
+    rng: bool,
     /// Offer virtio devices over MMIO, without a PCI bus.
     #[arg(long)]
     mmio: bool,
@@ -124,6 +133,8 @@ impl Args {
             config.console = console;
         }
         config.disks.extend(self.disk);
+        config.nets.extend(self.net);
+        config.rng |= self.rng;
         config.mmio |= self.mmio;
         config.debug_ports |= self.debug_ports;
         for pin in &self.pin {
@@ -168,6 +179,32 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     };
     pairs.finish()?;
     Ok(disk)
+}
+
+fn parse_net(text: &str) -> Result<NetConfig, String> {
+    let mut pairs = Pairs::parse(text)?;
+    let backend = match (pairs.take("tap"), pairs.take("unix")) {
+        (Some(name), None) => NetBackendConfig::Tap(name),
+        (None, Some(path)) => NetBackendConfig::Unix(path.into()),
+        _ => return Err("give one of tap=NAME and unix=SOCKET".into()),
+    };
+    // One limit for each direction; packets are the operations.
+    let limits = LimitConfig {
+        bytes: pairs.number("bps")?.unwrap_or(0),
+        operations: pairs.number("pps")?.unwrap_or(0),
+        ..LimitConfig::default()
+    };
+    let net = NetConfig {
+        backend,
+        mac: pairs.take("mac"),
+        mtu: pairs.number("mtu")?,
+        id: pairs.take("id").unwrap_or_default(),
+        queues: pairs.number("queues")?.unwrap_or(1),
+        send_limits: limits,
+        receive_limits: limits,
+    };
+    pairs.finish()?;
+    Ok(net)
 }
 
 fn parse_limits(pairs: &mut Pairs) -> Result<LimitConfig, String> {
