@@ -8,3 +8,4 @@ mod driver;
 mod namespace;
 mod net;
 mod platform;
+mod vhost_user;

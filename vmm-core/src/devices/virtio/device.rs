@@ -145,8 +145,13 @@ pub trait VirtioDevice: Send + Sync {
     /// A short name for threads and messages.
     fn name(&self) -> &'static str;
 
-    /// The features offered, beyond those the queues and transports have anyway.
+    /// The features offered, beyond [`Self::ring_features`].
     fn features(&self) -> u64;
+
+    /// What its queues can do: all that they can when they are served in this process.
+    fn ring_features(&self) -> u64 {
+        features::INDIRECT_DESC | features::EVENT_IDX | features::RING_RESET
+    }
 
     /// The largest size of each queue.
     fn queue_sizes(&self) -> Vec<u16>;

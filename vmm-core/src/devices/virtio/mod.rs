@@ -20,6 +20,7 @@ mod queue;
 pub mod rate;
 mod rng;
 mod state;
+pub mod vhost_user;
 mod worker;
 
 pub use blk::Blk;
@@ -35,4 +36,5 @@ pub use pci::VirtioPci;
 pub use queue::{Queue, QueueError, QueueLayout};
 pub use rng::Rng;
 pub use state::{Status, Virtio};
+pub use vhost_user::VhostUser;
 pub use worker::Context;

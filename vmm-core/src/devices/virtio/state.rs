@@ -183,9 +183,7 @@ impl Virtio {
     }
 
     fn offered(&self) -> u64 {
-        let common =
-            features::VERSION_1 | features::INDIRECT_DESC | features::EVENT_IDX | features::RING_RESET;
-        self.device.features() | common
+        self.device.features() | self.device.ring_features() | features::VERSION_1
     }
 
     pub(super) fn queue_select(&self) -> u16 {
