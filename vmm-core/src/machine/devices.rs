@@ -159,7 +159,8 @@ fn parse_mac(text: &str) -> Result<[u8; 6], VmError> {
     let mut mac = [0; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
-        let part = parts.next().filter(|part| part.len() == 2).ok_or_else(malformed)?;
+        let hex = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        let part = parts.next().filter(hex).ok_or_else(malformed)?;
         *byte = u8::from_str_radix(part, 16).map_err(|_| malformed())?;
     }
     // A group address cannot be a station's.
