@@ -23,22 +23,31 @@
 //! depends. The burst then goes out, one transmit call a port.
 #![deny(unsafe_code)]
 
+mod address;
 mod clock;
+mod conntrack;
 mod datapath;
 mod error;
+mod event;
 mod mac_table;
 pub mod packet;
+pub mod pipeline;
 mod port;
 mod port_config;
+mod security;
 mod service;
 mod shared;
 mod stats;
 mod switch;
+mod switch_flows;
 mod sys;
 
+pub use address::{IpPrefix, MacAddr};
 pub use clock::{Clock, MILLISECOND, Nanos, SECOND};
-pub use datapath::verdict::DropReason;
+pub use conntrack::{ConnRow, state as ct_state};
+pub use datapath::verdict::{DropReason, RuleStats};
 pub use error::{Error, Result};
+pub use event::{Event, Subscription};
 pub use mac_table::MacRow;
 pub use packet::offload::OffloadCaps;
 pub use packet::{Burst, Offload, Packet};
@@ -46,7 +55,9 @@ pub use port::{
     Batch, Endpoint, EndpointPort, NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort,
     VhostUserOptions, VhostUserPort,
 };
-pub use port_config::{PortConfig, VLAN_MAX, VlanMode, VlanSet};
+pub use port_config::{Binding, PortConfig, StormControl, VLAN_MAX, VlanMode, VlanSet};
+pub use security::{Direction, Protocol, Remote, SecurityGroup, SecurityRule};
 pub use service::{GatewayConfig, GatewayPort, Lease};
+pub use shared::Mirror;
 pub use stats::{PortStats, SIZE_CLASSES};
 pub use switch::{PortInfo, Switch, SwitchBuilder};

@@ -17,6 +17,8 @@ use crate::port::PortId;
 
 const SHARDS: usize = 16;
 const BUCKETS: usize = 4096;
+/// Version that changes whenever room for addresses becomes free; it follows those of the buckets.
+const LIMITS: u16 = BUCKETS as u16;
 /// Most learned addresses in one switch.
 const CAPACITY: usize = 131_072;
 /// Moves within [`FLAP_WINDOW`] that make an address flapping.
@@ -79,8 +81,10 @@ pub enum Learned {
     Here(Arc<MacEntry>),
     /// The port's or the table's limit is reached; the address stays unknown.
     LimitReached,
-    /// The address is fixed to another port or held there because it flapped.
-    Elsewhere,
+    /// The address is fixed to another port.
+    Fixed,
+    /// The address is held at another port for a while because it flapped.
+    Held,
 }
 
 /// A version of one bucket, see the module's documentation.
@@ -108,7 +112,7 @@ impl Default for MacTable {
     fn default() -> Self {
         Self {
             shards: std::array::from_fn(|_| RwLock::default()),
-            versions: (0..BUCKETS).map(|_| AtomicU32::new(0)).collect(),
+            versions: (0..=BUCKETS).map(|_| AtomicU32::new(0)).collect(),
             hasher: RandomState::new(),
             counts: Mutex::default(),
             ageing: AtomicU64::new(300),
@@ -132,11 +136,25 @@ impl MacTable {
     /// Whether a bucket is unchanged.
     #[inline]
     pub fn is_current(&self, d: Dependency) -> bool {
-        self.versions[usize::from(d.bucket) % BUCKETS].load(Ordering::Relaxed) == d.version
+        self.versions[usize::from(d.bucket)].load(Ordering::Relaxed) == d.version
     }
 
     fn bump(&self, bucket: u16) {
         self.versions[usize::from(bucket)].fetch_add(1, Ordering::Release);
+    }
+
+    /// The present version of everything that a refusal for want of room depends on.
+    pub fn depend_on_limits(&self) -> Dependency {
+        let version = self.versions[usize::from(LIMITS)].load(Ordering::Acquire);
+        Dependency { bucket: LIMITS, version }
+    }
+
+    /// One address less on a port.
+    fn decrement(&self, counts: &mut HashMap<PortId, usize>, port: PortId) {
+        if let Some(n) = counts.get_mut(&port) {
+            *n = n.saturating_sub(1);
+        }
+        self.bump(LIMITS);
     }
 
     /// The port of an address.
@@ -166,15 +184,18 @@ impl MacTable {
                 if from == port {
                     return Learned::Here(e);
                 }
-                if e.fixed || !self.may_move(&e, now) {
-                    return Learned::Elsewhere;
+                if e.fixed {
+                    return Learned::Fixed;
+                }
+                if !self.may_move(&e, now) {
+                    return Learned::Held;
                 }
                 if full {
                     return Learned::LimitReached;
                 }
                 e.port.store(port, Ordering::Relaxed);
                 e.touch(now);
-                decrement(&mut counts, from);
+                self.decrement(&mut counts, from);
                 *counts.entry(port).or_default() += 1;
                 self.bump(bucket);
                 Learned::Here(e)
@@ -241,7 +262,7 @@ impl MacTable {
         if let Some(old) = table.insert((vlan, mac), Arc::new(entry))
             && !old.fixed
         {
-            decrement(&mut counts, old.port());
+            self.decrement(&mut counts, old.port());
         }
         if !fixed {
             *counts.entry(port).or_default() += 1;
@@ -276,7 +297,7 @@ impl MacTable {
                 let keep = keep(k, e);
                 if !keep {
                     if !e.fixed {
-                        decrement(&mut self.counts.lock(), e.port());
+                        self.decrement(&mut self.counts.lock(), e.port());
                     }
                     self.bump(self.slot(k.0, k.1).1);
                 }
@@ -299,12 +320,6 @@ impl MacTable {
         }
         rows.sort_by_key(|r| (r.vlan, r.mac));
         rows
-    }
-}
-
-fn decrement(counts: &mut HashMap<PortId, usize>, port: PortId) {
-    if let Some(n) = counts.get_mut(&port) {
-        *n = n.saturating_sub(1);
     }
 }
 
@@ -347,11 +362,11 @@ mod tests {
     fn static_entries_stay_and_flapping_ones_are_held() {
         let t = MacTable::default();
         t.add_static(1, 9, 7);
-        assert!(matches!(t.learn(1, 9, 8, 0, 0), Learned::Elsewhere));
+        assert!(matches!(t.learn(1, 9, 8, 0, 0), Learned::Fixed));
         t.learn(1, 6, 1, 0, SECOND);
         let mut refused = 0;
         for i in 0..20u32 {
-            if matches!(t.learn(1, 6, 1 + (i + 1) % 2, 0, SECOND), Learned::Elsewhere) {
+            if matches!(t.learn(1, 6, 1 + (i + 1) % 2, 0, SECOND), Learned::Held) {
                 refused += 1;
             }
         }

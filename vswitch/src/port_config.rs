@@ -5,6 +5,9 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::address::{IpPrefix, MacAddr};
+use crate::pipeline::MeterConfig;
+
 /// Largest VLAN identifier.
 pub const VLAN_MAX: u16 = 4094;
 
@@ -147,6 +150,31 @@ impl VlanMode {
     }
 }
 
+/// The addresses that belong to a port's owner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Binding {
+    /// MAC address.
+    pub mac: MacAddr,
+    /// IP addresses and networks.
+    #[serde(default)]
+    pub ips: Vec<IpPrefix>,
+}
+
+/// Packets a second above which a port's frames of one kind are dropped. Absent: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct StormControl {
+    /// Broadcast, ARP excluded.
+    pub broadcast: Option<u64>,
+    /// Multicast.
+    pub multicast: Option<u64>,
+    /// Unicast to an unknown address.
+    pub unknown_unicast: Option<u64>,
+    /// ARP.
+    pub arp: Option<u64>,
+}
+
 /// Configuration of one port; the defaults are those of a plain learning switch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -159,6 +187,23 @@ pub struct PortConfig {
     pub mtu: Option<u16>,
     /// Isolated ports reach only ports that are not isolated.
     pub isolated: bool,
+    /// Addresses of the port's owner, for the guards below and for security groups.
+    pub bindings: Vec<Binding>,
+    /// Frames come in only from a bound MAC address.
+    pub anti_spoof: bool,
+    /// IP packets, ARP and neighbour discovery come in only with bound addresses (IP source guard, dynamic ARP
+    /// inspection). The unspecified address passes, as DHCP and duplicate address detection need it.
+    pub source_guard: bool,
+    /// The port's owner may not act as a DHCP server, DHCPv6 server or IPv6 router.
+    pub dhcp_guard: bool,
+    /// Limits of frames that are copied to many ports.
+    pub storm: StormControl,
+    /// Limit of what comes in by the port.
+    pub ingress: Option<MeterConfig>,
+    /// Limit of what goes out of the port.
+    pub egress: Option<MeterConfig>,
+    /// Names of security groups. With at least one, only what a rule permits passes.
+    pub security_groups: Vec<String>,
 }
 
 #[cfg(test)]

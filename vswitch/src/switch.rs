@@ -1,21 +1,27 @@
 //! The switch: ports, workers and control operations.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::clock::Clock;
+use crate::address::IpPrefix;
+use crate::clock::{Clock, SECOND};
 use crate::datapath::thread::WorkerHandle;
 use crate::datapath::translate::Translation;
 use crate::datapath::worker::Forwarder;
 use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::mac_table::MacRow;
 use crate::packet::key;
+use crate::pipeline::{Action, FlowEntry, FlowSpec, Instructions};
 use crate::port::{PORT_MAX, Port, PortId};
 use crate::port_config::PortConfig;
-use crate::shared::{PortEntry, PortTable, Shared};
+use crate::security::SecurityGroups;
+use crate::shared::{PortEntry, PortLimits, PortTable, Shared};
 use crate::stats::{PortStats, StatsCell};
 use crate::sys::{EventFd, poll_readable};
 
@@ -59,6 +65,9 @@ impl SwitchBuilder {
     pub fn build(self) -> Result<Switch> {
         let workers = self.workers.unwrap_or(1);
         let shared = Arc::new(Shared::new(self.clock, workers.max(1)));
+        let normal =
+            FlowSpec { instructions: Instructions::apply(vec![Action::Normal]), ..FlowSpec::default() };
+        shared.tables.write().add(normal, shared.clock.now())?;
         let mut handles = Vec::new();
         for id in 0..workers {
             handles.push(WorkerHandle::start(shared.clone(), id, self.cores.get(id).copied())?);
@@ -71,10 +80,10 @@ impl SwitchBuilder {
 
 /// A virtual switch. Many can live in one process. Dropping one stops its threads and closes its ports.
 pub struct Switch {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     /// Held by operations that change the configuration.
     control: Mutex<()>,
-    manual: Option<Mutex<Forwarder>>,
+    pub(crate) manual: Option<Mutex<Forwarder>>,
     _housekeeper: Option<Housekeeper>,
     workers: Vec<WorkerHandle>,
 }
@@ -137,11 +146,13 @@ impl Switch {
             id,
             name: name.to_string(),
             port,
+            limits: Arc::new(PortLimits::new(&config, None)),
             config: Arc::new(config),
-            stats: Arc::new(StatsCell::new(self.shared.workers, PortStats::default())),
+            stats: Arc::new(StatsCell::new(self.shared.workers + 1, PortStats::default())),
         };
         table.set(id, Some(Arc::new(entry)));
         self.publish(table);
+        self.shared.events.publish(|| Event::PortAdded(id));
         Ok(id)
     }
 
@@ -155,6 +166,7 @@ impl Switch {
         table.set(id, None);
         self.publish(table);
         self.shared.macs.flush(Some(id), true);
+        self.shared.events.publish(|| Event::PortRemoved(id));
         Ok(())
     }
 
@@ -163,9 +175,11 @@ impl Switch {
         let _control = self.control.lock();
         let mut table = PortTable::clone(&self.shared.ports.load());
         let mut entry = PortEntry::clone(table.get(id).ok_or_else(|| Error::NoSuchPort(id.to_string()))?);
+        entry.limits = Arc::new(PortLimits::new(&config, Some(&entry.limits)));
         entry.config = Arc::new(config);
         table.set(id, Some(Arc::new(entry)));
         self.publish(table);
+        self.shared.events.publish(|| Event::PortChanged(id));
         Ok(())
     }
 
@@ -228,7 +242,8 @@ impl Switch {
         let entry = ports.get(port).ok_or_else(|| Error::NoSuchPort(port.to_string()))?;
         let head = &frame[..frame.len().min(crate::packet::HEAD_MAX)];
         let key = key::extract(head, port);
-        let mut t = Translation::new(&self.shared, &ports, self.shared.clock.now(), key);
+        let tables = self.shared.tables.read();
+        let mut t = Translation::new(&self.shared, &ports, &tables, self.shared.clock.now(), head, key);
         t.trace = Some(vec![format!("in by port {port} ({}): {key:?}", entry.name)]);
         t.run();
         let mut lines = t.trace.take().unwrap_or_default();
@@ -275,6 +290,9 @@ impl Switch {
     }
 
     fn publish(&self, table: PortTable) {
+        let mut groups = SecurityGroups::clone(&self.shared.security.load());
+        groups.members = members(&table);
+        self.shared.security.store(Arc::new(groups));
         self.shared.ports.store(Arc::new(table));
         self.shared.invalidate();
         if let Some(m) = &self.manual {
@@ -291,9 +309,34 @@ impl Drop for Switch {
     }
 }
 
-/// Timed work: ageing.
+/// The bound addresses of the ports in each security group.
+fn members(table: &PortTable) -> BTreeMap<String, Vec<IpPrefix>> {
+    let mut members: BTreeMap<String, Vec<IpPrefix>> = BTreeMap::new();
+    for p in table.iter() {
+        for g in &p.config.security_groups {
+            let ips = p.config.bindings.iter().flat_map(|b| b.ips.iter().copied());
+            members.entry(g.clone()).or_default().extend(ips);
+        }
+    }
+    members
+}
+
+/// Timed work: ageing and expiry.
 fn housekeep(shared: &Shared) {
-    shared.macs.age(shared.clock.now());
+    let now = shared.clock.now();
+    shared.watch_links();
+    shared.macs.age(now);
+    shared.conntrack.expire(now);
+    shared.stats_epoch.fetch_add(1, Ordering::Relaxed);
+    let expired = shared.tables.write().expire(now);
+    if !expired.is_empty() {
+        shared.invalidate();
+        let hard = |e: &FlowEntry| {
+            let limit = u64::from(e.spec.hard_timeout) * SECOND;
+            u8::from(limit != 0 && now.saturating_sub(e.created) >= limit)
+        };
+        shared.report_removed(&expired, hard);
+    }
 }
 
 /// The thread that runs [`housekeep`].

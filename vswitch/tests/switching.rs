@@ -130,7 +130,7 @@ fn isolated_ports_and_reconfiguration() {
     a.send(&frame(2, 1, None));
     s.poll();
     let lines = s.trace(a_id, &frame(2, 1, None)).unwrap();
-    assert!(lines.iter().any(|l| l.contains("NoDestination")), "{lines:?}");
+    assert!(lines.iter().any(|l| l.contains("no-destination")), "{lines:?}");
 }
 
 #[test]

@@ -48,6 +48,9 @@ pub struct FlowCache<V> {
     order: Vec<u16>,
     entries: Vec<Entry<V>>,
     free: Vec<u32>,
+    /// Entries freed since the last burst was looked up: what that lookup found must not change its meaning before
+    /// the burst is done.
+    freed: Vec<u32>,
     signatures: Vec<u32>,
     seed: u64,
     hand: usize,
@@ -62,6 +65,7 @@ impl<V> FlowCache<V> {
             order: Vec::new(),
             entries: Vec::new(),
             free: Vec::new(),
+            freed: Vec::new(),
             signatures: vec![NONE; SIGNATURES],
             seed: RandomState::new().hash_one(0) | 1,
             hand: 0,
@@ -76,13 +80,14 @@ impl<V> FlowCache<V> {
         self.order.clear();
         self.entries.clear();
         self.free.clear();
+        self.freed.clear();
         self.signatures.fill(NONE);
         self.l2_only = true;
     }
 
     /// Number of entries.
     pub fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
+        self.entries.len() - self.free.len() - self.freed.len()
     }
 
     /// Whether all masks end with the Ethernet header, so that keys need no more.
@@ -110,6 +115,7 @@ impl<V> FlowCache<V> {
 
     /// Finds the entries of several keys; those without one get `None`.
     pub fn lookup_burst(&mut self, keys: &[FlowKey], found: &mut [Option<u32>]) {
+        self.free.append(&mut self.freed);
         if self.subtables.len() == 1 {
             self.lookup_one_table(keys, found);
         } else {
@@ -240,7 +246,7 @@ impl<V> FlowCache<V> {
                 at = e.next;
             }
         }
-        self.free.push(i);
+        self.freed.push(i);
         Some(value)
     }
 

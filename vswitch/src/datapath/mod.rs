@@ -1,6 +1,7 @@
 //! The data path: flow cache, decisions and workers.
 
 pub(crate) mod cache;
+mod execute;
 pub(crate) mod thread;
 pub(crate) mod translate;
 pub(crate) mod verdict;

@@ -1,12 +1,34 @@
 //! A decision of the slow path in the form that workers execute.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::clock::Nanos;
+use crate::conntrack::{Conn, CtDependency};
 use crate::mac_table::{Dependency, MacEntry};
+use crate::packet::key::{Field, FlowKey};
 use crate::packet::vlan::VlanOp;
+use crate::pipeline::Meter;
 use crate::port::PortId;
+
+/// A change of the packet.
+#[derive(Clone, Debug)]
+pub enum Edit {
+    /// Push, pop or rewrite a tag.
+    Vlan(VlanOp),
+    /// Overwrite bits of a field.
+    Set {
+        /// The field.
+        field: Field,
+        /// The bits.
+        value: u128,
+        /// Which bits.
+        mask: u128,
+    },
+    /// Decrement the time to live, or drop.
+    DecTtl,
+}
 
 /// One step of a decision.
 #[derive(Clone, Debug)]
@@ -17,23 +39,77 @@ pub enum Op {
         port: PortId,
         /// What happens to the outer tag on this way out only.
         vlan: VlanOp,
+        /// Rate limit of this way out.
+        limit: Option<Arc<Meter>>,
     },
+    /// Change the packet for the steps that follow.
+    Edit(Edit),
+    /// Go on only if the rate limit allows.
+    Meter(Arc<Meter>),
+    /// Give the packet to the controllers.
+    Controller {
+        /// Longest part that is given.
+        max_len: u16,
+        /// Why, in OpenFlow's numbers.
+        reason: u8,
+        /// Table of the rule.
+        table: u8,
+        /// Cookie of the rule.
+        cookie: u64,
+        /// Key at this point.
+        key: Box<FlowKey>,
+    },
+    /// Do these steps with a copy of the packet.
+    Copy(Vec<Op>),
 }
 
-/// Why a packet went nowhere, for counters and `trace`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum DropReason {
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// Why a packet went nowhere, for counters and `trace`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[non_exhaustive]
+        pub enum DropReason {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl DropReason {
+            /// All reasons.
+            pub const ALL: &'static [DropReason] = &[$(DropReason::$name,)*];
+        }
+
+        impl fmt::Display for DropReason {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(DropReason::$name => $text,)* })
+            }
+        }
+    };
+}
+
+reasons! {
     /// The frame's VLAN is not carried by the port it came in by.
-    VlanNotAllowed,
+    VlanNotAllowed = "vlan-not-allowed",
     /// The source address is a group address.
-    BadSource,
-    /// The destination is behind the port the frame came in by, or no port carries the VLAN.
-    NoDestination,
+    BadSource = "bad-source",
+    /// The destination is reserved for protocols between neighbours.
+    Reserved = "reserved-destination",
+    /// The destination is behind the port the frame came in by, or no port may take it.
+    NoDestination = "no-destination",
     /// The source address is fixed to, or held at, another port.
-    MacElsewhere,
+    MacElsewhere = "mac-elsewhere",
     /// The port's limit of addresses is reached.
-    MacLimit,
+    MacLimit = "mac-limit",
+    /// The source address is not bound to the port.
+    SpoofedMac = "spoofed-mac",
+    /// An IP, ARP or neighbour discovery address is not bound to the port.
+    SpoofedAddress = "spoofed-address",
+    /// The port may not act as a DHCP server or router.
+    RogueServer = "rogue-server",
+    /// No rule of a security group permits the packet.
+    SecurityGroup = "security-group",
+    /// The flow tables have no rule for the packet, or one without output.
+    Pipeline = "pipeline",
+    /// The flow tables resubmit too deeply or have too many actions.
+    TooDeep = "too-deep",
 }
 
 /// Packets and bytes that a rule handled.
@@ -74,6 +150,12 @@ pub struct Verdict {
     pub depends: Vec<Dependency>,
     /// The source address's entry, kept young by the flow.
     pub source: Option<Arc<MacEntry>>,
+    /// Buckets of connection tracking that the decision rests on.
+    pub ct_depends: Vec<CtDependency>,
+    /// The connection, kept alive by the flow.
+    pub conn: Option<Arc<Conn>>,
+    /// Whether the decision holds for this packet only.
+    pub once: bool,
     /// Rules that count the flow's packets.
     pub rules: Vec<Arc<RuleStats>>,
 }

@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::cache::FlowCache;
+use super::execute::{Executor, OutQueue, enqueue};
 use super::translate::Translation;
-use super::verdict::{Op, Verdict};
-use crate::clock::Nanos;
+use super::verdict::{DropReason, Op, Verdict};
+use crate::clock::{MILLISECOND, Nanos};
 use crate::packet::key::{self, CACHE_WORDS, FlowKey};
 use crate::packet::offload::{self, OffloadCaps};
 use crate::packet::vlan::VlanOp;
 use crate::packet::{BURST, Burst, Packet};
+use crate::pipeline::Action;
 use crate::port::{Batch, PortId};
 use crate::shared::{PortEntry, PortTable, Shared};
 use crate::stats::{WorkerStats, size_class};
@@ -21,14 +23,12 @@ struct Flow {
     verdict: Verdict,
     packets: u64,
     bytes: u64,
+    /// Time of the last packet.
+    used: Nanos,
 }
 
-/// Packets that wait to go out of one port, by their place in the burst.
-#[derive(Debug, Default)]
-struct OutQueue {
-    index: Vec<u16>,
-    tags: Vec<VlanOp>,
-}
+/// How often a flow notes its use and keeps its MAC address and connection alive.
+const TOUCH_INTERVAL: Nanos = 10 * MILLISECOND;
 
 /// The packet-handling part of a worker, without its thread.
 pub(crate) struct Forwarder {
@@ -36,6 +36,7 @@ pub(crate) struct Forwarder {
     id: usize,
     ports: Arc<PortTable>,
     generation: u64,
+    stats_epoch: u64,
     cache: FlowCache<Flow>,
     burst: Burst,
     keys: Box<[FlowKey; BURST]>,
@@ -52,6 +53,7 @@ impl Forwarder {
             shared,
             id,
             generation: 0,
+            stats_epoch: 0,
             cache: FlowCache::new(),
             burst: Burst::new(),
             keys: Box::new([FlowKey::default(); BURST]),
@@ -70,6 +72,11 @@ impl Forwarder {
     /// Takes notice of configuration changes; says whether there was one.
     #[inline]
     pub fn refresh(&mut self) -> bool {
+        let epoch = self.shared.stats_epoch.load(Ordering::Relaxed);
+        if epoch != self.stats_epoch {
+            self.stats_epoch = epoch;
+            self.collect_stats();
+        }
         let generation = self.shared.generation.load(Ordering::Acquire);
         if generation == self.generation {
             return false;
@@ -84,10 +91,7 @@ impl Forwarder {
 
     /// Adds what flows counted to their rules.
     pub fn collect_stats(&mut self) {
-        let now = self.shared.clock.now();
-        for f in self.cache.values_mut() {
-            settle(f, now);
-        }
+        self.cache.values_mut().for_each(settle);
     }
 
     /// Receives one burst from a queue and forwards it; returns the number of packets.
@@ -139,24 +143,34 @@ impl Forwarder {
         let Some(flow) = self.cache.value_mut(hit) else { return };
         flow.packets += 1;
         flow.bytes += self.burst.packets()[i].len() as u64;
-        if let Some(e) = &flow.verdict.source {
-            e.touch(now);
+        if now.wrapping_sub(flow.used) > TOUCH_INTERVAL {
+            if let Some(e) = &flow.verdict.source {
+                e.touch(now);
+            }
+            if let Some(c) = &flow.verdict.conn {
+                c.touch(now);
+            }
+            flow.used = now;
         }
         // The usual case, one output, needs no copy of the steps.
-        if let [Op::Output { port, vlan }] = flow.verdict.ops[..] {
+        if let [Op::Output { port, vlan, limit: None }] = flow.verdict.ops[..] {
             enqueue(&mut self.out, &mut self.active, port, i as u16, vlan);
         } else if flow.verdict.ops.is_empty() {
             entry.stats.of(self.id).rx_dropped.add(1);
+            self.shared.drops.add(flow.verdict.drop.unwrap_or(DropReason::Pipeline), 1);
         } else {
-            self.execute(hit, i);
+            self.execute(entry, hit, i, now);
         }
     }
 
     #[inline]
     fn is_current(&self, hit: u32) -> bool {
-        self.cache
-            .value(hit)
-            .is_some_and(|f| f.verdict.depends.iter().all(|d| self.shared.macs.is_current(*d)))
+        self.cache.value(hit).is_some_and(|f| {
+            let v = &f.verdict;
+            !v.once
+                && v.depends.iter().all(|d| self.shared.macs.is_current(*d))
+                && v.ct_depends.iter().all(|d| self.shared.conntrack.is_current(*d))
+        })
     }
 
     #[cold]
@@ -169,24 +183,69 @@ impl Forwarder {
                 return h;
             }
             if let Some(mut old) = self.cache.remove(h) {
-                settle(&mut old, now);
+                settle(&mut old);
             }
         }
-        let mut t = Translation::new(&self.shared, &self.ports, now, key);
+        let tables = self.shared.tables.read();
+        let head = self.burst.packets()[i].head();
+        let mut t = Translation::new(&self.shared, &self.ports, &tables, now, head, key);
         t.run();
-        let (mask, verdict) = (t.mask, t.verdict);
-        let flow = Flow { verdict, packets: 0, bytes: 0 };
-        self.cache.insert(&key, &mask, flow, |mut old| settle(&mut old, now))
+        let (mask, verdict, learned) = (t.mask, t.verdict, t.learned);
+        drop(tables);
+        if !learned.is_empty() {
+            self.shared.learn(learned);
+        }
+        let flow = Flow { verdict, packets: 0, bytes: 0, used: now };
+        self.cache.insert(&key, &mask, flow, |mut old| settle(&mut old))
     }
 
     /// Runs all steps of a decision with several.
-    fn execute(&mut self, hit: u32, i: usize) {
+    fn execute(&mut self, entry: &PortEntry, hit: u32, i: usize, now: Nanos) {
         let Some(flow) = self.cache.value(hit) else { return };
-        for op in &flow.verdict.ops {
-            match *op {
-                Op::Output { port, vlan } => enqueue(&mut self.out, &mut self.active, port, i as u16, vlan),
-            }
+        let mut x = Executor {
+            shared: &self.shared,
+            ports: &self.ports,
+            worker: self.id,
+            burst: &mut self.burst,
+            out: &mut self.out,
+            active: &mut self.active,
+            in_port: entry.id,
+            now,
+        };
+        x.run(&flow.verdict.ops, i);
+    }
+
+    /// Runs the actions that a controller sends with a packet.
+    pub fn packet_out(&mut self, in_port: PortId, frame: &[u8], actions: &[Action]) {
+        self.refresh();
+        self.burst.clear();
+        if !self.burst.push_frame(frame) || self.burst.is_empty() {
+            return;
         }
+        let now = self.shared.clock.now();
+        let key = key::extract(self.burst.packets()[0].head(), in_port);
+        let tables = self.shared.tables.read();
+        let head = self.burst.packets()[0].head().to_vec();
+        let mut t = Translation::new(&self.shared, &self.ports, &tables, now, &head, key);
+        t.run_actions(actions);
+        let (verdict, learned) = (t.verdict, t.learned);
+        drop(tables);
+        if !learned.is_empty() {
+            self.shared.learn(learned);
+        }
+        let mut x = Executor {
+            shared: &self.shared,
+            ports: &self.ports,
+            worker: self.id,
+            burst: &mut self.burst,
+            out: &mut self.out,
+            active: &mut self.active,
+            in_port,
+            now,
+        };
+        x.run(&verdict.ops, 0);
+        self.flush();
+        self.burst.clear();
     }
 
     /// Sends everything that was enqueued.
@@ -240,23 +299,13 @@ impl Forwarder {
 }
 
 /// Moves a flow's counts to its rules.
-fn settle(f: &mut Flow, now: Nanos) {
+fn settle(f: &mut Flow) {
     if f.packets != 0 {
         for r in &f.verdict.rules {
-            r.add(f.packets, f.bytes, now);
+            r.add(f.packets, f.bytes, f.used);
         }
         (f.packets, f.bytes) = (0, 0);
     }
-}
-
-#[inline]
-fn enqueue(out: &mut [OutQueue], active: &mut Vec<PortId>, port: PortId, i: u16, tag: VlanOp) {
-    let Some(q) = out.get_mut(port as usize) else { return };
-    if q.index.is_empty() {
-        active.push(port);
-    }
-    q.index.push(i);
-    q.tags.push(tag);
 }
 
 #[inline]

@@ -8,12 +8,14 @@ use super::{FRAME_MAX, FRAME_MIN, Packet};
 /// Most packets that one receive call takes from a queue, so that no port starves the others.
 pub const BURST: usize = 32;
 
+/// Most packets in a burst, copies included.
+const COPIES_MAX: usize = 16_384;
+
 /// Up to [`BURST`] received packets, and copies that the pipeline makes of them.
 #[derive(Debug, Default)]
 pub struct Burst {
     packets: Vec<Packet>,
     len: usize,
-    received: usize,
     memory: Option<Arc<dyn Any + Send + Sync>>,
     /// Frames that the port refused while it filled the burst (too long, too short, malformed descriptors).
     pub errors: u32,
@@ -30,7 +32,6 @@ impl Burst {
     pub fn clear(&mut self) {
         self.packets[..self.len].iter_mut().for_each(Packet::clear);
         self.len = 0;
-        self.received = 0;
         self.errors = 0;
         self.memory = None;
     }
@@ -72,7 +73,6 @@ impl Burst {
             return None;
         }
         self.len += 1;
-        self.received = self.len;
         let p = &mut self.packets[self.len - 1];
         p.clear();
         Some(p)
@@ -82,7 +82,6 @@ impl Burst {
     #[inline]
     pub(crate) fn pop(&mut self) {
         self.len = self.len.saturating_sub(1);
-        self.received = self.len;
         self.packets[self.len].clear();
     }
 
@@ -101,15 +100,19 @@ impl Burst {
         }
     }
 
-    /// Adds a copy of packet `i`, beyond the limit for received packets, and returns its index.
-    pub(crate) fn duplicate(&mut self, i: usize) -> usize {
+    /// Adds a copy of packet `i`, beyond the limit for received packets, and returns its index; `None` when the
+    /// rules make more copies than is sane.
+    pub(crate) fn duplicate(&mut self, i: usize) -> Option<usize> {
+        if self.len >= COPIES_MAX {
+            return None;
+        }
         if self.packets.len() == self.len {
             self.packets.push(Packet::default());
         }
         let (old, new) = self.packets.split_at_mut(self.len);
         new[0].clone_from_same_burst(&old[i]);
         self.len += 1;
-        self.len - 1
+        Some(self.len - 1)
     }
 
     /// Keeps guest memory mapped until the burst is cleared.

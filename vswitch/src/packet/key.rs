@@ -112,7 +112,7 @@ impl Field {
             Field::TcpFlags => (3, 48, 16),
             Field::IpSrc => (4, 0, 128),
             Field::IpDst => (6, 0, 128),
-            Field::FlowLabel => (8, 0, 32),
+            Field::FlowLabel => (8, 0, 20),
             Field::ArpSha => (9, 0, 48),
             Field::ArpTha => (10, 0, 48),
             Field::NdTarget => (11, 0, 128),
@@ -492,6 +492,24 @@ fn arp(h: &[u8], at: usize, key: &mut FlowKey) -> Option<()> {
     key.w[5] = u64::from(u32::from_be_bytes([a[14], a[15], a[16], a[17]]));
     key.w[7] = u64::from(u32::from_be_bytes([a[24], a[25], a[26], a[27]]));
     Some(())
+}
+
+/// The key of the packet that an ICMP or ICMPv6 error quotes; `None` when the frame is no such error.
+pub fn quoted_packet(head: &[u8]) -> Option<FlowKey> {
+    let l = layers(head)?;
+    let kind = *head.get(l.transport)?;
+    let error = match l.proto {
+        ICMP => matches!(kind, 3 | 11 | 12),
+        ICMPV6 => kind < 128,
+        _ => false,
+    };
+    if !error || l.fragment {
+        return None;
+    }
+    let mut key = FlowKey::default();
+    key.w[1] = u64::from(if l.ipv6 { ETH_IPV6 } else { ETH_IPV4 }) << 48;
+    extract_l3(head, l.transport + 8, &mut key);
+    Some(key)
 }
 
 /// Where the headers of an IP packet lie.

@@ -7,6 +7,7 @@
 
 mod burst;
 pub mod checksum;
+pub(crate) mod edit;
 mod guest;
 pub mod key;
 pub mod offload;
@@ -191,20 +192,6 @@ impl Packet {
         let mut v = Vec::with_capacity(self.len());
         self.copy_from(0, &mut v);
         v
-    }
-
-    /// Moves a tail that lies in guest memory into an owned buffer, so that it can be read and edited.
-    pub fn own_tail(&mut self) {
-        if !self.guest.is_empty() {
-            let Self { guest, owned, .. } = self;
-            guest.copy_from(0, owned);
-            guest.clear();
-        }
-    }
-
-    /// The owned tail, to be edited. Call [`Packet::own_tail`] first.
-    pub(crate) fn tail_mut(&mut self) -> &mut [u8] {
-        &mut self.owned
     }
 
     /// Makes this packet a copy of `other`; a tail in guest memory is shared, not copied, so both must belong to

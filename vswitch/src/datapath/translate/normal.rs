@@ -1,17 +1,21 @@
-//! The slow path: decides what happens to a packet and notes every bit of the packet the decision depends on.
+//! "Normal": VLANs, learning, flooding.
 
-use crate::clock::Nanos;
-use crate::datapath::verdict::{DropReason, Op, Verdict};
+use std::sync::Arc;
+
+use super::Translation;
+use crate::datapath::verdict::{DropReason, Op};
 use crate::mac_table::Learned;
-use crate::packet::key::{Field, FlowKey, is_group_mac};
+use crate::packet::key::{Field, is_group_mac};
 use crate::packet::vlan::{PRESENT, TPID_C, TPID_S, VID_MASK, VlanOp};
-use crate::port::PortId;
 use crate::port_config::VlanMode;
-use crate::shared::{PortEntry, PortTable, Shared};
+use crate::shared::PortEntry;
+
+/// Addresses that a bridge never forwards (802.1Q, table 8-1): spanning tree, pause, LACP, LLDP.
+const RESERVED: std::ops::RangeInclusive<u64> = 0x0180_c200_0000..=0x0180_c200_000f;
 
 /// How the outer tag of the frame stands to its VLAN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tag {
+pub(super) enum Tag {
     /// There is no tag that names the VLAN.
     Absent,
     /// The outer tag names the VLAN.
@@ -22,84 +26,74 @@ enum Tag {
     Service,
 }
 
-/// A decision in the making.
-pub(crate) struct Translation<'a> {
-    shared: &'a Shared,
-    ports: &'a PortTable,
-    now: Nanos,
-    key: FlowKey,
-    /// Bits of the original packet that the decision depends on.
-    pub mask: FlowKey,
-    pub verdict: Verdict,
-    /// Explanation for `trace`; filled only when present. A traced packet changes no state.
-    pub trace: Option<Vec<String>>,
+/// A frame's VLAN and how it shows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VlanState {
+    pub vlan: u16,
+    pub tag: Tag,
+    tci: u16,
 }
 
-impl<'a> Translation<'a> {
-    pub fn new(shared: &'a Shared, ports: &'a PortTable, now: Nanos, key: FlowKey) -> Self {
-        let mut mask = FlowKey::default();
-        mask.mark(Field::InPort);
-        Self { shared, ports, now, key, mask, verdict: Verdict::default(), trace: None }
-    }
-
-    /// Decides.
-    pub fn run(&mut self) {
-        let in_port = self.key.get64(Field::InPort) as PortId;
-        let Some(entry) = self.ports.get(in_port).cloned() else { return };
-        self.normal(&entry);
-    }
-
-    fn note(&mut self, line: impl FnOnce() -> String) {
-        if let Some(t) = &mut self.trace {
-            t.push(line());
-        }
-    }
-
-    fn drop_for(&mut self, reason: DropReason) {
-        self.note(|| format!("drop: {reason:?}"));
-        if self.verdict.ops.is_empty() {
-            self.verdict.drop = Some(reason);
-        }
-    }
-
-    /// Switches as a learning bridge does.
-    fn normal(&mut self, entry: &PortEntry) {
+impl Translation<'_> {
+    /// The frame's VLAN as the port it came in by sees it; `None`: not allowed.
+    pub(super) fn vlan_state(&mut self, entry: &PortEntry) -> Option<VlanState> {
         self.mask.mark(Field::Vlan);
         let tci = self.key.get64(Field::Vlan) as u16;
-        let Some((vlan, tag)) = ingress_vlan(&entry.config.vlan, tci) else {
+        let (vlan, tag) = ingress_vlan(&entry.config.vlan, tci)?;
+        Some(VlanState { vlan, tag, tci })
+    }
+
+    /// Switches as a learning bridge does; without learning it floods.
+    pub(super) fn normal(&mut self, learning: bool) {
+        let Some(entry) = self.in_entry() else { return self.drop_for(DropReason::NoDestination) };
+        let Some(state) = self.vlan_state(&entry) else {
             return self.drop_for(DropReason::VlanNotAllowed);
         };
+        let vlan = state.vlan;
         self.mask.mark(Field::EthSrc);
         self.mask.mark(Field::EthDst);
         let (src, dst) = (self.key.get64(Field::EthSrc), self.key.get64(Field::EthDst));
         if is_group_mac(src) || src == 0 {
             return self.drop_for(DropReason::BadSource);
         }
-        if !self.learn(entry, vlan, src) {
+        if RESERVED.contains(&dst) {
+            return self.drop_for(DropReason::Reserved);
+        }
+        if !learning {
+            return self.flood(&entry, state);
+        }
+        if !self.learn_source(&entry, vlan, src) {
             return;
         }
         if is_group_mac(dst) {
-            return self.flood(entry, vlan, tag, tci);
+            return self.flood(&entry, state);
         }
         self.verdict.depends.push(self.shared.macs.depend(vlan, dst));
-        match self.shared.macs.lookup(vlan, dst).and_then(|p| self.ports.get(p).cloned()) {
+        let known = self.shared.macs.lookup(vlan, dst).and_then(|p| self.ports.get(p).cloned());
+        match known {
             Some(out) if out.id == entry.id => self.drop_for(DropReason::NoDestination),
             Some(out) => {
                 self.note(|| format!("VLAN {vlan}: destination known behind port {} ({})", out.id, out.name));
-                if !self.output(entry, &out, vlan, tag, tci) {
+                if !self.switch_to(&out, state) {
                     self.drop_for(DropReason::NoDestination);
                 }
             }
-            None => self.flood(entry, vlan, tag, tci),
+            None => {
+                if let Some(m) = &entry.limits.unknown_unicast {
+                    self.ops.push(Op::Meter(m.clone()));
+                }
+                self.flood(&entry, state);
+            }
         }
     }
 
     /// Learns the source; `false` when the packet must be dropped.
-    fn learn(&mut self, entry: &PortEntry, vlan: u16, src: u64) -> bool {
+    fn learn_source(&mut self, entry: &PortEntry, vlan: u16, src: u64) -> bool {
         if self.trace.is_some() {
             return true;
         }
         let macs = &self.shared.macs;
+        let limits = macs.depend_on_limits();
         let mut depends = macs.depend(vlan, src);
         let mut learned = macs.learn(vlan, src, entry.id, entry.config.mac_limit, self.now);
         if !macs.is_current(depends) {
@@ -114,36 +108,35 @@ impl<'a> Translation<'a> {
                 true
             }
             Learned::LimitReached => {
+                self.verdict.depends.push(limits);
                 self.drop_for(DropReason::MacLimit);
                 false
             }
-            Learned::Elsewhere => {
+            Learned::Held | Learned::Fixed => {
+                // How long an address is held is a matter of time, which cached decisions do not see.
+                self.verdict.once = matches!(learned, Learned::Held);
                 self.drop_for(DropReason::MacElsewhere);
                 false
             }
         }
     }
 
-    fn flood(&mut self, from: &PortEntry, vlan: u16, tag: Tag, tci: u16) {
-        self.note(|| format!("VLAN {vlan}: flood"));
-        let ports = self.ports;
-        for out in ports.iter().filter(|p| p.id != from.id) {
-            self.output(from, out, vlan, tag, tci);
+    fn flood(&mut self, from: &PortEntry, state: VlanState) {
+        self.note(|| format!("VLAN {}: flood", state.vlan));
+        let before = self.ops.len();
+        let ports: Vec<Arc<PortEntry>> = self.ports.iter().filter(|p| p.id != from.id).cloned().collect();
+        for out in ports {
+            self.switch_to(&out, state);
         }
-        if self.verdict.ops.is_empty() {
+        if self.ops.len() == before {
             self.drop_for(DropReason::NoDestination);
         }
     }
 
-    /// Sends towards a port if policies allow; says whether it did.
-    fn output(&mut self, from: &PortEntry, out: &PortEntry, vlan: u16, tag: Tag, tci: u16) -> bool {
-        if !out.config.vlan.carries(vlan) || (from.config.isolated && out.config.isolated) {
-            return false;
-        }
-        let op = egress_vlan(&out.config.vlan, vlan, tag, tci);
-        self.note(|| format!("output to port {} ({}), tag: {op:?}", out.id, out.name));
-        self.verdict.ops.push(Op::Output { port: out.id, vlan: op });
-        true
+    /// Sends out of a port that carries the VLAN; says whether it did.
+    fn switch_to(&mut self, out: &PortEntry, state: VlanState) -> bool {
+        out.config.vlan.carries(state.vlan)
+            && self.output(out, state.vlan, egress_vlan(&out.config.vlan, state))
     }
 }
 
@@ -160,26 +153,21 @@ fn ingress_vlan(mode: &VlanMode, tci: u16) -> Option<(u16, Tag)> {
 }
 
 /// What to do with the tag on the way out of a port that carries the VLAN.
-fn egress_vlan(mode: &VlanMode, vlan: u16, tag: Tag, tci: u16) -> VlanOp {
+fn egress_vlan(mode: &VlanMode, state: VlanState) -> VlanOp {
+    let VlanState { vlan, tag, tci } = state;
     let tci = (tci & 0xe000) | vlan;
     let tagged = match mode {
-        VlanMode::Access(_) => vlan == 0 && tag == Tag::Present,
-        VlanMode::Tunnel(_) => false,
+        VlanMode::Access(_) | VlanMode::Tunnel(_) => false,
         VlanMode::Trunk { native, .. } => vlan != *native,
     };
     match (tag, tagged) {
         (Tag::Present, false) => VlanOp::Pop,
-        (Tag::Present, true) | (Tag::Absent, false) | (Tag::Service, false) => VlanOp::None,
+        (Tag::Present, true) | (Tag::Absent | Tag::Service, false) => VlanOp::None,
         (Tag::Absent, true) => VlanOp::Push { tpid: TPID_C, tci },
         (Tag::Service, true) => VlanOp::Push { tpid: TPID_S, tci: vlan },
         // A priority tag without VLAN stays only where VLAN 0 is native.
-        (Tag::Priority, false) => {
-            if vlan == 0 {
-                VlanOp::None
-            } else {
-                VlanOp::Pop
-            }
-        }
+        (Tag::Priority, false) if vlan == 0 => VlanOp::None,
+        (Tag::Priority, false) => VlanOp::Pop,
         (Tag::Priority, true) => VlanOp::Set { tci },
     }
 }

@@ -1,0 +1,168 @@
+//! The slow path: decides what happens to a packet and notes every bit of the packet the decision depends on.
+//!
+//! The order is: guards of the port it came in by, mirrors, ingress limit, flow tables (which usually say "normal"),
+//! and for each output the policies of that port.
+
+mod actions;
+mod normal;
+mod policy;
+
+use std::sync::Arc;
+
+use crate::clock::Nanos;
+use crate::conntrack::Tracked;
+use crate::datapath::verdict::{DropReason, Op, Verdict};
+use crate::packet::key::{Field, FlowKey};
+use crate::packet::vlan::VlanOp;
+use crate::pipeline::{Action, FlowSpec, Tables};
+use crate::port::PortId;
+use crate::security::SecurityGroups;
+use crate::shared::{PortEntry, PortTable, Shared};
+
+/// A decision in the making.
+pub(crate) struct Translation<'a> {
+    shared: &'a Shared,
+    ports: &'a PortTable,
+    tables: &'a Tables,
+    security: Arc<SecurityGroups>,
+    now: Nanos,
+    head: &'a [u8],
+    key: FlowKey,
+    /// Bits of the original packet that the decision depends on.
+    pub mask: FlowKey,
+    pub verdict: Verdict,
+    /// Rules that the packet teaches; the caller adds them when the tables are free.
+    pub learned: Vec<FlowSpec>,
+    /// Explanation for `trace`; filled only when present. A traced packet changes no state.
+    pub trace: Option<Vec<String>>,
+    ops: Vec<Op>,
+    action_set: Vec<Action>,
+    tracked: Option<(u16, Tracked)>,
+    /// Rule under way: table and cookie, for packets given to controllers.
+    rule: (u8, u64),
+    depth: u32,
+    steps: u32,
+}
+
+impl<'a> Translation<'a> {
+    pub fn new(
+        shared: &'a Shared,
+        ports: &'a PortTable,
+        tables: &'a Tables,
+        now: Nanos,
+        head: &'a [u8],
+        key: FlowKey,
+    ) -> Self {
+        let mut mask = FlowKey::default();
+        mask.mark(Field::InPort);
+        Self {
+            shared,
+            ports,
+            tables,
+            security: shared.security.load_full(),
+            now,
+            head,
+            key,
+            mask,
+            verdict: Verdict::default(),
+            learned: Vec::new(),
+            trace: None,
+            ops: Vec::new(),
+            action_set: Vec::new(),
+            tracked: None,
+            rule: (0, 0),
+            depth: 0,
+            steps: 0,
+        }
+    }
+
+    /// Decides about a packet that came in by a port.
+    pub fn run(&mut self) {
+        if let Some(entry) = self.in_entry() {
+            self.ingress(&entry);
+        }
+        self.finish();
+    }
+
+    /// Decides about a packet that a controller sends with a list of actions.
+    pub fn run_actions(&mut self, actions: &[Action]) {
+        self.actions(actions, 0);
+        self.finish();
+    }
+
+    fn finish(&mut self) {
+        self.verdict.ops = std::mem::take(&mut self.ops);
+        if !self.verdict.ops.is_empty() {
+            self.verdict.drop = None;
+        }
+    }
+
+    fn ingress(&mut self, entry: &Arc<PortEntry>) {
+        if !self.admit(entry) {
+            return;
+        }
+        self.mirror_in(entry.id);
+        if let Some(m) = &entry.limits.ingress {
+            self.ops.push(Op::Meter(m.clone()));
+        }
+        self.storm_control(entry);
+        let before = self.ops.len();
+        self.table(0);
+        let set = std::mem::take(&mut self.action_set);
+        self.actions(&ordered(set), 0);
+        if self.ops.len() == before && self.verdict.drop.is_none() {
+            self.drop_for(DropReason::Pipeline);
+        }
+    }
+
+    /// The port that the packet came in by.
+    fn in_entry(&self) -> Option<Arc<PortEntry>> {
+        self.ports.get(self.in_port()).cloned()
+    }
+
+    fn in_port(&self) -> PortId {
+        self.key.get64(Field::InPort) as PortId
+    }
+
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if let Some(t) = &mut self.trace {
+            t.push(line());
+        }
+    }
+
+    fn drop_for(&mut self, reason: DropReason) {
+        self.note(|| format!("drop: {reason}"));
+        self.verdict.drop.get_or_insert(reason);
+    }
+
+    /// Sends out of a port if its policies allow; says whether it did.
+    fn output(&mut self, out: &PortEntry, vlan: u16, op: VlanOp) -> bool {
+        if !self.may_leave(out, vlan) {
+            return false;
+        }
+        self.mirror_out(out.id);
+        self.note(|| format!("output to port {} ({}), tag: {op:?}", out.id, out.name));
+        self.ops.push(Op::Output { port: out.id, vlan: op, limit: out.limits.egress.clone() });
+        true
+    }
+}
+
+/// The order in which OpenFlow executes an action set: the last action of each kind, outputs at the end.
+fn ordered(set: Vec<Action>) -> Vec<Action> {
+    let rank = |a: &Action| match a {
+        Action::PopVlan => 0,
+        Action::PushVlan(_) => 1,
+        Action::DecTtl => 2,
+        Action::SetField { .. } | Action::Move { .. } => 3,
+        Action::Group(_) => 5,
+        Action::Output(_) | Action::OutputField(_) => 6,
+        _ => 4,
+    };
+    let mut sorted = set;
+    sorted.sort_by_key(rank);
+    // A group takes the place of an output.
+    if sorted.iter().any(|a| matches!(a, Action::Group(_))) {
+        sorted.retain(|a| rank(a) != 6);
+    }
+    sorted
+}
