@@ -9,10 +9,10 @@ use super::slow::slow_handler;
 use super::{Slow, SlowOp};
 use crate::cpu::mode;
 use crate::hostop::{self, HostOp, StubCache};
-use crate::ops::ea::{Legacy, Long};
+use crate::ops::ea::{Base, Legacy, Long};
 use crate::ops::host::Unit;
 use crate::ops::operand::{address_size, encode, segment_number, size_of};
-use crate::ops::{alu, bits, flow, host, mov, muldiv, rmw, shift, stack, system};
+use crate::ops::{alu, bits, flow, fused, host, mov, muldiv, rmw, shift, stack, system};
 
 /// The instance of a handler for an operand size: `by_size!(size, module::handler, <more generics>)`.
 macro_rules! by_size {
@@ -22,6 +22,17 @@ macro_rules! by_size {
             2 => $($f)::+::<u16 $(, $g)*> as Handler,
             4 => $($f)::+::<u32 $(, $g)*> as Handler,
             _ => $($f)::+::<u64 $(, $g)*> as Handler,
+        }
+    };
+}
+
+/// The same for handlers with a memory operand that are worth a variant for simple addresses.
+macro_rules! by_size_hot {
+    ($op:expr, $long:expr, $size:expr, $($f:ident)::+ $(, $g:ty)*) => {
+        if $long && $op.index == ZERO && $op.seg == ZERO {
+            by_size!($size, $($f)::+, Base $(, $g)*)
+        } else {
+            by_size_mem!($long, $size, $($f)::+ $(, $g)*)
         }
     };
 }
@@ -48,7 +59,7 @@ macro_rules! by_condition {
                 const $C: u8 = $n;
                 $e
             })+
-            _ => unreachable!("condition codes have four bits"),
+            _ => unreachable!("other condition codes were excluded"),
         }
     };
 }
@@ -62,6 +73,7 @@ pub(crate) struct Builder<'a> {
     slow: Vec<Box<SlowOp>>,
     host: Vec<Box<HostOp>>,
     stubs: &'a mut StubCache,
+    previous: Option<Instruction>,
 }
 
 /// An operation under construction: the handler, and whether it ends the block.
@@ -69,7 +81,8 @@ type Chosen = (Handler, bool);
 
 impl<'a> Builder<'a> {
     pub fn new(mode: u16, page_offset: u64, stubs: &'a mut StubCache) -> Self {
-        Self { mode, page_offset, ops: Vec::new(), slow: Vec::new(), host: Vec::new(), stubs }
+        let (ops, slow, host) = (Vec::new(), Vec::new(), Vec::new());
+        Self { mode, page_offset, ops, slow, host, stubs, previous: None }
     }
 
     pub fn finish(self) -> (Vec<Op>, Vec<Box<SlowOp>>, Vec<Box<HostOp>>) {
@@ -99,10 +112,49 @@ impl<'a> Builder<'a> {
         };
         let (handler, ends) = self.choose(instruction, &mut op);
         op.handler = handler;
+        if last && !ends && instruction.is_jcc_short_or_near() {
+            self.fuse(instruction.condition_code() as u8 - 1);
+        }
+        self.previous = Some(*instruction);
         self.ops.push(op);
         if last && !ends {
             self.go_on(instruction.next_ip());
         }
+    }
+
+    /// Lets a comparison at the end of `ops` execute the conditional jump that follows.
+    fn fuse(&mut self, condition: u8) {
+        let (Some(i), Some(op)) = (self.previous, self.ops.last_mut()) else { return };
+        if self.mode & mode::CODE64 == 0 || !fused::can_fuse(condition) {
+            return;
+        }
+        let (k0, k1) = (i.op0_kind(), i.op1_kind());
+        let memory = has_memory(&i);
+        if size_of(&i, 0) == 2 || memory && address_size(&i) != 8 {
+            return;
+        }
+        let simple = op.index == ZERO && op.seg == ZERO;
+        macro_rules! fused {
+            ($s:ty, $o:ty) => {
+                by_condition!(@ condition, C => match size_of(&i, 0) {
+                    1 => fused::fused::<u8, $s, $o, C> as Handler,
+                    4 => fused::fused::<u32, $s, $o, C>,
+                    _ => fused::fused::<u64, $s, $o, C>,
+                }; 2 3 4 5 6 7 8 9 12 13 14 15)
+            };
+        }
+        op.handler = match (i.mnemonic(), k0 == OpKind::Memory, k1 == OpKind::Memory, is_immediate(k1)) {
+            (M::Cmp, false, false, false) => fused!(fused::RegReg, fused::Cmp),
+            (M::Cmp, false, false, true) => fused!(fused::RegImm, fused::Cmp),
+            (M::Cmp, true, _, true) if simple => fused!(fused::MemImm<Base>, fused::Cmp),
+            (M::Cmp, true, _, true) => fused!(fused::MemImm<Long>, fused::Cmp),
+            (M::Cmp, true, _, false) => fused!(fused::MemReg<Long>, fused::Cmp),
+            (M::Cmp, false, true, _) => fused!(fused::RegMem<Long>, fused::Cmp),
+            (M::Test, false, false, false) => fused!(fused::RegReg, fused::Test),
+            (M::Test, false, false, true) => fused!(fused::RegImm, fused::Test),
+            (M::Test, true, _, true) => fused!(fused::MemImm<Long>, fused::Test),
+            _ => return,
+        };
     }
 
     /// Ends the block with a jump to the instruction that follows it.
@@ -157,7 +209,7 @@ impl<'a> Builder<'a> {
             ($m:ty) => {
                 match (memory0, locked) {
                     (false, _) => by_size!(size, rmw::reg, $m),
-                    (true, false) => by_size_mem!(long, size, rmw::mem, $m),
+                    (true, false) => by_size_hot!(op, long, size, rmw::mem, $m),
                     (true, true) => by_size_mem!(long, size, rmw::locked, $m),
                 }
             };
@@ -168,7 +220,7 @@ impl<'a> Builder<'a> {
                     op.imm.set(i.immediate(1));
                     modify!(alu::WithImm<$o>)
                 } else if memory1 {
-                    by_size_mem!(long, size, alu::reg_mem, $o)
+                    by_size_hot!(op, long, size, alu::reg_mem, $o)
                 } else {
                     modify!(alu::WithReg<$o>)
                 }
@@ -179,14 +231,14 @@ impl<'a> Builder<'a> {
                 if is_immediate(i.op1_kind()) {
                     op.imm.set(i.immediate(1));
                     if memory0 {
-                        by_size_mem!(long, size, alu::test_mem_imm, $o)
+                        by_size_hot!(op, long, size, alu::test_mem_imm, $o)
                     } else {
                         by_size!(size, alu::test_reg_imm, $o)
                     }
                 } else if memory1 {
-                    by_size_mem!(long, size, alu::test_reg_mem, $o)
+                    by_size_hot!(op, long, size, alu::test_reg_mem, $o)
                 } else if memory0 {
-                    by_size_mem!(long, size, alu::test_mem_reg, $o)
+                    by_size_hot!(op, long, size, alu::test_mem_reg, $o)
                 } else {
                     by_size!(size, alu::test_reg_reg, $o)
                 }
@@ -320,8 +372,8 @@ impl<'a> Builder<'a> {
                 }
             }
             M::Mov => return self.mov(i, op, long, size),
-            M::Movnti => by_size_mem!(long, size, mov::store_reg),
-            M::Movzx | M::Movsx | M::Movsxd => extend(i, long),
+            M::Movnti => by_size_hot!(op, long, size, mov::store_reg),
+            M::Movzx | M::Movsx | M::Movsxd => extend(i, long, op.index == ZERO && op.seg == ZERO),
             M::Lea if long => by_size!(size, mov::lea_long),
             M::Lea => by_size!(size, mov::lea_legacy),
             M::Cbw => mov::extend_accumulator::<u16, u8>,
@@ -488,11 +540,11 @@ impl<'a> Builder<'a> {
                 by_size!(size, mov::mov_reg_seg)
             }
             (OpKind::Register, OpKind::Register) => by_size!(size, mov::mov_reg_reg),
-            (OpKind::Register, OpKind::Memory) => by_size_mem!(long, size, mov::load),
-            (OpKind::Memory, OpKind::Register) => by_size_mem!(long, size, mov::store_reg),
+            (OpKind::Register, OpKind::Memory) => by_size_hot!(op, long, size, mov::load),
+            (OpKind::Memory, OpKind::Register) => by_size_hot!(op, long, size, mov::store_reg),
             (OpKind::Memory, _) => {
                 op.imm.set(i.immediate(1));
-                by_size_mem!(long, size, mov::store_imm)
+                by_size_hot!(op, long, size, mov::store_imm)
             }
             _ => {
                 op.imm.set(i.immediate(1));
@@ -693,13 +745,15 @@ fn is_setcc(i: &Instruction) -> bool {
 }
 
 /// MOVZX, MOVSX and MOVSXD.
-fn extend(i: &Instruction, long: bool) -> Handler {
+fn extend(i: &Instruction, long: bool, simple: bool) -> Handler {
     let destination = size_of(i, 0);
     let source = size_of(i, 1);
     let memory = i.op1_kind() == OpKind::Memory;
     macro_rules! from {
         ($reg:ident, $mem:ident, $s:ty) => {
             match (memory, long, destination) {
+                (true, true, 4) if simple => mov::$mem::<u32, $s, Base>,
+                (true, true, 8) if simple => mov::$mem::<u64, $s, Base>,
                 (false, _, 2) => mov::$reg::<u16, $s> as Handler,
                 (false, _, 4) => mov::$reg::<u32, $s>,
                 (false, _, _) => mov::$reg::<u64, $s>,

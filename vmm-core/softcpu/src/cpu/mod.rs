@@ -19,7 +19,7 @@ use crate::exit::DebugControl;
 use crate::handle::CpuHandle;
 use crate::hostop::{Resident, StubCache};
 use crate::memory::{GuestMemory, Map, Member};
-use crate::mmu::tlb::Tlb;
+use crate::mmu::tlb::{ENTRIES, Entry, Tlb};
 use crate::state::{CpuState, DescriptorTable, FpuState, MpState, Msrs, Segment};
 use flags::Lazy;
 
@@ -116,6 +116,8 @@ pub struct Cpu {
     /// Instructions that may still execute before control returns to `run`.
     pub(crate) fuel: i64,
     pub(crate) tlb: Tlb,
+    /// The table of the TLB for the current privilege level.
+    pub(crate) table: *const Entry,
     /// 1 at CPL 3, otherwise 0.
     pub(crate) user: usize,
     /// RFLAGS without the status flags.
@@ -196,7 +198,7 @@ impl std::fmt::Debug for Cpu {
     }
 }
 
-// SAFETY: the raw pointers inside (links between decoded blocks) point to memory that the processor itself
+// SAFETY: the raw pointers inside (the TLB table, links between decoded blocks) point to memory that the processor itself
 // owns and only follows from its own methods.
 unsafe impl Send for Cpu {}
 
@@ -216,6 +218,7 @@ impl Cpu {
             lazy: Lazy::default(),
             fuel: 0,
             tlb: Tlb::new(),
+            table: std::ptr::null(),
             user: 0,
             flags: 2,
             blocks: BlockCache::new(),
@@ -465,6 +468,7 @@ impl Cpu {
         let cs = self.segs[seg::CS].attributes;
         self.code64 = self.long_mode() && cs.long();
         self.user = usize::from(self.cpl == 3);
+        self.table = &raw const self.tlb.entries[self.user * ENTRIES];
         let mut mode = 0;
         if self.code64 {
             mode |= mode::CODE64;

@@ -33,9 +33,26 @@ pub(crate) unsafe fn load(host: u64, size: u64) -> u64 {
 /// See the module.
 #[inline(always)]
 pub(crate) unsafe fn store(host: u64, size: u64, value: u64) {
-    let p = host as usize;
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise. The compiler would move a volatile store of an unaligned type through
+    // the stack.
+    unsafe {
+        use std::arch::asm;
+        match size {
+            1 => asm!("mov byte ptr [{}], {}", in(reg) host, in(reg_byte) value as u8,
+                      options(nostack, preserves_flags)),
+            2 => asm!("mov word ptr [{}], {:x}", in(reg) host, in(reg) value,
+                      options(nostack, preserves_flags)),
+            4 => asm!("mov dword ptr [{}], {:e}", in(reg) host, in(reg) value,
+                      options(nostack, preserves_flags)),
+            _ => asm!("mov qword ptr [{}], {}", in(reg) host, in(reg) value,
+                      options(nostack, preserves_flags)),
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
     // SAFETY: the caller's promise; the type has no alignment.
     unsafe {
+        let p = host as usize;
         match size {
             1 => (p as *mut u8).write_volatile(value as u8),
             2 => (p as *mut Unaligned<u16>).write_volatile(Unaligned(value as u16)),

@@ -74,9 +74,8 @@ impl Cpu {
 
     #[inline(always)]
     fn entry(&self, address: u64) -> &Entry {
-        let at = index(address, self.user & 1);
-        // SAFETY: `index` is below twice the number of entries of a table.
-        unsafe { self.tlb.entries.get_unchecked(at) }
+        // SAFETY: `table` points to the first of `ENTRIES` entries of the TLB that the processor owns.
+        unsafe { &*self.table.add(index(address, 0)) }
     }
 
     /// Reads up to eight bytes with an explicit privilege.

@@ -23,6 +23,16 @@ impl Ea for Long {
     }
 }
 
+/// The same without index and segment base.
+pub(crate) struct Base;
+
+impl Ea for Base {
+    #[inline(always)]
+    fn linear<T: Width>(cpu: &mut Cpu, op: OpPtr, _write: bool) -> Result<u64, Fault> {
+        Ok(cpu.regs[usize::from(op.base)].wrapping_add(op.disp as i64 as u64))
+    }
+}
+
 /// Everything else: segmentation, 16- and 32-bit addresses.
 pub(crate) struct Legacy;
 

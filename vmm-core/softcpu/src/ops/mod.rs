@@ -4,6 +4,7 @@ pub(crate) mod alu;
 pub(crate) mod bits;
 pub(crate) mod ea;
 pub(crate) mod flow;
+pub(crate) mod fused;
 pub(crate) mod host;
 pub(crate) mod io;
 pub(crate) mod legacy;
