@@ -685,7 +685,7 @@ impl<'a> Builder<'a> {
 
     /// x87, MMX and SSE instructions, and whatever is left.
     fn host(&mut self, i: &Instruction, op: &mut Op, long: bool) -> Chosen {
-        let Some(host) = hostop::translate(i, self.stubs) else {
+        let Some(host) = hostop::translate(&without_hint(i), self.stubs) else {
             return self.slow(i, op, system::unimplemented, false);
         };
         let boxed = Box::new(host);
@@ -699,6 +699,22 @@ impl<'a> Builder<'a> {
         }
         (if long || !has_memory(i) { host::host::<true> } else { host::host::<false> }, false)
     }
+}
+
+/// Replaces a non-temporal move by the ordinary one: on the way through host registers the hint costs far more
+/// than it could save.
+fn without_hint(i: &Instruction) -> Instruction {
+    use iced_x86::Code as C;
+    let mut plain = *i;
+    match i.code() {
+        C::Movntdq_m128_xmm => plain.set_code(C::Movdqa_xmmm128_xmm),
+        C::Movntps_m128_xmm => plain.set_code(C::Movaps_xmmm128_xmm),
+        C::Movntpd_m128_xmm => plain.set_code(C::Movapd_xmmm128_xmm),
+        C::Movntdqa_xmm_m128 => plain.set_code(C::Movdqa_xmm_xmmm128),
+        C::Movntq_m64_mm => plain.set_code(C::Movq_mmm64_mm),
+        _ => {}
+    }
+    plain
 }
 
 fn has_memory(i: &Instruction) -> bool {
