@@ -22,13 +22,14 @@ pub struct Template {
 
 /// An opcode with register operands only, or with a memory operand.
 pub struct Form {
-    pub code: Code,
+    /// One of its encodings.
+    pub example: Instruction,
     pub templates: Vec<Template>,
 }
 
 /// All forms that can run here and in the guest, optionally of one mnemonic only.
 pub fn all(mode: Mode, only: Option<&str>) -> Vec<Form> {
-    let mut forms: BTreeMap<(Code, bool), Vec<Template>> = BTreeMap::new();
+    let mut forms: BTreeMap<(Code, bool), Form> = BTreeMap::new();
     for map in 0..4 {
         for opcode in 0..=255u8 {
             if map == 0 && is_prefix(mode, opcode) {
@@ -37,17 +38,20 @@ pub fn all(mode: Mode, only: Option<&str>) -> Vec<Form> {
             for (operand_size, repeat, wide) in prefixes(mode) {
                 for modrm in modrm_bytes(mode, map, opcode) {
                     let template = Template { operand_size, repeat, wide, map, opcode, modrm };
-                    let Some(instruction) = decode(mode, &template.plain()) else { continue };
+                    let Some(instruction) = decode(mode, INSTRUCTION, &template.plain()) else { continue };
                     let name = format!("{:?}", instruction.mnemonic()).to_lowercase();
                     if is_testable(&instruction) && only.is_none_or(|only| only == name) {
                         let memory = modrm.is_some_and(|modrm| modrm < 0xc0);
-                        forms.entry((instruction.code(), memory)).or_default().push(template);
+                        let form = forms
+                            .entry((instruction.code(), memory))
+                            .or_insert_with(|| Form { example: instruction, templates: Vec::new() });
+                        form.templates.push(template);
                     }
                 }
             }
         }
     }
-    forms.into_iter().map(|((code, _), templates)| Form { code, templates }).collect()
+    forms.into_values().collect()
 }
 
 impl Template {
@@ -82,9 +86,9 @@ impl Template {
 }
 
 /// Decodes as a processor with the extensions up to x86-64-v2 does, near branches as AMD's do.
-pub fn decode(mode: Mode, bytes: &[u8]) -> Option<Instruction> {
+pub fn decode(mode: Mode, address: u64, bytes: &[u8]) -> Option<Instruction> {
     let options = DecoderOptions::AMD;
-    let instruction = Decoder::with_ip(mode.bits(), bytes, INSTRUCTION, options).decode();
+    let instruction = Decoder::with_ip(mode.bits(), bytes, address, options).decode();
     (!instruction.is_invalid()).then_some(instruction)
 }
 

@@ -28,32 +28,59 @@ pub struct Encoding {
 
 /// A random encoding of the form; `None` if this attempt is not usable.
 pub fn encoding(mode: Mode, form: &Form, random: &mut Random) -> Option<Encoding> {
+    encoding_at(mode, form, INSTRUCTION, Addressing::Any, random)
+}
+
+/// How memory operands of an encoding are addressed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Addressing {
+    /// Every form of address.
+    Any,
+    /// By constants, or by RBX and a displacement of eight bits.
+    Limited,
+}
+
+/// The same for an instruction that will be at `address`.
+pub fn encoding_at(
+    mode: Mode,
+    form: &Form,
+    address: u64,
+    addressing: Addressing,
+    random: &mut Random,
+) -> Option<Encoding> {
     let template = random.pick(&form.templates);
-    let mut bytes = encode(mode, &template, random);
+    let mut bytes = encode(mode, &template, addressing, random);
     let options = DecoderOptions::AMD;
-    let mut decoder = Decoder::with_ip(mode.bits(), &bytes, INSTRUCTION, options);
+    let mut decoder = Decoder::with_ip(mode.bits(), &bytes, address, options);
     let instruction = decoder.decode();
     if instruction.is_invalid() {
         return None;
     }
     let offsets = decoder.get_constant_offsets(&instruction);
     bytes.truncate(instruction.len());
-    patch_constants(&mut bytes, &instruction, offsets, random);
-    let instruction = Decoder::with_ip(mode.bits(), &bytes, INSTRUCTION, options).decode();
+    patch_constants(&mut bytes, &instruction, offsets, addressing, random);
+    let instruction = Decoder::with_ip(mode.bits(), &bytes, address, options).decode();
     if instruction.is_invalid() || !is_testable(&instruction) || !is_safe(&instruction) {
         return None;
     }
     Some(Encoding { mode, fpu: uses_fpu(&instruction), bytes, instruction })
 }
 
-fn encode(mode: Mode, template: &Template, random: &mut Random) -> Vec<u8> {
+fn encode(mode: Mode, template: &Template, addressing: Addressing, random: &mut Random) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(24);
     let memory = template.modrm.is_some_and(|modrm| modrm < 0xc0);
-    let percent = if memory && mode == Mode::Long { 12 } else { 3 };
+    let limited = addressing == Addressing::Limited;
+    let percent = if limited {
+        0
+    } else if memory && mode == Mode::Long {
+        12
+    } else {
+        3
+    };
     if random.percent(percent) {
         bytes.push(0x67);
     }
-    if random.percent(6) {
+    if !limited && random.percent(6) {
         bytes.push(random.pick(&[0x2e, 0x3e, 0x26, 0x36, 0x65]));
     }
     if template.operand_size {
@@ -69,12 +96,17 @@ fn encode(mode: Mode, template: &Template, random: &mut Random) -> Vec<u8> {
     let mut rex = 0x40 | u8::from(template.wide) << 3;
     if mode == Mode::Long && random.percent(50) {
         rex |= random.below(8) as u8;
+        if limited && memory {
+            rex &= !3;
+        }
     }
     if rex != 0x40 || mode == Mode::Long && random.percent(5) {
         bytes.push(rex);
     }
     template.push_opcode(&mut bytes);
     match template.modrm {
+        // RBX and a displacement, or a displacement only.
+        Some(modrm) if memory && limited => bytes.push(modrm & 0x38 | random.pick(&[0x43, 0x05])),
         Some(modrm) if memory => push_address(modrm, &mut bytes, random),
         modrm => bytes.extend(modrm),
     }
@@ -106,12 +138,13 @@ fn patch_constants(
     bytes: &mut [u8],
     instruction: &Instruction,
     offsets: ConstantOffsets,
+    addressing: Addressing,
     random: &mut Random,
 ) {
     let mut put = |offset: usize, size: usize, value: u64| {
         bytes[offset..offset + size].copy_from_slice(&value.to_le_bytes()[..size]);
     };
-    let next = INSTRUCTION + instruction.len() as u64;
+    let next = instruction.next_ip();
     if is_relative_branch(instruction) {
         let size = offsets.immediate_size();
         let displacement = match size {
@@ -126,10 +159,13 @@ fn patch_constants(
         return;
     }
     let segment = if instruction.memory_segment() == Register::GS { GS_BASE } else { 0 };
-    let target = if instruction.flow_control() == FlowControl::Next {
-        data_target(random, 16)
-    } else {
-        DATA + 64 + random.below(DATA_WRITABLE - 512)
+    let inside = DATA + 64 + random.below(DATA_WRITABLE - 1024);
+    let target = match addressing {
+        _ if instruction.flow_control() != FlowControl::Next => inside,
+        Addressing::Any => data_target(random, 16),
+        // Most sequences shall run to their end.
+        Addressing::Limited if random.percent(2) => DATA + DATA_LENGTH - random.below(32),
+        Addressing::Limited => inside & !15,
     };
     let target = target.wrapping_sub(segment);
     let size = offsets.displacement_size();
@@ -204,15 +240,20 @@ fn non_canonical(random: &mut Random) -> u64 {
     }
 }
 
-/// A random input for the encoding.
-pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) -> State {
-    let instruction = &encoding.instruction;
-    let mut state = State {
+/// Random registers.
+pub fn registers(with_fpu: bool, random: &mut Random) -> State {
+    State {
         gpr: std::array::from_fn(|_| random.integer()),
         rflags: 0x202 | random.next() & 0x8d5 | if random.percent(25) { 1 << 10 } else { 0 },
         rip: INSTRUCTION,
-        fx: if encoding.fpu { fpu(random) } else { FpuState::default() },
-    };
+        fx: if with_fpu { fpu(random) } else { FpuState::default() },
+    }
+}
+
+/// A random input for the encoding.
+pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) -> State {
+    let instruction = &encoding.instruction;
+    let mut state = registers(encoding.fpu, random);
     patches.clear();
     stack(instruction, &mut state, random, patches);
     implicit_addresses(instruction, &mut state, random);

@@ -7,6 +7,7 @@ mod layout;
 mod native;
 mod random;
 mod report;
+mod sequence;
 mod soft;
 mod state;
 mod undefined;
@@ -19,6 +20,7 @@ pub use layout::Mode;
 use layout::{DATA, DATA_WRITABLE};
 use native::Native;
 use random::Random;
+use sequence::Sequence;
 use soft::Soft;
 use state::{Exception, Outcome, State};
 
@@ -26,6 +28,7 @@ use state::{Exception, Outcome, State};
 const INPUTS: u64 = 32;
 /// Mismatches of one opcode that are printed.
 const REPORTS: usize = 1;
+const SEQUENCE_REPORTS: usize = 8;
 
 /// Misaligned SSE mode, which AMD processors have.
 const MXCSR_MM: u32 = 1 << 17;
@@ -66,7 +69,14 @@ pub fn run(options: &Options) -> Summary {
     let mut random = Random::new(options.seed);
     let mut summary = Summary { forms: forms.len(), ..Summary::default() };
     let mut next = 0;
+    let usable = [Mode::Long, Mode::Compat].map(|mode| {
+        let of_mode = forms.iter().filter(|(form_mode, _)| *form_mode == mode);
+        (mode, of_mode.map(|(_, form)| form).filter(|form| sequence::usable(form)).collect::<Vec<_>>())
+    });
     while summary.cases < options.cases {
+        for (mode, usable) in usable.iter().filter(|(_, usable)| !usable.is_empty()) {
+            machines.test_sequence(*mode, usable, &mut random, &mut summary);
+        }
         // All forms in turn: a run covers each of them equally.
         let (mode, form) = &forms[next % forms.len()];
         next += 1;
@@ -95,8 +105,8 @@ impl Machines {
         for _ in 0..INPUTS {
             let input = generate::input(&encoding, random, &mut patches);
             let before = self.patch(&patches);
-            let native = self.native.run(mode, &input, encoding.bytes.len(), encoding.fpu);
-            let soft = self.soft.run(mode, &input);
+            let native = self.native.run(mode, &input, encoding.fpu);
+            let soft = self.soft.run(mode, &input, 1);
             summary.cases += 1;
             if native.state.fx.mxcsr & MXCSR_MM != 0 {
                 // Loaded from random memory; the guest's processor does not know the bit.
@@ -120,10 +130,81 @@ impl Machines {
                 }
             }
             if !same_memory {
-                let content = self.native.data().to_vec();
-                self.soft.data().copy_from_slice(&content);
+                self.equalise();
             }
         }
+    }
+
+    fn test_sequence(&mut self, mode: Mode, forms: &[&Form], random: &mut Random, summary: &mut Summary) {
+        let sequence = Sequence::generate(mode, forms, random);
+        self.place_sequence(&sequence);
+        let mut patches = Patches::new();
+        for _ in 0..INPUTS {
+            let input = sequence.input(random, &mut patches);
+            self.patch(&patches);
+            let memory = self.native.data().to_vec();
+            summary.cases += 1;
+            let (native, _, difference) = self.run_sequence(&sequence, &input, &memory);
+            summary.faults += u64::from(native.exception.is_some());
+            if difference.is_none() {
+                continue;
+            }
+            let (count, reports) = summary.mismatches.entry("Sequence".into()).or_default();
+            *count += 1;
+            if reports.len() < SEQUENCE_REPORTS {
+                let smallest = sequence.shrink(|shorter| {
+                    self.place_sequence(shorter);
+                    let (.., difference) = self.run_sequence(shorter, &input, &memory);
+                    difference.is_some()
+                });
+                let smallest = smallest.as_ref().unwrap_or(&sequence);
+                self.place_sequence(smallest);
+                let (native, soft, difference) = self.run_sequence(smallest, &input, &memory);
+                let after = (&*self.native.data(), &*self.soft.data());
+                let what = difference.unwrap_or_default();
+                reports.push(report::sequence(smallest, &input, &memory, &native, &soft, after, &what));
+                self.place_sequence(&sequence);
+            }
+            self.equalise();
+        }
+    }
+
+    fn place_sequence(&mut self, sequence: &Sequence) {
+        self.native.place(sequence.mode, &sequence.bytes, sequence.fpu);
+        self.soft.place(&sequence.bytes);
+    }
+
+    /// Runs what was placed with `memory` as the data; returns both outcomes and what differs.
+    fn run_sequence(
+        &mut self,
+        sequence: &Sequence,
+        input: &State,
+        memory: &[u8],
+    ) -> (Outcome, Outcome, Option<String>) {
+        let writable = DATA_WRITABLE as usize;
+        self.native.data()[..writable].copy_from_slice(&memory[..writable]);
+        self.soft.data()[..writable].copy_from_slice(&memory[..writable]);
+        let native = self.native.run(sequence.mode, input, sequence.fpu);
+        let soft = self.soft.run(sequence.mode, input, sequence.instructions.len() as u64);
+        let undefined = sequence.undefined_at(native.state.rip);
+        let registers = sequence.mode.registers();
+        let difference = if native.exception != soft.exception {
+            Some("exception".into())
+        } else {
+            compare_state(
+                &native.state,
+                &soft.state,
+                &Ignored { registers, flags: undefined, ..Ignored::default() },
+            )
+        };
+        let memory = self.native.data() != self.soft.data();
+        (native, soft, difference.or(memory.then(|| "memory".into())))
+    }
+
+    /// Gives both machines the same memory again.
+    fn equalise(&mut self) {
+        let content = self.native.data().to_vec();
+        self.soft.data().copy_from_slice(&content);
     }
 
     /// Writes the patches to both machines and returns those that applied.
@@ -193,35 +274,50 @@ fn compare(encoding: &Encoding, input: &State, native: &Outcome, soft: &Outcome)
     if !same_exception(instruction, native.exception, soft.exception) {
         return Some("exception".into());
     }
-    let (a, b) = (&native.state, &soft.state);
+    let simd = native.exception.is_some_and(|exception| exception.vector == 19);
+    let completed = native.exception.is_none_or(|exception| exception.vector == 1 || exception.vector == 3);
+    // POPA may have loaded registers when it faults.
+    let partial = native.exception.is_some() && matches!(instruction.mnemonic(), M::Popa | M::Popad);
+    let undefined_result = undefined::result(instruction, input);
+    let ignored = Ignored {
+        registers: if partial { 0 } else { encoding.mode.registers() },
+        register: if undefined_result { undefined::first_register(instruction) } else { None },
+        flags: if completed { undefined::flags(instruction, input) } else { 0 },
+        mxcsr: if simd { undefined::mxcsr_flags(instruction, input) } else { 0 },
+    };
+    compare_state(&native.state, &soft.state, &ignored)
+}
+
+/// What may differ between two states.
+#[derive(Default)]
+struct Ignored {
+    /// How many general registers count.
+    registers: usize,
+    /// One that does not.
+    register: Option<usize>,
+    flags: u64,
+    mxcsr: u32,
+}
+
+fn compare_state(a: &State, b: &State, ignored: &Ignored) -> Option<String> {
     if a.rip != b.rip {
         return Some("RIP".into());
     }
-    let skip =
-        undefined::result(instruction, input).then(|| undefined::first_register(instruction)).flatten();
-    // POPA may have loaded registers when it faults.
-    let partial = native.exception.is_some() && matches!(instruction.mnemonic(), M::Popa | M::Popad);
-    let registers = if partial { 0 } else { encoding.mode.registers() };
-    if let Some(n) = (0..registers).find(|&n| Some(n) != skip && a.gpr[n] != b.gpr[n]) {
+    if let Some(n) = (0..ignored.registers).find(|&n| Some(n) != ignored.register && a.gpr[n] != b.gpr[n]) {
         return Some(report::GPR_NAMES[n].into());
     }
-    let completed = native.exception.is_none_or(|exception| exception.vector == 1 || exception.vector == 3);
-    let undefined = if completed { undefined::flags(instruction, input) } else { 0 };
-    let flags = (a.rflags ^ b.rflags) & !undefined;
+    let flags = (a.rflags ^ b.rflags) & !ignored.flags;
     if flags != 0 {
         return Some(format!("RFLAGS {flags:#x}"));
     }
     let (x, y) = (&a.fx, &b.fx);
-    let x87 = (x.fcw, x.fsw, x.ftw) != (y.fcw, y.fsw, y.ftw);
-    if x87 {
+    if (x.fcw, x.fsw, x.ftw) != (y.fcw, y.fsw, y.ftw) {
         return Some("x87 control, status or tag word".into());
     }
     if let Some(n) = (0..8).find(|&n| (x.st[n] ^ y.st[n]) << 48 != 0) {
         return Some(format!("ST({n})"));
     }
-    let simd = native.exception.is_some_and(|exception| exception.vector == 19);
-    let undefined = if simd { undefined::mxcsr_flags(instruction, input) } else { 0 };
-    if (x.mxcsr ^ y.mxcsr) & !undefined != 0 {
+    if (x.mxcsr ^ y.mxcsr) & !ignored.mxcsr != 0 {
         return Some("MXCSR".into());
     }
     (0..16).find(|&n| x.xmm[n] != y.xmm[n]).map(|n| format!("XMM{n}"))

@@ -22,6 +22,8 @@ const TRAMPOLINE: u64 = 0x3000_0000;
 const EXCHANGE: u64 = 0x3001_0000;
 
 const INT3: u8 = 0xcc;
+/// Length of a near jump.
+const JUMP: u64 = 5;
 
 /// What trampolines and the signal handler exchange with the caller.
 #[repr(C, align(64))]
@@ -38,6 +40,8 @@ struct Exchange {
     target_selector: u16,
     host_rsp: u64,
     host_mxcsr: u32,
+    /// Set behind a taken branch at the end of a sequence.
+    taken: u8,
     /// Set by the signal handler: trap number + 1.
     trap: u64,
     error: u64,
@@ -59,7 +63,10 @@ pub struct Native {
     /// By mode, then without and with x87 and SSE state.
     run: [[extern "sysv64" fn(); 2]; 2],
     epilogue: [[u64; 2]; 2],
+    epilogue_taken: [[u64; 2]; 2],
     exchange: &'static UnsafeCell<Exchange>,
+    /// Length of the placed instructions.
+    placed: u64,
 }
 
 impl Native {
@@ -87,7 +94,14 @@ impl Native {
         let entries = modes.map(|mode| [false, true].map(|fpu| emit(64, &|a| entry(a, mode, fpu))));
         let long = [false, true].map(|fpu| emit(64, &|a| epilogue(a, fpu)));
         let compat = long.map(|at| emit(32, &|a| a.db(&far_jump(at))));
+        let mut taken = |bits, at: u64| {
+            emit(bits, &|a| {
+                a.mov(asm::byte_ptr(field!(taken)), 1)?;
+                a.jmp(at)
+            })
+        };
         let epilogue = [long, compat];
+        let epilogue_taken = [long.map(|at| taken(64, at)), compat.map(|at| taken(32, at))];
         let resume = emit(64, &leave);
         protect(TRAMPOLINE, PAGE, libc::PROT_READ | libc::PROT_EXEC);
         RESUME.store(resume as *mut u8, Ordering::SeqCst);
@@ -102,19 +116,28 @@ impl Native {
             run: entries
                 .map(|at| at.map(|at| unsafe { std::mem::transmute::<u64, extern "sysv64" fn()>(at) })),
             epilogue,
+            epilogue_taken,
+            placed: 0,
             // SAFETY: mapped above for the rest of the process; the cell allows the changes behind it.
             exchange: unsafe { &*(EXCHANGE as *const UnsafeCell<Exchange>) },
         }
     }
 
-    /// Places an instruction; `fpu` says whether its runs load and store x87 and SSE state.
+    /// Places an instruction or a sequence; `fpu` says whether its runs load and store x87 and SSE state.
+    /// Behind it are two jumps: where it ends, and where a branch at the end of a sequence leads.
     pub fn place(&mut self, mode: Mode, bytes: &[u8], fpu: bool) {
-        let next = INSTRUCTION + bytes.len() as u64;
-        let mut code = [INT3; 32];
+        let mut code = [INT3; super::soft::PLACE];
         code[..bytes.len()].copy_from_slice(bytes);
-        let displacement = self.epilogue[mode as usize][usize::from(fpu)].wrapping_sub(next + 5) as u32;
-        code[bytes.len()] = 0xe9;
-        code[bytes.len() + 1..bytes.len() + 5].copy_from_slice(&displacement.to_le_bytes());
+        let mut at = bytes.len();
+        for target in
+            [self.epilogue, self.epilogue_taken].map(|by_mode| by_mode[mode as usize][usize::from(fpu)])
+        {
+            let displacement = target.wrapping_sub(INSTRUCTION + at as u64 + JUMP) as u32;
+            code[at] = 0xe9;
+            code[at + 1..at + 5].copy_from_slice(&displacement.to_le_bytes());
+            at += JUMP as usize;
+        }
+        self.placed = bytes.len() as u64;
         // SAFETY: the code window is mapped writable and executable; nothing in it is running.
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), INSTRUCTION as *mut u8, code.len()) };
     }
@@ -132,8 +155,8 @@ impl Native {
         protect(DATA + DATA_WRITABLE, DATA_LENGTH - DATA_WRITABLE, libc::PROT_READ);
     }
 
-    /// Runs the placed instruction of `length` bytes.
-    pub fn run(&mut self, mode: Mode, input: &State, length: usize, fpu: bool) -> Outcome {
+    /// Runs what was placed.
+    pub fn run(&mut self, mode: Mode, input: &State, fpu: bool) -> Outcome {
         let exchange = self.exchange.get();
         // SAFETY: only this function and the code that it calls use the exchange area; the generator sees
         // to it that tested instructions access nothing but the windows.
@@ -144,6 +167,7 @@ impl Native {
             (*exchange).target_far = INSTRUCTION as u32;
             (*exchange).target_selector = USER_CS32;
             (*exchange).trap = 0;
+            (*exchange).taken = 0;
             if fpu {
                 (*exchange).fx_in = input.fx;
             }
@@ -154,7 +178,7 @@ impl Native {
             gpr: exchange.gpr_out,
             rflags: exchange.flags_out & !super::state::RFLAGS_RF,
             fx: if fpu { exchange.fx_out } else { input.fx },
-            rip: INSTRUCTION + length as u64,
+            rip: INSTRUCTION + self.placed + if exchange.taken == 0 { 0 } else { JUMP },
         };
         for register in &mut state.gpr {
             *register &= mode.mask();
@@ -166,7 +190,7 @@ impl Native {
             // Where a taken branch goes is filled with INT3, but for the place of the instruction.
             let landed = vector == 3
                 && (CODE..CODE + CODE_LENGTH).contains(&(exchange.rip - 1))
-                && !(INSTRUCTION..INSTRUCTION + 32).contains(&(exchange.rip - 1));
+                && !(INSTRUCTION..INSTRUCTION + self.placed + 2 * JUMP).contains(&(exchange.rip - 1));
             // A jump to unmapped memory completes; the fault belongs to the next instruction.
             let fetch = vector == 14 && exchange.error & 0x10 != 0 && exchange.address == exchange.rip;
             if landed {

@@ -2,10 +2,11 @@
 
 use std::fmt::Write;
 
-use iced_x86::{Formatter, IntelFormatter};
+use iced_x86::{Formatter, Instruction, IntelFormatter};
 
 use super::generate::{Encoding, Patches};
 use super::layout::DATA;
+use super::sequence::Sequence;
 use super::state::{Outcome, State};
 
 pub const GPR_NAMES: [&str; 16] = [
@@ -23,20 +24,62 @@ pub fn mismatch(
     memory: (&[u8], &[u8]),
     difference: Option<String>,
 ) -> String {
-    let mut text = String::new();
-    let mut disassembly = String::new();
-    IntelFormatter::new().format(&encoding.instruction, &mut disassembly);
-    let bytes: Vec<String> = encoding.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let what = difference.unwrap_or_else(|| "memory".into());
-    let _ = writeln!(
-        text,
-        "{} | {disassembly} | {:?} | differs: {what}",
-        bytes.join(" "),
-        encoding.instruction.code()
-    );
+    let mut text = line(&encoding.bytes, &encoding.instruction);
+    let _ = writeln!(text, " | differs: {what}");
     for (address, bytes) in patches {
         let _ = writeln!(text, "  memory {address:#x}: {bytes:02x?}");
     }
+    outcomes(&mut text, encoding.fpu, input, native, soft, memory);
+    text
+}
+
+/// A sequence, its input and both outcomes.
+pub fn sequence(
+    sequence: &Sequence,
+    input: &State,
+    before: &[u8],
+    native: &Outcome,
+    soft: &Outcome,
+    memory: (&[u8], &[u8]),
+    what: &str,
+) -> String {
+    let mut text = format!(
+        "sequence of {} in {:?} mode | differs: {what}\n",
+        sequence.instructions.len(),
+        sequence.mode
+    );
+    let mut at = 0;
+    for instruction in &sequence.instructions {
+        let bytes = &sequence.bytes[at..at + instruction.len()];
+        at += instruction.len();
+        let _ = writeln!(text, "    {}", line(bytes, instruction));
+        let address = instruction.memory_displacement64();
+        let constant = instruction.memory_base() != iced_x86::Register::RBX;
+        let offset = if constant { address } else { input.gpr[3].wrapping_add(address) }.wrapping_sub(DATA);
+        if let Some(bytes) = before.get(offset as usize..).and_then(|rest| rest.get(..16)) {
+            let _ = writeln!(text, "      memory {:#x}: {bytes:02x?}", DATA + offset);
+        }
+    }
+    outcomes(&mut text, sequence.fpu, input, native, soft, memory);
+    text
+}
+
+fn line(bytes: &[u8], instruction: &Instruction) -> String {
+    let mut disassembly = String::new();
+    IntelFormatter::new().format(instruction, &mut disassembly);
+    let bytes: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{} | {disassembly} | {:?}", bytes.join(" "), instruction.code())
+}
+
+fn outcomes(
+    text: &mut String,
+    with_fpu: bool,
+    input: &State,
+    native: &Outcome,
+    soft: &Outcome,
+    memory: (&[u8], &[u8]),
+) {
     let _ = writeln!(text, "  exception: native {:?}, soft {:?}", native.exception, soft.exception);
     let rows = GPR_NAMES
         .iter()
@@ -50,14 +93,13 @@ pub fn mismatch(
         let mark = if native == soft { "" } else { "  <--" };
         let _ = writeln!(text, "  {name:6} {input:#018x} -> native {native:#018x} soft {soft:#018x}{mark}");
     }
-    if encoding.fpu {
-        fpu(&mut text, input, native, soft);
+    if with_fpu {
+        fpu(text, input, native, soft);
     }
     let differing = memory.0.iter().zip(memory.1).enumerate().filter(|(_, (a, b))| a != b);
     for (offset, (a, b)) in differing.take(32) {
         let _ = writeln!(text, "  [{:#x}] native {a:02x} soft {b:02x}", DATA + offset as u64);
     }
-    text
 }
 
 fn fpu(text: &mut String, input: &State, native: &Outcome, soft: &Outcome) {

@@ -44,6 +44,9 @@ const WRITABLE: u64 = 2;
 const USER: u64 = 4;
 
 const KERNEL_CS: u16 = 0x10;
+/// Bytes that an instruction or a sequence, and what follows it, can have.
+pub const PLACE: usize = 256;
+
 #[repr(align(4096))]
 #[expect(dead_code, reason = "accessed through raw pointers")]
 struct Ram([u8; RAM as usize]);
@@ -157,9 +160,9 @@ impl Soft {
         }
     }
 
-    /// Places an instruction.
+    /// Places an instruction or a sequence.
     pub fn place(&mut self, bytes: &[u8]) {
-        let mut code = [0xcc; 32];
+        let mut code = [0xcc; PLACE];
         code[..bytes.len()].copy_from_slice(bytes);
         self.memory.write(CODE_GPA + (INSTRUCTION - CODE), &code).expect("RAM");
     }
@@ -173,8 +176,8 @@ impl Soft {
         }
     }
 
-    /// Runs the placed instruction.
-    pub fn run(&mut self, mode: Mode, input: &State) -> Outcome {
+    /// Runs the placed instruction, or the `count` instructions of a sequence.
+    pub fn run(&mut self, mode: Mode, input: &State, count: u64) -> Outcome {
         let code = &mut self.base.segments[1];
         (code.selector, code.attributes) = match mode {
             Mode::Long => (USER_CS64, SegmentAttributes(0xa0fb)),
@@ -188,7 +191,7 @@ impl Soft {
         let mut after;
         let mut steps = 0;
         loop {
-            self.cpu.run(Budget::instructions(1));
+            self.cpu.run(Budget::instructions(count));
             after = self.cpu.state();
             // A repeated string instruction may take several rounds.
             steps += 1;

@@ -6,7 +6,7 @@ use softcpu::FpuState;
 pub const RFLAGS_RF: u64 = 1 << 16;
 
 /// Registers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct State {
     /// In the order of the instruction encoding.
     pub gpr: [u64; 16],

@@ -13,6 +13,21 @@ pub const ZF: u64 = 1 << 6;
 pub const SF: u64 = 1 << 7;
 pub const OF: u64 = 1 << 11;
 
+/// RFLAGS bits that are undefined after the instruction with some input.
+pub fn any_flags(instruction: &Instruction) -> u64 {
+    match instruction.mnemonic() {
+        M::Shl | M::Sal | M::Shr => AF | OF | CF,
+        M::Sar => AF | OF,
+        M::Rol | M::Ror | M::Rcl | M::Rcr => OF,
+        _ => flags(instruction, &State::default()),
+    }
+}
+
+/// Whether the instruction leaves all flags as they are for some inputs: shifts and rotates by zero.
+pub fn may_keep_flags(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr)
+}
+
 /// RFLAGS bits that are undefined after the instruction completes with this input.
 pub fn flags(instruction: &Instruction, input: &State) -> u64 {
     match instruction.mnemonic() {
