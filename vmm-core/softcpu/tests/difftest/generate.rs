@@ -264,11 +264,11 @@ pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) ->
         }
         // An underflow in the middle does not show in the result.
         M::Dppd | M::Dpps => state.fx.mxcsr |= 0x1f80,
-        M::Bt | M::Bts | M::Btr | M::Btc if instruction.op0_kind() == OpKind::Memory => {
-            if instruction.op1_kind() == OpKind::Register {
-                let number = instruction.op1_register().full_register().number();
-                state.gpr[number] = bit_offset(instruction, random);
-            }
+        M::Bt | M::Bts | M::Btr | M::Btc
+            if instruction.op0_kind() == OpKind::Memory && instruction.op1_kind() == OpKind::Register =>
+        {
+            let number = instruction.op1_register().full_register().number();
+            state.gpr[number] = bit_offset(instruction, random);
         }
         _ => {}
     }

@@ -226,8 +226,8 @@ impl Machines {
 
     /// Makes the bytes equal that the architecture leaves undefined within the memory operand.
     fn ignore_undefined(&mut self, encoding: &Encoding, input: &State, operand: u64) {
-        for range in undefined::memory(&encoding.instruction, input) {
-            for address in range.map(|offset| operand.wrapping_add(offset)) {
+        for (start, end) in undefined::memory(&encoding.instruction, input) {
+            for address in (start..end).map(|offset| operand.wrapping_add(offset)) {
                 let Some(at) = address.checked_sub(DATA).filter(|&at| at < DATA_WRITABLE) else { continue };
                 self.soft.data()[at as usize] = self.native.data()[at as usize];
             }

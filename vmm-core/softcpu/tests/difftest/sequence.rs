@@ -196,8 +196,8 @@ fn keeps_base(instruction: &Instruction) -> bool {
     let bit_string = memory
         && matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
         && instruction.op1_kind() == OpKind::Register;
-    !spoils
-        && !(stack && explicit_rsp && instruction.mnemonic() == M::Pop)
+    let pops_rsp = explicit_rsp && instruction.mnemonic() == M::Pop;
+    !(spoils || pops_rsp)
         && (!memory || constant && instruction.memory_index() == Register::None && !bit_string)
 }
 

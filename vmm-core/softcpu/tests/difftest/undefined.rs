@@ -1,7 +1,5 @@
 //! What the architecture leaves undefined, by instruction and input.
 
-use std::ops::Range;
-
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 use super::state::State;
@@ -85,15 +83,15 @@ pub fn result(instruction: &Instruction, input: &State) -> bool {
         && shift_count(instruction, input) > operand_size(instruction) * 8
 }
 
-/// Offsets within the memory operand that hold undefined bytes after the instruction: the result of a double
+/// First and end offsets within the memory operand that hold undefined bytes after the instruction: the result of a double
 /// shift by too much, and the pointers and reserved fields of x87 save areas.
-pub fn memory(instruction: &Instruction, input: &State) -> Vec<Range<u64>> {
+pub fn memory(instruction: &Instruction, input: &State) -> Vec<(u64, u64)> {
     match instruction.mnemonic() {
-        M::Fnstenv | M::Fnsave if matches!(instruction.memory_size().size(), 28 | 108) => vec![12..28],
-        M::Fnstenv | M::Fnsave => vec![6..14],
+        M::Fnstenv | M::Fnsave if matches!(instruction.memory_size().size(), 28 | 108) => vec![(12, 28)],
+        M::Fnstenv | M::Fnsave => vec![(6, 14)],
         // FOP, FIP, FDP; MXCSR_MASK.
-        M::Fxsave | M::Fxsave64 => vec![6..24, 28..32],
-        _ if result(instruction, input) => vec![0..operand_size(instruction)],
+        M::Fxsave | M::Fxsave64 => vec![(6, 24), (28, 32)],
+        _ if result(instruction, input) => vec![(0, operand_size(instruction))],
         _ => Vec::new(),
     }
 }
