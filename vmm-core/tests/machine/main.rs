@@ -1,5 +1,6 @@
 //! Whole machines with tiny guests, on every accelerator.
 
+mod debian;
 mod guest;
 
 use std::path::Path;
