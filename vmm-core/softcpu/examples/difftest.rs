@@ -61,7 +61,11 @@ fn spawn(options: &difftest::Options, jobs: u64) -> bool {
             command.spawn().expect("child")
         })
         .collect();
-    children.into_iter().fold(true, |ok, mut child| child.wait().expect("child").success() && ok)
+    let mut ok = true;
+    for mut child in children {
+        ok &= child.wait().expect("child").success();
+    }
+    ok
 }
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]

@@ -690,7 +690,11 @@ impl<'a> Builder<'a> {
         };
         let boxed = Box::new(host);
         op.imm.set((&raw const *boxed) as usize as u64);
+        let chosen = hostop::choose(i, &boxed, op, long);
         self.host.push(boxed);
+        if let Some(handler) = chosen {
+            return (handler, false);
+        }
         op.r1 = unit(i) as u8;
         op.r2 = 0;
         if has_memory(i) {

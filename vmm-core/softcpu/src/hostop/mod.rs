@@ -14,6 +14,7 @@ mod control;
 mod cpu;
 mod exec;
 mod fpu;
+mod handlers;
 mod op;
 mod resident;
 mod stub;
@@ -21,6 +22,7 @@ mod stub;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use handlers::choose;
 pub(crate) use op::{HostOp, translate};
 pub(crate) use resident::Resident;
 pub(crate) use stub::StubCache;

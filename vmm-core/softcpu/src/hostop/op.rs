@@ -153,7 +153,7 @@ pub(crate) struct HostOp {
 /// announces the instruction is the caller's decision.
 pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> Option<HostOp> {
     let mut op = describe(instruction, stubs)?;
-    op.run = super::cpu::pick(instruction, &op);
+    op.run = super::cpu::pick(&op);
     Some(op)
 }
 

@@ -219,7 +219,11 @@ fn generate(body: &Instruction) -> Option<Vec<u8>> {
     if uses_mm {
         code.add(&Instruction::with(Code::Emms))?;
     }
-    if rflags_written {
+    if rflags_written && clears_overflow(mnemonic) {
+        // Faster than PUSHFQ; OF, which is not in AH, becomes 0 as it has to.
+        code.add(&Instruction::with(Code::Lahf))?;
+        code.two(Code::Movzx_r32_rm8, Register::EDX, Register::AH)?;
+    } else if rflags_written {
         code.add(&Instruction::with(Code::Pushfq))?;
         code.add(&Instruction::with1(Code::Pop_r64, Register::RDX).ok()?)?;
     }
@@ -228,6 +232,14 @@ fn generate(body: &Instruction) -> Option<Vec<u8>> {
     }
     code.add(&Instruction::with(Code::Retnq))?;
     Some(code.finish())
+}
+
+/// Instructions without a general-register result that write all status flags and clear OF.
+fn clears_overflow(mnemonic: Mnemonic) -> bool {
+    matches!(
+        mnemonic,
+        Mnemonic::Comiss | Mnemonic::Comisd | Mnemonic::Ucomiss | Mnemonic::Ucomisd | Mnemonic::Ptest
+    )
 }
 
 /// How the stub brings one operand in and out.

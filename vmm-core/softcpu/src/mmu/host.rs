@@ -27,6 +27,29 @@ pub(crate) unsafe fn load(host: u64, size: u64) -> u64 {
     }
 }
 
+/// Loads 16 bytes, in two halves.
+///
+/// # Safety
+/// See the module.
+#[inline(always)]
+pub(crate) unsafe fn load_16(host: u64) -> u128 {
+    // SAFETY: the caller's promise.
+    unsafe { u128::from(load(host, 8)) | u128::from(load(host + 8, 8)) << 64 }
+}
+
+/// Stores 16 bytes, in two halves.
+///
+/// # Safety
+/// See the module.
+#[inline(always)]
+pub(crate) unsafe fn store_16(host: u64, value: u128) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        store(host, 8, value as u64);
+        store(host + 8, 8, (value >> 64) as u64);
+    }
+}
+
 /// Stores the low `size` bytes of a value.
 ///
 /// # Safety

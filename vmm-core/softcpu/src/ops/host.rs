@@ -22,7 +22,7 @@ pub(crate) enum Unit {
 
 /// `#UD`, `#NM` and `#MF` that come before the instruction itself.
 #[inline(always)]
-fn available(cpu: &mut Cpu, unit: u8) -> Result<(), Fault> {
+pub(crate) fn available(cpu: &mut Cpu, unit: u8) -> Result<(), Fault> {
     const X87: u8 = Unit::X87 as u8;
     const WAIT: u8 = Unit::Wait as u8;
     const MMX: u8 = Unit::Mmx as u8;

@@ -32,7 +32,7 @@ pub fn all(mode: Mode, only: Option<&str>) -> Vec<Form> {
     let mut forms: BTreeMap<(Code, bool), Form> = BTreeMap::new();
     for map in 0..4 {
         for opcode in 0..=255u8 {
-            if map == 0 && is_prefix(mode, opcode) {
+            if map == 0 && is_prefix(mode, opcode) || map == 1 && matches!(opcode, 0x38 | 0x3a) {
                 continue;
             }
             for (operand_size, repeat, wide) in prefixes(mode) {

@@ -7,7 +7,7 @@ use iced_x86::{
 
 use super::forms::{Form, decode, uses_fpu};
 use super::generate::{self, Addressing, Patches};
-use super::layout::{DATA, DATA_WRITABLE, INSTRUCTION, Mode};
+use super::layout::{DATA, DATA_LENGTH, DATA_WRITABLE, INSTRUCTION, Mode};
 use super::random::Random;
 use super::state::State;
 use super::undefined;
@@ -192,13 +192,17 @@ fn keeps_base(instruction: &Instruction) -> bool {
         && instruction.op0_register().full_register() == Register::RSP;
     let base = instruction.memory_base().full_register();
     let memory = (0..instruction.op_count()).any(|i| instruction.op_kind(i) == OpKind::Memory);
-    let constant = matches!(base, Register::None | Register::RIP | BASE);
+    let displacement = instruction.memory_displacement64();
+    let near = match base {
+        BASE => displacement.wrapping_add(128) < 256,
+        Register::None | Register::RIP => (DATA..DATA + DATA_LENGTH).contains(&displacement),
+        _ => false,
+    };
     let bit_string = memory
         && matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
         && instruction.op1_kind() == OpKind::Register;
     let pops_rsp = explicit_rsp && instruction.mnemonic() == M::Pop;
-    !(spoils || pops_rsp)
-        && (!memory || constant && instruction.memory_index() == Register::None && !bit_string)
+    !(spoils || pops_rsp) && (!memory || near && instruction.memory_index() == Register::None && !bit_string)
 }
 
 /// Converts the decoder's flag bits to RFLAGS positions.
