@@ -9,3 +9,4 @@ mod namespace;
 mod net;
 mod platform;
 mod vhost_user;
+mod vsock;

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Queue, QueueError};
@@ -117,11 +118,11 @@ pub trait QueueHandler: Send {
     /// Fails when the driver broke the rules or the back-end failed for good.
     fn queue(&mut self, index: usize, context: &mut Context) -> Result<(), DeviceError>;
 
-    /// A descriptor registered with [`Context::watch`] is ready.
+    /// A descriptor registered with [`Context::watch`] is ready, for `ready`.
     ///
     /// # Errors
     /// As [`Self::queue`].
-    fn event(&mut self, _token: u32, _context: &mut Context) -> Result<(), DeviceError> {
+    fn event(&mut self, _token: u32, _ready: EventSet, _context: &mut Context) -> Result<(), DeviceError> {
         Ok(())
     }
 

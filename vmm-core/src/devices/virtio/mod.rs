@@ -21,6 +21,7 @@ pub mod rate;
 mod rng;
 mod state;
 pub mod vhost_user;
+mod vsock;
 mod worker;
 
 pub use blk::Blk;
@@ -37,4 +38,5 @@ pub use queue::{Queue, QueueError, QueueLayout};
 pub use rng::Rng;
 pub use state::{Status, Virtio};
 pub use vhost_user::VhostUser;
+pub use vsock::Vsock;
 pub use worker::Context;

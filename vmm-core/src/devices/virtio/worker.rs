@@ -215,7 +215,7 @@ impl Run {
                     let _ = self.kicks[index].read();
                     self.handler.queue(index, &mut self.context)?;
                 } else {
-                    self.handler.event(event.data() as u32, &mut self.context)?;
+                    self.handler.event(event.data() as u32, event.event_set(), &mut self.context)?;
                 }
             }
             if self.context.deadline.is_some_and(|at| at <= Instant::now()) {

@@ -280,7 +280,7 @@ impl QueueHandler for Ports {
         }
     }
 
-    fn event(&mut self, token: u32, context: &mut Context) -> Result<(), DeviceError> {
+    fn event(&mut self, token: u32, _ready: EventSet, context: &mut Context) -> Result<(), DeviceError> {
         if token == WAKE {
             // The count does not matter.
             let _ = self.core.wake.read();

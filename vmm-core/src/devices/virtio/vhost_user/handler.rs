@@ -139,7 +139,7 @@ impl QueueHandler for External {
         Ok(())
     }
 
-    fn event(&mut self, token: u32, context: &mut Context) -> Result<(), DeviceError> {
+    fn event(&mut self, token: u32, _ready: EventSet, context: &mut Context) -> Result<(), DeviceError> {
         if token != CONNECTION {
             if let Some(Some(call)) = self.calls.get(token as usize) {
                 // The count does not matter.
