@@ -100,6 +100,74 @@ enum nacre_accel {
 };
 
 /*
+ Why a machine stopped.
+ */
+enum nacre_stop_reason {
+    /*
+     The guest switched itself off.
+     */
+    NACRE_STOP_POWER_OFF = 1,
+    /*
+     The guest asked for a reset: build a new machine from the same options.
+     */
+    NACRE_STOP_RESET = 2,
+    /*
+     The guest's kernel panicked.
+     */
+    NACRE_STOP_PANIC = 3,
+    /*
+     The guest caused a triple fault.
+     */
+    NACRE_STOP_TRIPLE_FAULT = 4,
+    /*
+     A test guest ended with a code.
+     */
+    NACRE_STOP_EXIT = 5,
+    /*
+     `nacre_vm_stop` or `nacre_vm_free` was called.
+     */
+    NACRE_STOP_STOPPED = 6,
+    /*
+     A vCPU or device failed; `nacre_vm_wait` returned the details as an error.
+     */
+    NACRE_STOP_ERROR = 7,
+};
+
+/*
+ What happened to a machine.
+ */
+enum nacre_vm_event {
+    /*
+     Nothing: there is no event.
+     */
+    NACRE_EVENT_NONE = 0,
+    /*
+     The vCPUs began to run.
+     */
+    NACRE_EVENT_STARTED = 1,
+    /*
+     The machine is paused.
+     */
+    NACRE_EVENT_PAUSED = 2,
+    /*
+     The machine runs again.
+     */
+    NACRE_EVENT_RESUMED = 3,
+    /*
+     The guest's kernel panicked.
+     */
+    NACRE_EVENT_PANICKED = 4,
+    /*
+     The machine stopped; the last event.
+     */
+    NACRE_EVENT_STOPPED = 5,
+    /*
+     Something that this version of the header has no name for.
+     */
+    NACRE_EVENT_OTHER = 6,
+};
+
+/*
  An open disk: a chain of images. Free it with `nacre_disk_free`.
  */
 struct nacre_disk;
@@ -108,6 +176,11 @@ struct nacre_disk;
  An error object: a code, a message, and the chain of causes. Free it with `nacre_error_free`.
  */
 struct nacre_error;
+
+/*
+ A virtual machine. Free it with `nacre_vm_free`, which also stops it.
+ */
+struct nacre_vm;
 
 /*
  What a probe found out about one accelerator.
@@ -201,6 +274,98 @@ struct nacre_disk_options {
      Must be zero.
      */
     uint8_t reserved[5];
+    /*
+     The serial number that a guest sees, at most 20 bytes; null for none.
+     */
+    const char *id;
+};
+
+/*
+ A network card.
+ */
+struct nacre_net_options {
+    /*
+     `sizeof(struct nacre_net_options)`.
+     */
+    size_t struct_size;
+    /*
+     The Unix stream socket of a switch, passt or gvproxy. Either this or `tap` is required.
+     */
+    const char *unix_socket;
+    /*
+     A tap interface of the host.
+     */
+    const char *tap;
+    /*
+     MAC address, such as "52:54:00:12:34:56"; null for a random one.
+     */
+    const char *mac;
+};
+
+/*
+ A machine. Set `struct_size` and `kernel`, and zero the rest for defaults.
+ */
+struct nacre_vm_options {
+    /*
+     `sizeof(struct nacre_vm_options)`.
+     */
+    size_t struct_size;
+    /*
+     A Linux bzImage or an ELF file. Required.
+     */
+    const char *kernel;
+    /*
+     An initial RAM disk, or null.
+     */
+    const char *initrd;
+    /*
+     The kernel's command line, or null.
+     */
+    const char *command_line;
+    /*
+     RAM in bytes, a multiple of 4096; 0 for 256 MiB.
+     */
+    uint64_t memory;
+    /*
+     vCPUs; 0 for one.
+     */
+    uint32_t cpus;
+    /*
+     The accelerator, one of `enum nacre_accel`.
+     */
+    uint32_t accel;
+    /*
+     Whether `console_fd` is used; otherwise the serial console is silent.
+     */
+    bool console;
+    /*
+     Offer an entropy device.
+     */
+    bool rng;
+    /*
+     Must be zero.
+     */
+    uint8_t reserved[2];
+    /*
+     A descriptor that the serial console's output is written to. Duplicated.
+     */
+    int console_fd;
+    /*
+     Disks; their `path`, `format`, `read_only`, `direct` and `id` count. Null when `disk_count` is 0.
+     */
+    const struct nacre_disk_options *const *disks;
+    /*
+     Number of disks.
+     */
+    size_t disk_count;
+    /*
+     Network cards. Null when `net_count` is 0.
+     */
+    const struct nacre_net_options *const *nets;
+    /*
+     Number of network cards.
+     */
+    size_t net_count;
 };
 
 #ifdef __cplusplus
@@ -347,6 +512,97 @@ int nacre_error_message(const struct nacre_error *error,
  Frees an error object. Null and stale handles are ignored.
  */
 void nacre_error_free(struct nacre_error *error);
+
+/*
+ Builds a machine; start it with `nacre_vm_start`.
+
+ # Safety
+ `options` is null or points to a structure with `struct_size` set, whose strings are null or terminated and whose
+ lists are as long as it says. `vm` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_vm_build(const struct nacre_vm_options *options,
+                                 struct nacre_vm **vm,
+                                 struct nacre_error **error);
+
+/*
+ Builds a machine from a JSON configuration, as `nacre run --config` takes it and `nacre schema` describes it.
+
+ # Safety
+ `json` is null or a terminated string; `vm` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_vm_build_json(const char *json, struct nacre_vm **vm, struct nacre_error **error);
+
+/*
+ Lets the machine run, at first or after `nacre_vm_pause`.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_vm_start(const struct nacre_vm *vm, struct nacre_error **error);
+
+/*
+ Stops the vCPUs, then the devices. Afterwards guest memory and disks do not change until `nacre_vm_start`.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_vm_pause(const struct nacre_vm *vm, struct nacre_error **error);
+
+/*
+ Presses the power button: a guest that listens shuts down.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_vm_press_power_button(const struct nacre_vm *vm, struct nacre_error **error);
+
+/*
+ Stops the machine at once, as if the power failed. `nacre_vm_wait` returns afterwards.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_vm_stop(const struct nacre_vm *vm, struct nacre_error **error);
+
+/*
+ Waits until the machine has stopped, at most `timeout_ms` milliseconds (for ever when negative), and says why.
+ Returns `NACRE_TIMEOUT` when it still runs then. With `NACRE_STOP_ERROR` the result is `NACRE_IO` and the error
+ says what failed. `exit_code` (may be null) receives the code of `NACRE_STOP_EXIT`, otherwise 0.
+
+ # Safety
+ `reason`, `exit_code` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_vm_wait(const struct nacre_vm *vm,
+                                int64_t timeout_ms,
+                                enum nacre_stop_reason *reason,
+                                uint8_t *exit_code,
+                                struct nacre_error **error);
+
+/*
+ A descriptor that polls as readable while there are events. It belongs to the machine: poll it, do not read or
+ close it. -1 when the handle is bad.
+ */
+int nacre_vm_event_fd(const struct nacre_vm *vm);
+
+/*
+ Takes the oldest event; `NACRE_EVENT_NONE` when there is none.
+
+ # Safety
+ `event` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_vm_next_event(const struct nacre_vm *vm,
+                                      enum nacre_vm_event *event,
+                                      struct nacre_error **error);
+
+/*
+ Stops and frees a machine. Calls that wait for it return. Threads, files and memory are released when the last
+ call that is under way in another thread has returned.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_vm_free(struct nacre_vm *vm,
+                                struct nacre_error **error);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -1,6 +1,7 @@
 //! Virtual disks.
 
 use std::ffi::{c_char, c_void};
+use std::path::Path;
 use std::sync::Arc;
 
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions, OpenPolicy};
@@ -35,11 +36,13 @@ pub struct nacre_disk_options {
     pub trust_headers: bool,
     /// Must be zero.
     pub reserved: [u8; 5],
+    /// The serial number that a guest sees, at most 20 bytes; null for none.
+    pub id: *const c_char,
 }
 
 // SAFETY: repr(C), starts with a usize; pointers may have any bits, the flags are checked as bytes before use.
 unsafe impl Options for nacre_disk_options {
-    const FIRST_SIZE: usize = 32;
+    const FIRST_SIZE: usize = 40;
     const NAME: &'static str = "nacre_disk_options";
     const FLAGS: &'static [usize] = &[24, 25, 26];
 }
@@ -115,7 +118,14 @@ pub unsafe extern "C" fn nacre_disk_create(
         let mut create = CreateOptions::new(unsafe { format(o.format, "format") }?, o.size);
         if let Some(backing) = backing {
             // SAFETY: as above.
-            create = create.backing(backing, unsafe { format(o.backing_format, "backing_format") }?);
+            let backing_format = unsafe { format(o.backing_format, "backing_format") }?;
+            if o.size == 0 {
+                let parent = Path::new(&path).parent().unwrap_or(Path::new("")).join(&backing);
+                let parent =
+                    OpenOptions::new(backing_format).read_only(true).open(parent).map_err(failure)?;
+                create.size = parent.size();
+            }
+            create = create.backing(backing, backing_format);
         }
         create.create(path.as_ref()).map_err(failure)
     };

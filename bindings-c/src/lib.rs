@@ -23,3 +23,4 @@ pub mod handle;
 pub mod options;
 pub mod status;
 pub mod text;
+pub mod vm;

@@ -117,3 +117,36 @@ fn example_accelerators() {
     assert!(text.contains("kvm ") && text.contains("soft "), "{text}");
     assert_eq!(text.matches(" chosen ").count(), 1, "{text}");
 }
+
+/// A guest that says hello and switches itself off.
+fn tiny_guest(dir: &Path) -> PathBuf {
+    let guest = dir.join("guest.elf");
+    run(Command::new("gcc")
+        .args(["-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0x200000", "-Wl,--build-id=none", "-o"])
+        .arg(&guest)
+        .arg(crate_dir().join("tests/c/guest.S")));
+    guest
+}
+
+#[test]
+fn example_boot() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = tiny_guest(dir.path());
+    for link in [Link::Shared, Link::Static] {
+        let exe = compile(&crate_dir().join("../examples/c/boot.c"), link, dir.path());
+        let output = run(Command::new(&exe).arg(&guest));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "hello\n");
+        let missing = Command::new(&exe).arg(dir.path().join("missing")).output().unwrap();
+        assert!(!missing.status.success());
+        assert!(String::from_utf8_lossy(&missing.stderr).contains("missing"), "{missing:?}");
+    }
+}
+
+#[test]
+fn hostile_callers_of_machines_get_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = tiny_guest(dir.path());
+    let exe = compile(&crate_dir().join("tests/c/hostile_vm.c"), Link::Shared, dir.path());
+    let output = run(Command::new(exe).arg(guest));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "hostile: ok\n");
+}

@@ -26,6 +26,7 @@ mod vcpu;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -189,7 +190,17 @@ impl Vm {
 
     /// Waits until all vCPUs have stopped and says why.
     pub fn wait(&self) -> StopReason {
-        self.control.wait()
+        loop {
+            // Without a deadline there is always a reason.
+            if let Some(reason) = self.control.wait(None) {
+                return reason;
+            }
+        }
+    }
+
+    /// As [`Vm::wait`], for at most `timeout`; `None` when the machine still runs then.
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<StopReason> {
+        self.control.wait(Instant::now().checked_add(timeout))
     }
 
     /// Why the machine stopped, or `None` while it has not.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
@@ -132,14 +133,18 @@ impl Control {
         s.reason.clone().filter(|_| s.alive == 0)
     }
 
-    /// Waits until all vCPUs have stopped.
-    pub(super) fn wait(&self) -> StopReason {
+    /// Waits until all vCPUs have stopped, but not beyond `deadline`.
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> Option<StopReason> {
         let mut s = self.state.lock();
         loop {
             if let (Some(reason), 0) = (&s.reason, s.alive) {
-                return reason.clone();
+                return Some(reason.clone());
             }
-            self.changed.wait(&mut s);
+            match deadline {
+                None => self.changed.wait(&mut s),
+                Some(deadline) if Instant::now() >= deadline => return None,
+                Some(deadline) => drop(self.changed.wait_until(&mut s, deadline)),
+            }
         }
     }
 
