@@ -1,12 +1,14 @@
 //! virtio devices, exercised by a guest-side driver over every transport.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod balloon;
 mod blk;
 mod conformance;
 mod console;
 mod driver;
 mod namespace;
 mod net;
+mod oracle;
 mod platform;
 mod vhost_user;
 mod vsock;

@@ -8,6 +8,7 @@
 //! Queues ([`Queue`], [`Chain`]) check everything that the guest controls; a malformed queue or chain stops the device
 //! with `DEVICE_NEEDS_RESET`, as the specification says, until the driver resets it.
 
+pub mod balloon;
 pub mod blk;
 mod chain;
 pub mod console;
@@ -24,6 +25,7 @@ pub mod vhost_user;
 mod vsock;
 mod worker;
 
+pub use balloon::{Balloon, BalloonOptions};
 pub use blk::Blk;
 pub use chain::{Chain, Reader, Segment, Writer};
 pub use console::{Console, ConsolePort};

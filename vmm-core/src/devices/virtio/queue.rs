@@ -189,8 +189,8 @@ impl Queue {
             let (address, len) = (u64::from_le(d.address), u32::from_le(d.len));
             let flags = u16::from_le(d.flags);
             if flags & INDIRECT != 0 {
-                let first = chain.readable.is_empty() && chain.writable.is_empty();
-                if !self.layout.indirect || indirect || !first || flags & NEXT != 0 {
+                // It may follow direct descriptors (section 2.7.5.3.2), but nothing follows it.
+                if !self.layout.indirect || indirect || flags & NEXT != 0 {
                     return Err(QueueError::BadFlags);
                 }
                 let size = DESCRIPTOR_SIZE as u32;
