@@ -272,6 +272,8 @@ impl Cpu {
             local,
             handle: Arc::default(),
         };
+        let (features, extended) = (cpu.cpuid(1, 0)[2], cpu.cpuid(7, 0)[1]);
+        cpu.stubs.announce(features, extended);
         let mut state = reset;
         if !cpu.config.bootstrap {
             state.mp_state = MpState::WaitForSipi;

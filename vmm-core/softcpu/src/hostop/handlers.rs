@@ -150,7 +150,8 @@ fn load<const FLOAT: bool>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     check!(cpu, op, ready(cpu));
     let address = check!(cpu, op, Long::linear::<u8>(cpu, op, false));
     let host = host_op(op);
-    let misaligned = host.aligned && address & 15 != 0;
+    // The general way faults, or copies for instructions that the host may want to be aligned.
+    let misaligned = host.length == 16 && address & 15 != 0;
     let found = cpu.host_range(address, u64::from(host.length), false).filter(|_| !misaligned);
     let first = xmm(cpu, op.r1);
     // The host address is aligned as the guest's is.

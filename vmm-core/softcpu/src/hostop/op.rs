@@ -149,8 +149,8 @@ pub(crate) struct HostOp {
 }
 
 /// Translates an instruction of the SSE to SSE4.2, AES, PCLMULQDQ, SHA, MMX and x87 sets, `POPCNT` and
-/// `CRC32`, whose address is relative to its block. `None` for everything else; whether the guest's model
-/// announces the instruction is the caller's decision.
+/// `CRC32`, whose address is relative to its block. `None` for everything else, and for what the guest's
+/// processor does not announce or the host does not have.
 pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> Option<HostOp> {
     let mut op = describe(instruction, stubs)?;
     op.run = super::cpu::pick(&op);
@@ -158,7 +158,7 @@ pub(crate) fn translate(instruction: &Instruction, stubs: &mut StubCache) -> Opt
 }
 
 fn describe(instruction: &Instruction, stubs: &mut StubCache) -> Option<HostOp> {
-    let unit = unit(instruction)?;
+    let unit = unit(instruction, stubs)?;
     let memory_operand = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
     let mut op = HostOp {
         run: |cpu, op, address| op.execute(cpu, address),
@@ -200,7 +200,10 @@ fn describe(instruction: &Instruction, stubs: &mut StubCache) -> Option<HostOp> 
     Some(op)
 }
 
-fn unit(instruction: &Instruction) -> Option<Unit> {
+fn unit(instruction: &Instruction, stubs: &StubCache) -> Option<Unit> {
+    if instruction.mnemonic() == M::Fisttp && !stubs.has(F::SSE3) {
+        return None;
+    }
     if is_x87(instruction) || instruction.mnemonic() == M::Wait {
         return Some(Unit::X87);
     }
@@ -208,24 +211,7 @@ fn unit(instruction: &Instruction) -> Option<Unit> {
     if matches!(mnemonic, M::Sfence | M::Lfence | M::Mfence | M::Clflush | M::Pause | M::Movnti) {
         return None;
     }
-    let supported = instruction.cpuid_features().iter().any(|feature| {
-        matches!(
-            feature,
-            F::MMX
-                | F::SSE
-                | F::SSE2
-                | F::SSE3
-                | F::SSSE3
-                | F::SSE4_1
-                | F::SSE4_2
-                | F::AES
-                | F::PCLMULQDQ
-                | F::SHA
-                | F::POPCNT
-                | F::FXSR
-                | F::PREFETCHW
-        )
-    });
+    let supported = instruction.cpuid_features().iter().all(|&feature| stubs.has(feature));
     if !supported || instruction.encoding() != EncodingKind::Legacy {
         return None;
     }
@@ -327,7 +313,15 @@ fn depends_on_mxcsr(mnemonic: M) -> bool {
 fn may_be_misaligned(mnemonic: M) -> bool {
     matches!(
         mnemonic,
-        M::Movups
+        // As on AMD processors.
+        M::Sha1msg1
+            | M::Sha1msg2
+            | M::Sha1nexte
+            | M::Sha1rnds4
+            | M::Sha256msg1
+            | M::Sha256msg2
+            | M::Sha256rnds2
+            | M::Movups
             | M::Movupd
             | M::Movdqu
             | M::Lddqu

@@ -5,7 +5,8 @@ use std::io;
 use std::ptr::NonNull;
 
 use iced_x86::{
-    Code, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind, Register,
+    Code, CpuidFeature, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess,
+    OpKind, Register,
 };
 
 use super::arena::Arena;
@@ -41,15 +42,55 @@ pub(crate) enum Slot {
     Memory,
 }
 
+/// The instruction set extensions of the guest's processor.
+#[derive(Debug, Default)]
+struct Extensions {
+    function_1_ecx: u32,
+    function_7_ebx: u32,
+}
+
+impl Extensions {
+    fn has(&self, feature: CpuidFeature) -> bool {
+        use CpuidFeature as F;
+        let (one, seven) = (self.function_1_ecx, self.function_7_ebx);
+        match feature {
+            // Every 64-bit processor has them.
+            F::MMX | F::SSE | F::SSE2 | F::FXSR => true,
+            F::SSE3 => one & 1 != 0 && is_x86_feature_detected!("sse3"),
+            F::PCLMULQDQ => one & 1 << 1 != 0 && is_x86_feature_detected!("pclmulqdq"),
+            F::SSSE3 => one & 1 << 9 != 0 && is_x86_feature_detected!("ssse3"),
+            F::SSE4_1 => one & 1 << 19 != 0 && is_x86_feature_detected!("sse4.1"),
+            F::SSE4_2 => one & 1 << 20 != 0 && is_x86_feature_detected!("sse4.2"),
+            F::POPCNT => one & 1 << 23 != 0 && is_x86_feature_detected!("popcnt"),
+            F::AES => one & 1 << 25 != 0 && is_x86_feature_detected!("aes"),
+            F::SHA => seven & 1 << 29 != 0 && is_x86_feature_detected!("sha"),
+            // The host does not execute prefetches.
+            F::PREFETCHW => true,
+            _ => false,
+        }
+    }
+}
+
 /// Stubs by the bytes of the canonical instruction that they run.
 #[derive(Debug, Default)]
 pub(crate) struct StubCache {
     /// Made when the first instruction needs it.
     arena: Option<Arena>,
     stubs: HashMap<Vec<u8>, Stub>,
+    extensions: Extensions,
 }
 
 impl StubCache {
+    /// Sets what the guest's processor announces: CPUID function 1, ECX, and function 7, EBX.
+    pub(crate) fn announce(&mut self, function_1_ecx: u32, function_7_ebx: u32) {
+        self.extensions = Extensions { function_1_ecx, function_7_ebx };
+    }
+
+    /// Whether the guest's processor announces the extension and the host can run it.
+    pub(super) fn has(&self, feature: CpuidFeature) -> bool {
+        self.extensions.has(feature)
+    }
+
     /// The stub for `body`, an instruction rewritten by [`canonical`]. `None` when the encoder refuses it or
     /// the host refuses memory for code.
     pub(crate) fn get(&mut self, body: &Instruction) -> Option<Stub> {

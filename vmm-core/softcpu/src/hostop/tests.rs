@@ -66,13 +66,15 @@ impl Guest for Mock {
 
 impl Mock {
     fn new() -> Self {
+        let mut stubs = StubCache::default();
+        stubs.announce(u32::MAX, u32::MAX);
         Self {
             fpu: FpuState::default(),
             resident: Resident::default(),
             gpr: [0; 17],
             flags: 0,
             memory: vec![0; 4096],
-            stubs: StubCache::default(),
+            stubs,
         }
     }
 
@@ -89,6 +91,17 @@ impl Mock {
         let op = translate(&instruction, &mut self.stubs).expect("translated");
         op.execute(self, address)
     }
+}
+
+#[test]
+fn what_is_not_announced_is_not_translated() {
+    let pshufb = [0x66, 0x0f, 0x38, 0x00, 0xc1];
+    let instruction = Decoder::with_ip(64, &pshufb, 0, DecoderOptions::NONE).decode();
+    let mut stubs = StubCache::default();
+    stubs.announce(1, 0);
+    assert!(translate(&instruction, &mut stubs).is_none());
+    stubs.announce(1 | 1 << 9, 0);
+    assert!(translate(&instruction, &mut stubs).is_some());
 }
 
 #[test]

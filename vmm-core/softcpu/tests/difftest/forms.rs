@@ -161,6 +161,12 @@ pub fn is_testable(instruction: &Instruction) -> bool {
                 | F::CET_IBT
         )
     });
+    let on_request = instruction.cpuid_features().iter().all(|feature| match feature {
+        F::AES => is_x86_feature_detected!("aes"),
+        F::PCLMULQDQ => is_x86_feature_detected!("pclmulqdq"),
+        F::SHA => is_x86_feature_detected!("sha"),
+        _ => false,
+    });
     let to_segment = instruction.op_count() > 0
         && instruction.op_kind(0) == OpKind::Register
         && instruction.op0_register().is_segment_register();
@@ -184,7 +190,7 @@ pub fn is_testable(instruction: &Instruction) -> bool {
         || instruction.is_call_far_indirect();
     // AMD processors read four bytes, Intel's two.
     let vendor = instruction.code() == Code::Movsxd_r16_rm16;
-    announced && !vendor && !to_segment && !excluded && !far
+    (announced || on_request) && !vendor && !to_segment && !excluded && !far
 }
 
 /// Whether runs must load and compare x87 and SSE state.
@@ -203,6 +209,9 @@ pub fn uses_fpu(instruction: &Instruction) -> bool {
                 | F::SSSE3
                 | F::SSE4_1
                 | F::SSE4_2
+                | F::AES
+                | F::PCLMULQDQ
+                | F::SHA
         )
     })
 }

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use softcpu::{
-    Budget, Bus, Clock, Cpu, CpuConfig, CpuState, DescriptorTable, GuestMemory, Local, MsrFault, Segment,
-    SegmentAttributes,
+    Budget, Bus, Clock, Cpu, CpuConfig, CpuState, CpuidEntry, DescriptorTable, GuestMemory, Local, MsrFault,
+    Segment, SegmentAttributes,
 };
 
 use super::layout::{
@@ -110,7 +110,10 @@ impl Soft {
         let memory = Arc::new(GuestMemory::new());
         // SAFETY: the allocation outlives the processor (see `Drop`); it is accessed through raw pointers.
         unsafe { memory.add_region(0, RAM, ram.cast(), false) }.expect("region");
-        let config = CpuConfig::new(Arc::new(Clock::deterministic(1_000_000)));
+        let mut config = CpuConfig::new(Arc::new(Clock::deterministic(1_000_000)));
+        // All extensions that the processor can execute, whatever the model has.
+        let all = |leaf| CpuidEntry { leaf, subleaf: None, output: [u32::MAX; 4] };
+        config.cpuid = vec![all(1), all(7)];
         let cpu = Cpu::new(config, memory.clone(), Arc::new(NoDevices), Box::new(NoApic));
         let mut soft = Self { cpu, memory, ram, base: CpuState::reset() };
         soft.build_tables();
