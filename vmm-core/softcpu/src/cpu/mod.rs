@@ -357,6 +357,7 @@ impl Cpu {
         self.msrs = state.msrs;
         self.efer = state.msrs.efer;
         self.fpu = state.fpu;
+        self.fpu.make_valid();
         self.tsc_offset = self.tsc_offset.wrapping_add(state.tsc.wrapping_sub(self.tsc_now()));
         self.mp_state = state.mp_state;
         self.shadow = state.interrupt_shadow;

@@ -163,10 +163,9 @@ fn fxrstor<G: Guest>(guest: &mut G, address: u64, wide: bool, long: bool) -> Res
         area.fdp &= 0xffff_ffff;
     }
     let fpu = guest.fpu();
-    fpu.fcw = area.fcw & 0x1f3f | 0x40;
     fpu.fsw = area.fsw;
     fpu.ftw = area.ftw;
-    fpu.fop = area.fop & 0x7ff;
+    fpu.fop = area.fop;
     fpu.fip = area.fip;
     fpu.fdp = area.fdp;
     fpu.mxcsr = area.mxcsr;
@@ -175,7 +174,8 @@ fn fxrstor<G: Guest>(guest: &mut G, address: u64, wide: bool, long: bool) -> Res
     }
     let count = if long { 16 } else { 8 };
     fpu.xmm[..count].copy_from_slice(&area.xmm[..count]);
-    fpu.update_summary();
+    fpu.fcw = area.fcw;
+    fpu.make_valid();
     Ok(())
 }
 

@@ -36,6 +36,15 @@ impl FpuState {
         self.fdp = 0;
     }
 
+    /// Clears what no guest can have set, and what the host would refuse to load.
+    pub(crate) fn make_valid(&mut self) {
+        self.mxcsr &= MXCSR_VALID;
+        self.mxcsr_mask = MXCSR_VALID;
+        self.fcw = self.fcw & 0x1f3f | 0x40;
+        self.fop &= 0x7ff;
+        self.update_summary();
+    }
+
     /// Recomputes ES and B from the exception flags and the masks of the control word.
     pub(crate) fn update_summary(&mut self) {
         if self.fsw & !self.fcw & EXCEPTIONS != 0 {
@@ -91,6 +100,13 @@ mod tests {
         for (i, st) in image.st.iter().enumerate() {
             assert_eq!(*st, i as u128);
         }
+    }
+
+    #[test]
+    fn reserved_bits_are_dropped() {
+        let mut image = FpuState { mxcsr: u32::MAX, fcw: u16::MAX, ..FpuState::default() };
+        image.make_valid();
+        assert_eq!((image.mxcsr, image.fcw), (0xffff, 0x1f7f));
     }
 
     #[test]
