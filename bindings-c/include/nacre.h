@@ -178,6 +178,11 @@ struct nacre_disk;
 struct nacre_error;
 
 /*
+ A virtual switch with its worker threads. Free it with `nacre_switch_free`.
+ */
+struct nacre_switch;
+
+/*
  A virtual machine. Free it with `nacre_vm_free`, which also stops it.
  */
 struct nacre_vm;
@@ -281,6 +286,72 @@ struct nacre_disk_options {
 };
 
 /*
+ A switch. Set `struct_size` and zero the rest for defaults.
+ */
+struct nacre_switch_options {
+    /*
+     `sizeof(struct nacre_switch_options)`.
+     */
+    size_t struct_size;
+    /*
+     Worker threads; 0 for one.
+     */
+    size_t workers;
+};
+
+/*
+ A port. Set `struct_size` and zero the rest for defaults.
+ */
+struct nacre_port_options {
+    /*
+     `sizeof(struct nacre_port_options)`.
+     */
+    size_t struct_size;
+    /*
+     The port's name, unique in the switch. Required.
+     */
+    const char *name;
+    /*
+     Where it leads to. Required, except for `nacre_vm_options`, which names a port of a machine.
+     */
+    const char *target;
+    /*
+     One of `enum nacre_port_kind`.
+     */
+    uint32_t kind;
+    /*
+     The VLAN that untagged frames belong to (access port), 1 to 4094; 0 for a port without VLANs.
+     */
+    uint16_t vlan;
+    /*
+     Must be zero.
+     */
+    uint8_t reserved[2];
+};
+
+/*
+ Counters of a port.
+ */
+struct nacre_port_stats {
+    /*
+     Frames that came in.
+     */
+    uint64_t rx_packets;
+    /*
+     Bytes that came in.
+     */
+    uint64_t rx_bytes;
+    /*
+     Frames that went out.
+     */
+    uint64_t tx_packets;
+    /*
+     Bytes that went out.
+     */
+    uint64_t tx_bytes;
+};
+
+/*
  A network card.
  */
 struct nacre_net_options {
@@ -289,7 +360,7 @@ struct nacre_net_options {
      */
     size_t struct_size;
     /*
-     The Unix stream socket of a switch, passt or gvproxy. Either this or `tap` is required.
+     The Unix stream socket of a switch, passt or gvproxy. Either this, `tap` or `switch_` is required.
      */
     const char *unix_socket;
     /*
@@ -300,6 +371,22 @@ struct nacre_net_options {
      MAC address, such as "52:54:00:12:34:56"; null for a random one.
      */
     const char *mac;
+    /*
+     A switch of this process; the machine gets a new port of it.
+     */
+    const struct nacre_switch *switch_;
+    /*
+     The name of that port; null for one made of the MAC address.
+     */
+    const char *port_name;
+    /*
+     The VLAN that the machine's frames belong to, 1 to 4094; 0 for none. Only with `switch_`.
+     */
+    uint16_t vlan;
+    /*
+     Must be zero.
+     */
+    uint8_t reserved[6];
 };
 
 /*
@@ -351,7 +438,7 @@ struct nacre_vm_options {
      */
     int console_fd;
     /*
-     Disks; their `path`, `format`, `read_only`, `direct` and `id` count. Null when `disk_count` is 0.
+     Disks; all their options count. Null when `disk_count` is 0.
      */
     const struct nacre_disk_options *const *disks;
     /*
@@ -512,6 +599,57 @@ int nacre_error_message(const struct nacre_error *error,
  Frees an error object. Null and stale handles are ignored.
  */
 void nacre_error_free(struct nacre_error *error);
+
+/*
+ Makes a switch without ports; its workers start at once.
+
+ # Safety
+ `options` is null (for defaults) or points to a structure with `struct_size` set. `switch_` and `error` are null or
+ point to room for a pointer.
+ */
+enum nacre_status nacre_switch_new(const struct nacre_switch_options *options,
+                                   struct nacre_switch **switch_,
+                                   struct nacre_error **error);
+
+/*
+ Adds a port. For a port of a machine, name the switch in `nacre_net_options` instead.
+
+ # Safety
+ `options` is null or points to a structure with `struct_size` set, whose strings are null or terminated. `error` is
+ null or points to room for a pointer.
+ */
+enum nacre_status nacre_switch_add_port(const struct nacre_switch *switch_,
+                                        const struct nacre_port_options *options,
+                                        struct nacre_error **error);
+
+/*
+ Removes a port. A machine that is attached to it sees its link go down.
+
+ # Safety
+ `name` is null or a terminated string; `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_switch_remove_port(const struct nacre_switch *switch_,
+                                           const char *name,
+                                           struct nacre_error **error);
+
+/*
+ Reads a port's counters.
+
+ # Safety
+ `name` is null or a terminated string; `stats` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_switch_port_stats(const struct nacre_switch *switch_,
+                                          const char *name,
+                                          struct nacre_port_stats *stats,
+                                          struct nacre_error **error);
+
+/*
+ Stops and frees a switch. Machines that are attached to it see their links go down.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_switch_free(struct nacre_switch *switch_, struct nacre_error **error);
 
 /*
  Builds a machine; start it with `nacre_vm_start`.

@@ -22,5 +22,6 @@ pub mod error;
 pub mod handle;
 pub mod options;
 pub mod status;
+pub mod switch;
 pub mod text;
 pub mod vm;

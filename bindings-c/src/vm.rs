@@ -8,9 +8,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vmm_core::devices::virtio::VirtioDevice;
+use vmm_core::devices::virtio::net::NetOptions;
 use vmm_core::machine::{
-    AccelChoice, ConsoleConfig, DiskConfig, NetBackendConfig, NetConfig, StopReason, Vm, VmConfig, VmError,
-    VmEvent,
+    AccelChoice, ConsoleConfig, DiskConfig, NetBackendConfig, NetConfig, StopReason, Vm, VmBuilder, VmConfig,
+    VmError, VmEvent, mac_address,
 };
 
 use crate::accel::nacre_accel;
@@ -20,6 +22,7 @@ use crate::error::nacre_error;
 use crate::handle::Table;
 use crate::options::{self, Options};
 use crate::status::nacre_status::{self, *};
+use crate::switch::{self, nacre_switch};
 use crate::text;
 
 /// A virtual machine. Free it with `nacre_vm_free`, which also stops it.
@@ -36,17 +39,25 @@ const MAX_DEVICES: usize = 1024;
 pub struct nacre_net_options {
     /// `sizeof(struct nacre_net_options)`.
     pub struct_size: usize,
-    /// The Unix stream socket of a switch, passt or gvproxy. Either this or `tap` is required.
+    /// The Unix stream socket of a switch, passt or gvproxy. Either this, `tap` or `switch_` is required.
     pub unix_socket: *const c_char,
     /// A tap interface of the host.
     pub tap: *const c_char,
     /// MAC address, such as "52:54:00:12:34:56"; null for a random one.
     pub mac: *const c_char,
+    /// A switch of this process; the machine gets a new port of it.
+    pub switch_: *const nacre_switch,
+    /// The name of that port; null for one made of the MAC address.
+    pub port_name: *const c_char,
+    /// The VLAN that the machine's frames belong to, 1 to 4094; 0 for none. Only with `switch_`.
+    pub vlan: u16,
+    /// Must be zero.
+    pub reserved: [u8; 6],
 }
 
-// SAFETY: repr(C), starts with a usize, pointers only.
+// SAFETY: repr(C), starts with a usize, pointers and integers only.
 unsafe impl Options for nacre_net_options {
-    const FIRST_SIZE: usize = 32;
+    const FIRST_SIZE: usize = 56;
     const NAME: &'static str = "nacre_net_options";
 }
 
@@ -76,7 +87,7 @@ pub struct nacre_vm_options {
     pub reserved: [u8; 2],
     /// A descriptor that the serial console's output is written to. Duplicated.
     pub console_fd: c_int,
-    /// Disks; their `path`, `format`, `read_only`, `direct` and `id` count. Null when `disk_count` is 0.
+    /// Disks; all their options count. Null when `disk_count` is 0.
     pub disks: *const *const nacre_disk_options,
     /// Number of disks.
     pub disk_count: usize,
@@ -196,33 +207,53 @@ unsafe fn config(o: &nacre_vm_options) -> Result<VmConfig, Failure> {
             readonly: disk.read_only,
             direct: disk.direct,
             queues: 1,
-            allow: Vec::new(),
+            // The policy lists directories; the root contains every file.
+            allow: if disk.trust_headers { vec!["/".into()] } else { Vec::new() },
             limits: Default::default(),
         });
     }
-    // SAFETY: as above.
-    for net in unsafe { list(o.nets, o.net_count, "nets") }? {
-        // SAFETY: as above.
-        let unix = unsafe { text::optional(net.unix_socket, "unix_socket") }?;
-        // SAFETY: as above.
-        let tap = unsafe { text::optional(net.tap, "tap") }?;
-        let backend = match (unix, tap) {
-            (Some(path), None) => NetBackendConfig::Unix(path.into()),
-            (None, Some(name)) => NetBackendConfig::Tap(name),
-            _ => return Err(Failure::invalid("A network card needs either 'unix_socket' or 'tap'")),
-        };
-        config.nets.push(NetConfig {
-            backend,
-            // SAFETY: as above.
-            mac: unsafe { text::optional(net.mac, "mac") }?,
-            mtu: None,
-            id: String::new(),
-            queues: 1,
-            send_limits: Default::default(),
-            receive_limits: Default::default(),
-        });
-    }
     Ok(config)
+}
+
+/// Adds a network card.
+///
+/// # Safety
+/// As `nacre_vm_build`.
+unsafe fn add_net(
+    net: &nacre_net_options,
+    config: &mut VmConfig,
+    devices: &mut Vec<Arc<dyn VirtioDevice>>,
+) -> Result<(), Failure> {
+    // SAFETY: promised by the caller, here and below.
+    let unix = unsafe { text::optional(net.unix_socket, "unix_socket") }?;
+    // SAFETY: as above.
+    let tap = unsafe { text::optional(net.tap, "tap") }?;
+    // SAFETY: as above.
+    let mac = unsafe { text::optional(net.mac, "mac") }?;
+    // SAFETY: as above.
+    let port_name = unsafe { text::optional(net.port_name, "port_name") }?;
+    let backend = match (unix, tap, net.switch_.is_null()) {
+        (Some(path), None, true) => NetBackendConfig::Unix(path.into()),
+        (None, Some(name), true) => NetBackendConfig::Tap(name),
+        (None, None, false) => {
+            let options =
+                NetOptions { mac: mac_address(mac.as_deref()).map_err(failure)?, ..NetOptions::default() };
+            let name = port_name.unwrap_or_else(|| options.mac.map(|b| format!("{b:02x}")).join(":"));
+            devices.push(switch::network_card(net.switch_, &name, net.vlan, &options)?);
+            return Ok(());
+        }
+        _ => return Err(Failure::invalid("A network card needs one of 'unix_socket', 'tap' and 'switch_'")),
+    };
+    config.nets.push(NetConfig {
+        backend,
+        mac,
+        mtu: None,
+        id: String::new(),
+        queues: 1,
+        send_limits: Default::default(),
+        receive_limits: Default::default(),
+    });
+    Ok(())
 }
 
 /// Builds a machine; start it with `nacre_vm_start`.
@@ -242,7 +273,14 @@ pub unsafe extern "C" fn nacre_vm_build(
         // SAFETY: as above.
         let o = unsafe { options::read(options) }?;
         // SAFETY: as above.
-        let mut builder = Vm::builder(unsafe { config(&o) }?);
+        let mut config = unsafe { config(&o) }?;
+        let mut devices = Vec::new();
+        // SAFETY: as above.
+        for net in unsafe { list(o.nets, o.net_count, "nets") }? {
+            // SAFETY: as above.
+            unsafe { add_net(&net, &mut config, &mut devices) }?;
+        }
+        let mut builder = devices.into_iter().fold(Vm::builder(config), VmBuilder::device);
         if o.console {
             if o.console_fd < 0 {
                 return Err(Failure::invalid(format!("Descriptor {} is not open", o.console_fd)));

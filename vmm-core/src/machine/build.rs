@@ -17,6 +17,7 @@ use crate::devices::legacy::{
     AcpiPm, DebugConsole, DebugExit, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink, Pvpanic, Rtc, Serial,
     SerialOutput,
 };
+use crate::devices::virtio::VirtioDevice;
 use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 
@@ -32,6 +33,7 @@ pub struct VmBuilder {
     hypervisor: Option<Arc<dyn Hypervisor>>,
     output: Option<Box<dyn SerialOutput>>,
     filter: Option<InputFilter>,
+    devices: Vec<Arc<dyn VirtioDevice>>,
 }
 
 /// The machine's buses as the accelerator sees them.
@@ -60,7 +62,7 @@ impl IoBus for Buses {
 
 impl VmBuilder {
     pub(super) fn new(config: VmConfig) -> Self {
-        Self { config, hypervisor: None, output: None, filter: None }
+        Self { config, hypervisor: None, output: None, filter: None, devices: Vec::new() }
     }
 
     /// Uses this accelerator instead of the one that the configuration names.
@@ -78,6 +80,13 @@ impl VmBuilder {
     /// Lets `filter` see and change console input on its way to the guest.
     pub fn input_filter(mut self, filter: impl FnMut(&mut Vec<u8>) + Send + 'static) -> Self {
         self.filter = Some(Box::new(filter));
+        self
+    }
+
+    /// Attaches a virtio device of the caller's own, after those of the configuration: one with another back-end than
+    /// the configuration knows, or of a kind that this crate does not have.
+    pub fn device(mut self, device: Arc<dyn VirtioDevice>) -> Self {
+        self.devices.push(device);
         self
     }
 
@@ -143,6 +152,9 @@ impl VmBuilder {
             Attached::pci(accel.clone(), memory.clone(), mmio.clone(), ports.clone(), power.clone())?
         };
         devices::attach_all(&mut attached, config)?;
+        for device in self.devices {
+            attached.add(device)?;
+        }
 
         let platform = platform(config, &memory, numa, attached.mmio_devices.clone());
         let rsdp = acpi::write(&memory, layout::ACPI_AREA, &platform)?;

@@ -142,16 +142,21 @@ fn open_net(config: &NetConfig) -> Result<Arc<Net>, VmError> {
         }
     };
     let options = NetOptions {
-        mac: match &config.mac {
-            Some(text) => parse_mac(text)?,
-            None => random_mac()?,
-        },
+        mac: mac_address(config.mac.as_deref())?,
         mtu: config.mtu,
         send_limits: config.send_limits.limits(),
         receive_limits: config.receive_limits.limits(),
         ..NetOptions::default()
     };
     Net::new(backend, &options).map_err(|source| VmError::Host { what: "event descriptors", source })
+}
+
+/// The MAC address that `text` says, such as `52:54:00:12:34:56`; without one, a random address.
+///
+/// # Errors
+/// Fails when the text is no unicast address, or the host gives no random bytes.
+pub fn mac_address(text: Option<&str>) -> Result<[u8; 6], VmError> {
+    text.map_or_else(random_mac, parse_mac)
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], VmError> {

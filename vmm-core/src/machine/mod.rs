@@ -37,6 +37,7 @@ pub use self::config::{
 };
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};
+pub use self::devices::mac_address;
 pub use self::events::{Events, StopReason, VmEvent};
 use self::vcpu::Control;
 use crate::accel::{self, AccelError, AccelKind};
