@@ -43,7 +43,9 @@ pub mod format;
 pub mod job;
 pub mod storage;
 
-pub use disk::{CreateOptions, Disk, Geometry, OpenOptions, OpenPolicy, OpenRequest, Preallocation};
+pub use disk::{
+    CreateOptions, Disk, Geometry, OpenOptions, OpenPolicy, OpenRequest, Preallocation, Registry,
+};
 pub use error::{Error, Result};
 pub use format::Format;
 pub use iobuf::{Gather, Scatter};

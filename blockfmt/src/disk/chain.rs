@@ -86,7 +86,7 @@ impl Disk {
         };
         create.create(path)?;
         let open = OpenOptions::new(create.format).backing(true).policy(OpenPolicy::trust_headers());
-        open.open_single(path)
+        open.open_layer_alone(path)
     }
 
     /// A disk over layers that belong to another one; they are not closed with it.
@@ -106,6 +106,12 @@ impl Disk {
         let layer = self.layers()[index].clone();
         if !layer.read_only() {
             return Ok(layer);
+        }
+        if self.0.shares_bases {
+            return Err(Error::unsupported(
+                layer.storage().name(),
+                "writing to a base that other disks share",
+            ));
         }
         let open = || {
             let path = layer.storage().name();

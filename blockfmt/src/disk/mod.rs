@@ -4,16 +4,21 @@ mod chain;
 mod create;
 mod open;
 mod policy;
+mod shared;
+mod throttle;
 
 pub use create::{CreateOptions, Preallocation};
 pub use open::OpenOptions;
 pub use policy::{OpenPolicy, OpenRequest, Role};
+pub use shared::{Registry, RegistryStats};
+pub use throttle::{Limits, Throttle};
 
 use crate::gate::Gate;
 use crate::{Below, Error, Extent, Gather, Layer, Result, Scatter};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Addressing facts that a virtual device reports to its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -82,6 +87,10 @@ struct Inner {
     read_only: bool,
     /// Whether the layers belong to this disk.
     close_on_drop: bool,
+    /// Whether layers below the active one may belong to other disks, too.
+    shares_bases: bool,
+    throttled: AtomicBool,
+    throttles: RwLock<Vec<Arc<Throttle>>>,
     resize_callbacks: Mutex<Vec<ResizeCallback>>,
 }
 
@@ -110,6 +119,9 @@ impl Disk {
             gate: Gate::new(state),
             read_only,
             close_on_drop: true,
+            shares_bases: false,
+            throttled: AtomicBool::new(false),
+            throttles: RwLock::default(),
             resize_callbacks: Mutex::default(),
         })))
     }
@@ -150,6 +162,7 @@ impl Disk {
 
     /// Reads into a list of buffers.
     pub fn read(&self, dst: Scatter<'_>, offset: u64) -> Result<()> {
+        self.throttle(false, dst.len() as u64);
         let state = self.0.gate.enter();
         check(&state, offset, dst.len() as u64)?;
         Below::new(&state.layers).read(dst, offset)
@@ -157,6 +170,7 @@ impl Disk {
 
     /// Writes from a list of buffers.
     pub fn write(&self, src: Gather<'_>, offset: u64) -> Result<()> {
+        self.throttle(true, src.len() as u64);
         let state = self.enter_to_change(offset, src.len() as u64)?;
         state.change(offset, src.len() as u64, || state.top().write(src, offset, state.below()))
     }
@@ -218,6 +232,19 @@ impl Disk {
         match self.0.read_only {
             true => Ok(()),
             false => closed.get().top().close(),
+        }
+    }
+
+    /// Replaces the limits on reads and writes. A throttle that several disks have limits their sum.
+    pub fn set_throttles(&self, throttles: Vec<Arc<Throttle>>) {
+        self.0.throttled.store(!throttles.is_empty(), Ordering::Release);
+        *self.0.throttles.write() = throttles;
+    }
+
+    fn throttle(&self, write: bool, bytes: u64) {
+        if self.0.throttled.load(Ordering::Acquire) {
+            let throttles = self.0.throttles.read().clone();
+            throttles.iter().for_each(|throttle| throttle.wait(write, bytes));
         }
     }
 

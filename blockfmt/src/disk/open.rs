@@ -1,6 +1,6 @@
 //! Opening a disk and the chain below it.
 
-use super::{Disk, OpenPolicy, Role};
+use super::{CreateOptions, Disk, OpenPolicy, Registry, Role};
 use crate::format::{LayerOptions, data_file_name, open_layer};
 use crate::storage::{FileId, FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Error, Format, Layer, Result, Storage};
@@ -20,6 +20,8 @@ pub struct OpenOptions {
     pub(crate) policy: OpenPolicy,
     pub(crate) backing: bool,
     pub(crate) repair: bool,
+    registry: Option<Registry>,
+    temporary: Option<PathBuf>,
 }
 
 impl OpenOptions {
@@ -33,6 +35,8 @@ impl OpenOptions {
             policy: OpenPolicy::default(),
             backing: true,
             repair: false,
+            registry: None,
+            temporary: None,
         }
     }
 
@@ -66,6 +70,19 @@ impl OpenOptions {
         self
     }
 
+    /// Share open bases with the other disks of this registry.
+    pub fn registry(mut self, registry: &Registry) -> Self {
+        self.registry = Some(registry.clone());
+        self
+    }
+
+    /// Leave the image as it is: what is written goes to a temporary file in `directory` that vanishes with
+    /// the disk.
+    pub fn non_persistent(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.temporary = Some(directory.into());
+        self
+    }
+
     /// Open the image even if it is marked as corrupt or was not closed properly, as it is, to repair it.
     pub fn repair(mut self, repair: bool) -> Self {
         self.repair = repair;
@@ -75,6 +92,10 @@ impl OpenOptions {
     /// Opens a file or block device.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Disk> {
         let path = path.as_ref();
+        if let Some(directory) = &self.temporary {
+            let options = OpenOptions { read_only: true, temporary: None, ..self.clone() };
+            return options.open(path)?.on_temporary_layer(directory);
+        }
         let options = FileOptions {
             read_only: self.read_only,
             direct: self.direct,
@@ -85,8 +106,8 @@ impl OpenOptions {
         self.open_storage(storage, path)
     }
 
-    /// Opens one image for writing without the chain below it.
-    pub(crate) fn open_single(&self, path: &Path) -> Result<Arc<dyn Layer>> {
+    /// Opens one image for writing without the chain below it. The caller closes the layer.
+    pub fn open_layer_alone(&self, path: &Path) -> Result<Arc<dyn Layer>> {
         let options =
             FileOptions { direct: self.direct, lock: self.lock_mode(false), ..FileOptions::default() };
         let storage = Arc::new(FileStorage::open(path, options)?);
@@ -95,7 +116,11 @@ impl OpenOptions {
 
     /// Opens an image on a storage. Relative names in its header are relative to the directory of `path`.
     pub fn open_storage(&self, storage: Arc<dyn Storage>, path: impl AsRef<Path>) -> Result<Disk> {
-        Disk::from_layers(self.open_chain(storage, path.as_ref())?, self.read_only)
+        let mut disk = Disk::from_layers(self.open_chain(storage, path.as_ref())?, self.read_only)?;
+        if let Some(inner) = Arc::get_mut(&mut disk.0) {
+            inner.shares_bases = self.registry.is_some();
+        }
+        Ok(disk)
     }
 
     fn lock_mode(&self, read_only: bool) -> LockMode {
@@ -147,7 +172,13 @@ impl OpenOptions {
         };
         let format: Format = format.parse()?;
         let storage = self.open_named(&path, referrer, Role::Backing, true)?;
-        Ok((self.open_layer(format, storage, &path, true)?, path))
+        let (id, modified) = (storage.file_id(), storage.modified());
+        let open = || self.open_layer(format, storage, &path, true);
+        let layer = match (&self.registry, id) {
+            (Some(registry), Some(id)) => registry.share(id, format, modified, open)?,
+            _ => open()?,
+        };
+        Ok((layer, path))
     }
 
     /// Opens a file that a header names.
@@ -180,6 +211,17 @@ impl OpenOptions {
             }
         };
         open_layer(format, storage, &LayerOptions { read_only, repair: self.repair, data_file })
+    }
+}
+
+impl Disk {
+    /// A writable disk over the layers of this one; what is written goes to a file that has no name.
+    fn on_temporary_layer(&self, directory: &Path) -> Result<Disk> {
+        let storage: Arc<dyn Storage> = Arc::new(FileStorage::temporary(directory)?);
+        CreateOptions::new(Format::Qcow2, self.size()).create_on(storage.clone())?;
+        let mut layers = vec![open_layer(Format::Qcow2, storage, &LayerOptions::default())?];
+        layers.extend(self.layers());
+        Disk::from_layers(layers, false)
     }
 }
 

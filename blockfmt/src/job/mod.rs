@@ -13,6 +13,7 @@ mod chain;
 mod control;
 mod copy;
 mod dirty;
+mod measure;
 mod mirror;
 
 pub use backup::backup;
@@ -20,4 +21,5 @@ pub use chain::{commit, rebase, stream};
 pub use control::{JobControl, Progress};
 pub use copy::{Comparison, ConvertOptions, compare, convert};
 pub use dirty::DirtyMap;
+pub use measure::{Measure, measure};
 pub use mirror::{Mirror, MirrorMode};

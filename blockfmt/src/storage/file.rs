@@ -61,6 +61,13 @@ impl FileStorage {
         Self::from_file(file, path, options)
     }
 
+    /// A new file in `directory` that has no name and vanishes when it is closed.
+    pub fn temporary(directory: &Path) -> Result<Self> {
+        let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory);
+        let file = file.map_err(|e| Error::io("create a file in", directory.display().to_string(), e))?;
+        Self::from_file(file, directory, FileOptions { lock: LockMode::None, ..FileOptions::default() })
+    }
+
     /// Wraps an open file; `path` is its name in messages. `options.create` has no meaning here.
     pub fn from_file(file: File, path: &Path, options: FileOptions) -> Result<Self> {
         let fail = |op, e| Error::io(op, path.display().to_string(), e);

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 const WAYS: usize = 8;
+const COUNTERS: usize = 16;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
@@ -88,18 +89,26 @@ pub(super) struct SliceCache {
     wide: bool,
     dirty: Mutex<Vec<u64>>,
     misses: AtomicU64,
+    /// Lookups, counted by several threads without sharing a cache line.
+    lookups: Box<[Counter]>,
 }
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Counter(AtomicU64);
 
 impl SliceCache {
     /// A cache of at least `slots` slices of `words` words; `wide` says that entries have two words.
     pub fn new(slots: usize, words: usize, wide: bool) -> Self {
         let sets = (0..slots.div_ceil(WAYS).max(1)).map(|_| Set::default()).collect();
-        SliceCache { sets, words, wide, dirty: Mutex::default(), misses: AtomicU64::new(0) }
+        let lookups = (0..COUNTERS).map(|_| Counter::default()).collect();
+        SliceCache { sets, words, wide, dirty: Mutex::default(), misses: AtomicU64::new(0), lookups }
     }
 
-    /// Slices that had to be loaded so far.
-    pub fn misses(&self) -> u64 {
-        self.misses.load(Ordering::Relaxed)
+    /// Lookups so far, and slices that had to be loaded.
+    pub fn stats(&self) -> (u64, u64) {
+        let lookups = self.lookups.iter().map(|c| c.0.load(Ordering::Relaxed)).sum();
+        (lookups, self.misses.load(Ordering::Relaxed))
     }
 
     fn set(&self, slice: u64) -> &Set {
@@ -109,6 +118,7 @@ impl SliceCache {
     /// Runs `f` on the words of a slice if it is cached. `f` may run several times and may see a mixture
     /// of states; the result that is returned comes from a consistent one.
     pub fn read<R>(&self, slice: u64, mut f: impl FnMut(&[AtomicU64]) -> R) -> Option<R> {
+        self.lookups[crate::gate::shard() % COUNTERS].0.fetch_add(1, Ordering::Relaxed);
         let set = self.set(slice);
         for (tag, slot) in set.tags.iter().zip(&set.slots) {
             if tag.load(Ordering::Acquire) != slice + 1 {

@@ -1,13 +1,13 @@
 //! Checking and repairing refcounts.
 
-use super::header::{Header, autoclear, be32, be64, extension, incompatible};
+use super::header::{Header, MAX_REFTABLE_BYTES, autoclear, be32, be64, extension, incompatible};
 use super::map::COMPRESSED;
 use super::refcount::{read_entry, write_entry};
 use super::tables::{COPIED, OFFSET_MASK};
 use super::walk::Reference;
 use super::{Qcow2, Refcounts};
 use crate::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Counts per chunk of the sparse array below.
 const CHUNK: u64 = 256;
@@ -255,7 +255,6 @@ impl Qcow2 {
 
     fn compare_refcounts(&self, counts: &Counts, repair: Repair, report: &mut CheckReport) -> Result<()> {
         let mut refcounts = self.refcounts.lock();
-        let per_block = refcounts.per_block();
         for (cluster, count) in counts.used() {
             let refcount = refcounts.get(cluster)?;
             if refcount < count {
@@ -267,10 +266,10 @@ impl Qcow2 {
                 }
             }
         }
-        let blocks: Vec<_> = refcounts.block_offsets().map(|(block, _)| block as u64).collect();
+        let blocks: Vec<_> = refcounts.block_offsets().map(|(block, _)| block).collect();
         for block in blocks {
-            for cluster in block * per_block..(block + 1) * per_block {
-                let (refcount, count) = (refcounts.get(cluster)?, counts.get(cluster));
+            for (cluster, refcount) in refcounts.counted(block)? {
+                let count = counts.get(cluster);
                 if refcount <= count {
                     continue;
                 }
@@ -313,18 +312,18 @@ impl Qcow2 {
         let per_block = 1u64 << (bits + 3 - header.refcount_order);
         let start = end.max(self.storage.length()?.div_ceil(self.p.cluster));
         // Blocks for everything that is used, and for themselves.
-        let mut needed: Vec<u64> = counts.used().map(|(cluster, _)| cluster / per_block).collect();
-        needed.dedup();
+        let mut needed: BTreeSet<u64> = counts.used().map(|(cluster, _)| cluster / per_block).collect();
         let (table_clusters, total) = loop {
             let last = needed.last().copied().unwrap_or(0);
             let table_clusters = ((last + 1) * 8).div_ceil(self.p.cluster);
-            let total = needed.len() as u64 + table_clusters;
-            let missing = (start / per_block..=(start + total - 1) / per_block).find(|b| !needed.contains(b));
-            match missing {
-                Some(block) => needed.push(block),
-                None => break (table_clusters, total),
+            if table_clusters << bits > MAX_REFTABLE_BYTES {
+                return Err(self.corrupt("it refers to clusters far beyond its end"));
             }
-            needed.sort_unstable();
+            let total = needed.len() as u64 + table_clusters;
+            match (start / per_block..=(start + total - 1) / per_block).find(|b| !needed.contains(b)) {
+                Some(block) => needed.insert(block),
+                None => break (table_clusters, total),
+            };
         };
         (start..start + total).for_each(|c| counts.add(c));
         let mut table = vec![0u8; (table_clusters * self.p.cluster) as usize];

@@ -193,8 +193,8 @@ impl Qcow2 {
         self.size.load(Ordering::Acquire)
     }
 
-    /// Slices of L2 tables that had to be loaded so far.
-    pub fn cache_misses(&self) -> u64 {
-        self.cache.misses()
+    /// Lookups in the cache of L2 slices so far, and how many of them had to read the disk.
+    pub fn cache_stats(&self) -> (u64, u64) {
+        self.cache.stats()
     }
 }

@@ -109,6 +109,23 @@ impl Refcounts {
         self.table.iter().copied().enumerate().filter(|(_, offset)| *offset != 0)
     }
 
+    /// The clusters of a block whose refcount is not zero, with it.
+    pub fn counted(&mut self, block: usize) -> Result<Vec<(u64, u64)>> {
+        let (first, order) = (block as u64 * self.per_block(), self.order);
+        // Entries in a group of eight bytes.
+        let group = 64usize >> order;
+        let Some(bytes) = self.load(block)? else { return Ok(Vec::new()) };
+        let mut out = Vec::new();
+        for (n, word) in bytes.chunks_exact(8).enumerate() {
+            if word != [0; 8] {
+                let entries =
+                    (n * group..(n + 1) * group).map(|i| (first + i as u64, read_entry(bytes, i, order)));
+                out.extend(entries.filter(|(_, count)| *count != 0));
+            }
+        }
+        Ok(out)
+    }
+
     /// Looks for free clusters from the start again.
     pub fn restart(&mut self) {
         self.hint = 1;

@@ -53,6 +53,8 @@ impl Qcow2 {
     pub(super) fn read_snapshots(&self, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
         let mut out = Vec::new();
         let mut at = header.snapshots_offset;
+        // Every L1 table has clusters of its own, so all of them fit into the file.
+        let mut room = self.storage.length()?.next_multiple_of(self.p.cluster);
         for _ in 0..header.snapshot_count {
             let mut fixed = [0; 40];
             self.storage.read_at(&mut fixed, at)?;
@@ -66,6 +68,10 @@ impl Qcow2 {
             let (extra, names) = rest.split_at(extra_len as usize);
             let (id, name) = names.split_at(id_len as usize);
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            room = match room.checked_sub(u64::from(be32(&fixed, 8)) * 8) {
+                Some(room) => room,
+                None => return Err(self.corrupt("the L1 tables of its snapshots are too large")),
+            };
             out.push(Snapshot {
                 id: text(id),
                 name: text(name),

@@ -5,6 +5,7 @@ use super::header::be64;
 use super::map::{COMPRESSED, ZERO};
 use super::tables::OFFSET_MASK;
 use crate::Result;
+use std::collections::HashSet;
 
 /// A reference from a table to host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,7 @@ impl Qcow2 {
     /// Calls `f` for every reference below an L1 table, as it is on the disk.
     pub(super) fn walk(&self, l1: &[u64], mut f: impl FnMut(Reference) -> Result<()>) -> Result<()> {
         let mut table = vec![0; self.p.cluster as usize];
+        let mut seen = HashSet::new();
         for (index, entry) in l1.iter().copied().enumerate() {
             let offset = entry & OFFSET_MASK;
             if offset == 0 {
@@ -28,6 +30,10 @@ impl Qcow2 {
             }
             if offset & (self.p.cluster - 1) != 0 {
                 f(Reference::Invalid { what: "An L2 table is not aligned" })?;
+                continue;
+            }
+            if !seen.insert(offset) {
+                f(Reference::Invalid { what: "An L2 table is used twice" })?;
                 continue;
             }
             f(Reference::Table { index, entry })?;

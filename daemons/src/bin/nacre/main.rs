@@ -1,6 +1,7 @@
 //! The `nacre` command line.
 
 mod accel;
+mod disk;
 mod run;
 mod schema;
 
@@ -20,6 +21,7 @@ struct Cli {
 enum Command {
     Run(Box<run::Args>),
     Accel(accel::Args),
+    Disk(disk::Args),
     /// Print the JSON schema of `nacre run --config` files.
     Schema,
     /// Print a completion script for a shell.
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(*args),
         Command::Accel(args) => accel::run(&args),
+        Command::Disk(args) => disk::run(args),
         Command::Schema => schema::print(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "nacre", &mut std::io::stdout());

@@ -1,0 +1,259 @@
+//! Runs `qemu-img bench` and this crate on equal images and prints both rates and their ratio.
+//!
+//! `cargo bench -p blockfmt --bench qemu [-- NAME...]` runs the cases whose names contain a NAME. Images
+//! live in `/dev/shm` (1 GiB each); set `NACRE_BENCH_DIR` to measure another file system.
+
+#![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
+
+use blockfmt::format::qcow2::{Compression, Qcow2Options};
+use blockfmt::job::{self, ConvertOptions, JobControl};
+use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+const SIZE: u64 = 1 << 30;
+/// A step that visits the disk in a scattered order.
+const SCATTER: u64 = 410_136_576;
+const ROUNDS: usize = 3;
+
+struct Bench {
+    dir: PathBuf,
+    filters: Vec<String>,
+}
+
+#[derive(Clone, Copy)]
+struct Load {
+    write: bool,
+    count: u64,
+    size: u64,
+    step: u64,
+    depth: u32,
+    threads: u64,
+}
+
+impl Bench {
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    fn wanted(&self, name: &str) -> bool {
+        self.filters.is_empty() || self.filters.iter().any(|f| name.contains(f.as_str()))
+    }
+
+    /// Measures one load on images that `prepare` makes, QEMU first, and prints the best of some rounds.
+    fn case(&self, name: &str, load: Load, format: Format, prepare: impl Fn(&Path)) {
+        if !self.wanted(name) {
+            return;
+        }
+        let (mut theirs, mut ours) = (0f64, 0f64);
+        let path = self.at("bench.img");
+        for round in 0..ROUNDS {
+            if round == 0 || load.write {
+                prepare(&path);
+            }
+            theirs = theirs.max(qemu_bench(&path, load, format));
+            if load.write {
+                prepare(&path);
+            }
+            let disk = OpenOptions::new(format).open(&path).unwrap();
+            ours = ours.max(our_bench(&disk, load));
+        }
+        std::fs::remove_file(&path).unwrap();
+        report(name, theirs, ours, "op/s");
+    }
+
+    /// Compares the time of a command of QEMU's with the time of `run`.
+    fn timed(&self, name: &str, bytes: u64, theirs: impl Fn(), ours: impl Fn()) {
+        if !self.wanted(name) {
+            return;
+        }
+        let rate = |f: &dyn Fn()| {
+            let start = Instant::now();
+            f();
+            bytes as f64 / start.elapsed().as_secs_f64() / 1e6
+        };
+        let best = |f: &dyn Fn()| (0..ROUNDS).map(|_| rate(f)).fold(0f64, f64::max);
+        report(name, best(&theirs), best(&ours), "MB/s");
+    }
+}
+
+fn report(name: &str, theirs: f64, ours: f64, unit: &str) {
+    println!(
+        "{name:<40} QEMU {theirs:>10.0} {unit}   here {ours:>10.0} {unit}   ratio {:>6.2}",
+        ours / theirs
+    );
+}
+
+fn qemu(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output();
+    let output = output
+        .unwrap_or_else(|e| panic!("cannot run {program} ({e}); install the Debian package qemu-utils"));
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn qemu_bench(path: &Path, load: Load, format: Format) -> f64 {
+    let text = |n: u64| n.to_string();
+    let (count, depth, size, step) =
+        (text(load.count), text(load.depth.into()), text(load.size), text(load.step));
+    let mut args = vec!["bench", "-f", format.name(), "-t", "none", "-i", "native"];
+    args.extend(["-c", &count, "-d", &depth, "-s", &size, "-S", &step]);
+    if load.write {
+        args.extend(["-w", "--pattern=65"]);
+    }
+    args.push(path.to_str().unwrap());
+    let out = qemu("qemu-img", &args);
+    let line = out.lines().find(|l| l.starts_with("Run completed")).unwrap();
+    let seconds: f64 = line.split_whitespace().nth(3).unwrap().parse().unwrap();
+    load.count as f64 / seconds
+}
+
+fn our_bench(disk: &Disk, load: Load) -> f64 {
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for thread in 0..load.threads {
+            scope.spawn(move || {
+                let mut buffer = vec![65; load.size as usize];
+                let mut i = thread;
+                while i < load.count {
+                    let offset = i * load.step % (SIZE - load.size + 1) / load.size * load.size;
+                    match load.write {
+                        true => disk.write_at(&buffer, offset).unwrap(),
+                        false => disk.read_at(&mut buffer, offset).unwrap(),
+                    }
+                    i += load.threads;
+                }
+            });
+        }
+    });
+    load.count as f64 / start.elapsed().as_secs_f64()
+}
+
+fn create(path: &Path, options: CreateOptions) {
+    let _ = std::fs::remove_file(path);
+    options.create(path).unwrap();
+}
+
+/// Writes every byte of a disk.
+fn fill(path: &Path, format: Format) {
+    let disk = OpenOptions::new(format).open(path).unwrap();
+    let mut data = vec![0u8; 1 << 20];
+    for (i, word) in data.chunks_mut(8).enumerate() {
+        word.copy_from_slice(&(i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    }
+    for offset in (0..SIZE).step_by(data.len()) {
+        disk.write_at(&data, offset).unwrap();
+    }
+    disk.close().unwrap();
+}
+
+fn full(format: Format) -> impl Fn(&Path) {
+    move |path| {
+        create(path, CreateOptions::new(format, SIZE));
+        fill(path, format);
+    }
+}
+
+fn main() {
+    let filters = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let root = std::env::var_os("NACRE_BENCH_DIR").map_or("/dev/shm".into(), PathBuf::from);
+    let dir = root.join(format!("nacre-bench-{}", std::process::id()));
+    std::fs::create_dir(&dir).unwrap();
+    let bench = Bench { dir: dir.clone(), filters };
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&bench)));
+    std::fs::remove_dir_all(dir).unwrap();
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn run(bench: &Bench) {
+    let read = Load { write: false, count: 300_000, size: 4096, step: SCATTER, depth: 64, threads: 1 };
+    let write = Load { write: true, count: 200_000, ..read };
+    for format in [Format::Raw, Format::Qcow2] {
+        bench.case(&format!("{format} random read qd1"), Load { depth: 1, ..read }, format, full(format));
+        bench.case(&format!("{format} random read qd64, 1 thread"), read, format, full(format));
+    }
+    let two = Load { threads: 2, ..read };
+    bench.case("qcow2 random read qd64, 2 threads", two, Format::Qcow2, full(Format::Qcow2));
+    bench.case("qcow2 overwrite qd64", write, Format::Qcow2, full(Format::Qcow2));
+
+    let empty = |path: &Path| create(path, CreateOptions::new(Format::Qcow2, SIZE));
+    let allocate = Load { write: true, count: SIZE / 65536, size: 4096, step: 65536, ..read };
+    bench.case("qcow2 allocate 4k per cluster, 1 thread", allocate, Format::Qcow2, empty);
+    bench.case("qcow2 allocate 4k, 2 threads", Load { threads: 2, ..allocate }, Format::Qcow2, empty);
+    let sequential = Load { size: 65536, ..allocate };
+    bench.case("qcow2 allocate whole clusters", sequential, Format::Qcow2, empty);
+
+    full(Format::Qcow2)(&bench.at("base.qcow2"));
+    for extended_l2 in [false, true] {
+        let child = |path: &Path| {
+            let qcow2 = Qcow2Options { extended_l2, ..Qcow2Options::default() };
+            let options = CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2);
+            create(path, options.backing("base.qcow2", Format::Qcow2));
+        };
+        let name = if extended_l2 { "copy-on-write child, extended L2" } else { "copy-on-write child" };
+        bench.case(name, allocate, Format::Qcow2, child);
+    }
+    for depth in [8, 32] {
+        let chain = |path: &Path| {
+            let mut parent = "base.qcow2".to_owned();
+            for n in 1..depth {
+                let name = format!("link{n}.qcow2");
+                let options = CreateOptions::new(Format::Qcow2, SIZE).backing(parent, Format::Qcow2);
+                create(&bench.at(&name), options);
+                parent = name;
+            }
+            create(path, CreateOptions::new(Format::Qcow2, SIZE).backing(parent, Format::Qcow2));
+        };
+        bench.case(
+            &format!("chain of {depth}, read qd64"),
+            Load { count: 100_000, ..read },
+            Format::Qcow2,
+            chain,
+        );
+        let one = Load { count: 50_000, depth: 1, ..read };
+        bench.case(&format!("chain of {depth}, read qd1"), one, Format::Qcow2, chain);
+    }
+    conversions(bench);
+}
+
+fn conversions(bench: &Bench) {
+    let (raw, qcow2, out) = (bench.at("base.raw"), bench.at("base.qcow2"), bench.at("out"));
+    full(Format::Raw)(&raw);
+    let convert = |from: Format, source: &Path, to: Format, options: Qcow2Options, compress: bool| {
+        create(&out, CreateOptions::new(to, SIZE).qcow2(options));
+        let source = OpenOptions::new(from).read_only(true).open(source).unwrap();
+        let target = OpenOptions::new(to).open(&out).unwrap();
+        let options = ConvertOptions { compress, ..ConvertOptions::default() };
+        job::convert(&source, &target, options, &JobControl::new()).unwrap();
+        target.close().unwrap();
+    };
+    let theirs = |from: Format, source: &Path, to: Format, more: &[&str]| {
+        let _ = std::fs::remove_file(&out);
+        let (source, target) = (source.to_str().unwrap(), out.to_str().unwrap());
+        let args = [&["convert", "-f", from.name(), "-O", to.name()][..], more, &[source, target]].concat();
+        qemu("qemu-img", &args);
+    };
+    let plain = Qcow2Options::default;
+    bench.timed(
+        "convert raw to qcow2",
+        SIZE,
+        || theirs(Format::Raw, &raw, Format::Qcow2, &[]),
+        || convert(Format::Raw, &raw, Format::Qcow2, plain(), false),
+    );
+    bench.timed(
+        "convert qcow2 to raw",
+        SIZE,
+        || theirs(Format::Qcow2, &qcow2, Format::Raw, &[]),
+        || convert(Format::Qcow2, &qcow2, Format::Raw, plain(), false),
+    );
+    let zstd = || Qcow2Options { compression: Compression::Zstd, ..plain() };
+    bench.timed(
+        "convert raw to qcow2, zstd",
+        SIZE,
+        || theirs(Format::Raw, &raw, Format::Qcow2, &["-c", "-o", "compression_type=zstd"]),
+        || convert(Format::Raw, &raw, Format::Qcow2, zstd(), true),
+    );
+}

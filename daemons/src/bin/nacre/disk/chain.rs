@@ -1,0 +1,104 @@
+//! Commands on the chain below an image.
+
+use super::common::{Image, Work, parent_name, policy};
+use anyhow::{Context, Result};
+use blockfmt::{BackingRef, Disk, Format, OpenOptions, job};
+use clap::Args;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Merge an image into its parent.
+///
+/// Afterwards the parent has the contents of the disk; the image itself is not needed any more.
+#[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk commit -p -f qcow2 child.qcow2")]
+pub struct Commit {
+    #[command(flatten)]
+    image: Image,
+    #[command(flatten)]
+    work: Work,
+}
+
+pub fn commit(args: Commit) -> Result<ExitCode> {
+    let disk = args.image.open(false)?;
+    job::commit(&disk, 0, &args.work.control()?)?;
+    disk.close()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Copy what the images below hold into an image, so that it does not depend on them.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk stream -p -f qcow2 disk.qcow2
+  nacre disk stream -f qcow2 --base golden.qcow2 disk.qcow2")]
+pub struct Stream {
+    #[command(flatten)]
+    image: Image,
+    /// Keep depending on this image of the chain.
+    #[arg(long)]
+    base: Option<PathBuf>,
+    #[command(flatten)]
+    work: Work,
+}
+
+pub fn stream(args: Stream) -> Result<ExitCode> {
+    let disk = args.image.open(false)?;
+    let base = args.base.as_deref().map(|base| position(&disk, base)).transpose()?;
+    job::stream(&disk, 0, base, &args.work.control()?)?;
+    disk.close()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The number of the layer that a file is.
+fn position(disk: &Disk, path: &Path) -> Result<usize> {
+    let wanted = path.canonicalize().with_context(|| format!("Cannot find {}", path.display()))?;
+    let is = |name: String| Path::new(&name).canonicalize().is_ok_and(|p| p == wanted);
+    let found = disk.layers().iter().position(|layer| is(layer.storage().name()));
+    found.with_context(|| format!("{} is not in the chain", path.display()))
+}
+
+/// Put an image on top of another parent; the contents of the disk stay the same.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk rebase -f qcow2 -b new-base.qcow2 -F qcow2 disk.qcow2
+  nacre disk rebase -u -f qcow2 -b moved/base.qcow2 -F qcow2 disk.qcow2")]
+pub struct Rebase {
+    #[command(flatten)]
+    image: Image,
+    /// The new parent; empty for none.
+    #[arg(short, long, value_name = "FILE")]
+    backing: PathBuf,
+    /// Format of the new parent.
+    #[arg(short = 'F', long, value_name = "FORMAT")]
+    backing_format: Option<Format>,
+    /// Only change the name of the parent. Its contents must be what the old parent's were.
+    #[arg(short, long)]
+    r#unsafe: bool,
+    #[command(flatten)]
+    work: Work,
+}
+
+pub fn rebase(args: Rebase) -> Result<ExitCode> {
+    let (mut reference, mut layers) = (None, Vec::new());
+    if !args.backing.as_os_str().is_empty() {
+        let format = args.backing_format.context("Name the format of the new parent with -F")?;
+        let path = parent_name(&args.backing, &args.image.path)?;
+        reference = Some(BackingRef { path, format: Some(format.name().into()) });
+        if !args.r#unsafe {
+            let options = OpenOptions::new(format).read_only(true).policy(policy(args.image.trust_headers));
+            let parent = options.open(&args.backing);
+            layers = parent.with_context(|| format!("Cannot open {}", args.backing.display()))?.layers();
+        }
+    }
+    if args.r#unsafe {
+        let image = args.image.options(false).open_layer_alone(&args.image.path);
+        let image = image.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
+        image.set_backing(reference.as_ref())?;
+        image.close()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let disk = args.image.open(false)?;
+    job::rebase(&disk, &layers, reference.as_ref(), &args.work.control()?)?;
+    disk.close()?;
+    Ok(ExitCode::SUCCESS)
+}

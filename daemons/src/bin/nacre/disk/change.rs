@@ -1,0 +1,148 @@
+//! Commands that make or change one image.
+
+use super::common::{Image, Work, apply_options, human, parse_size, print_json};
+use anyhow::{Context, Result, bail};
+use blockfmt::job::{self, ConvertOptions};
+use blockfmt::{CreateOptions, Format, OpenOptions};
+use clap::Args;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Copy a disk into a new image of another (or the same) format.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk convert -p -f raw -O qcow2 disk.raw disk.qcow2
+  nacre disk convert -c -f qcow2 -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2")]
+pub struct Convert {
+    #[command(flatten)]
+    image: Image,
+    /// Format of the new image.
+    #[arg(short = 'O', long, value_name = "FORMAT")]
+    target_format: Format,
+    /// Options of the new format, as key=value.
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Compress (qcow2).
+    #[arg(short, long)]
+    compress: bool,
+    /// Threads that work at the same time; 0 for one per processor.
+    #[arg(short = 'm', long, default_value_t = 0)]
+    threads: usize,
+    #[command(flatten)]
+    work: Work,
+    /// The new image. It must not exist.
+    target: PathBuf,
+}
+
+pub fn convert(args: Convert) -> Result<ExitCode> {
+    let source = args.image.open(true)?;
+    let mut create = CreateOptions::new(args.target_format, source.size());
+    apply_options(&mut create, &args.options)?;
+    create.size = source.size();
+    create.create(&args.target).with_context(|| format!("Cannot create {}", args.target.display()))?;
+    let run = || -> Result<()> {
+        let target = OpenOptions::new(args.target_format).open(&args.target)?;
+        let options =
+            ConvertOptions { compress: args.compress, threads: args.threads, ..ConvertOptions::default() };
+        job::convert(&source, &target, options, &args.work.control()?)?;
+        target.close()?;
+        Ok(())
+    };
+    if let Err(error) = run() {
+        // A partial image is of no use.
+        let _ = std::fs::remove_file(&args.target);
+        return Err(error.context(format!("Cannot convert {}", args.image.path.display())));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Change the size of a disk.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk resize -f qcow2 disk.qcow2 +10G
+  nacre disk resize -f qcow2 --shrink disk.qcow2 5G")]
+pub struct Resize {
+    #[command(flatten)]
+    image: Image,
+    /// The new size, or a difference with a sign (suffixes K, M, G, T).
+    #[arg(allow_hyphen_values = true)]
+    size: String,
+    /// Allow to make the disk smaller. What is cut off is lost.
+    #[arg(long)]
+    shrink: bool,
+}
+
+pub fn resize(args: Resize) -> Result<ExitCode> {
+    let disk = args.image.open(false)?;
+    let parse = |text: &str| parse_size(text).map_err(anyhow::Error::msg);
+    let size = match (args.size.strip_prefix('+'), args.size.strip_prefix('-')) {
+        (Some(more), _) => disk.size().checked_add(parse(more)?),
+        (_, Some(less)) => disk.size().checked_sub(parse(less)?),
+        _ => Some(parse(&args.size)?),
+    };
+    let size = size.context("The new size is out of range")?;
+    if size < disk.size() && !args.shrink {
+        bail!("Shrinking loses data; use --shrink if the space is unused");
+    }
+    disk.resize(size)?;
+    disk.close()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Take, list, apply or delete internal snapshots of a qcow2 image.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk snapshot -f qcow2 -c before-upgrade disk.qcow2
+  nacre disk snapshot -f qcow2 -a before-upgrade disk.qcow2")]
+pub struct Snapshot {
+    #[command(flatten)]
+    image: Image,
+    #[command(flatten)]
+    action: Action,
+    /// Print JSON (with --list).
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+#[group(multiple = false)]
+struct Action {
+    /// List the snapshots (the default).
+    #[arg(short, long)]
+    list: bool,
+    /// Take a snapshot.
+    #[arg(short, long, value_name = "NAME")]
+    create: Option<String>,
+    /// Bring the disk back to a snapshot.
+    #[arg(short, long, value_name = "NAME")]
+    apply: Option<String>,
+    /// Delete a snapshot.
+    #[arg(short, long, value_name = "NAME")]
+    delete: Option<String>,
+}
+
+pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
+    let action = &args.action;
+    let change = action.create.is_some() || action.apply.is_some() || action.delete.is_some();
+    let disk = args.image.open(!change)?;
+    let layer = disk.layers().remove(0);
+    let image = layer.as_qcow2().context("Only qcow2 images have internal snapshots")?;
+    if let Some(name) = &action.create {
+        image.create_snapshot(name)?;
+    } else if let Some(name) = &action.apply {
+        image.revert_to_snapshot(name)?;
+    } else if let Some(name) = &action.delete {
+        image.delete_snapshot(name)?;
+    } else if args.json {
+        print_json(&image.snapshots()?)?;
+    } else {
+        println!("{:<8}{:<32}{:>12}{:>14}", "ID", "NAME", "DATE", "DISK SIZE");
+        for s in image.snapshots()? {
+            println!("{:<8}{:<32}{:>12}{:>14}", s.id, s.name, s.date_sec, human(s.disk_size));
+        }
+    }
+    if change {
+        disk.close()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,195 @@
+//! What the commands share: sizes, options, opening, progress.
+
+use anyhow::{Context, Result, bail};
+use blockfmt::format::qcow2::Compression;
+use blockfmt::job::JobControl;
+use blockfmt::{CreateOptions, Disk, Format, LockMode, OpenOptions, OpenPolicy, Preallocation};
+use clap::Args;
+use std::path::{Path, PathBuf};
+
+/// An image and how to open it.
+#[derive(Args)]
+pub struct Image {
+    /// Format of the image.
+    #[arg(short, long, value_name = "FORMAT")]
+    pub format: Format,
+    /// The image.
+    pub path: PathBuf,
+    /// Let the image name files outside of its own directory.
+    #[arg(long)]
+    pub trust_headers: bool,
+    /// Open the image even if another process uses it. What is read may be inconsistent.
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+}
+
+impl Image {
+    /// Opens the image with its chain.
+    pub fn open(&self, read_only: bool) -> Result<Disk> {
+        let disk = self.options(read_only).open(&self.path);
+        disk.with_context(|| format!("Cannot open {}", self.path.display()))
+    }
+
+    /// The options that the command line asks for.
+    pub fn options(&self, read_only: bool) -> OpenOptions {
+        let options = OpenOptions::new(self.format).read_only(read_only).policy(policy(self.trust_headers));
+        match self.force_share && read_only {
+            true => options.lock(LockMode::None),
+            false => options,
+        }
+    }
+}
+
+/// The policy for files that headers name.
+pub fn policy(trust_headers: bool) -> OpenPolicy {
+    if trust_headers { OpenPolicy::trust_headers() } else { OpenPolicy::same_directory() }
+}
+
+/// A progress bar and a rate limit, for commands that take a while.
+#[derive(Args)]
+pub struct Work {
+    /// Show a progress bar.
+    #[arg(short, long)]
+    pub progress: bool,
+    /// Limit the rate, in bytes per second (suffixes K, M, G, T).
+    #[arg(short, long, value_parser = parse_size, value_name = "RATE")]
+    pub rate_limit: Option<u64>,
+}
+
+impl Work {
+    /// The control of a job that does what the command line asks for.
+    pub fn control(&self) -> Result<JobControl> {
+        let mut control = JobControl::new();
+        if self.progress {
+            let style = "{bar:40} {percent:>3}% {binary_bytes_per_sec} {eta}";
+            let bar =
+                indicatif::ProgressBar::new(0).with_style(indicatif::ProgressStyle::with_template(style)?);
+            control = control.on_progress(move |progress| {
+                bar.set_length(progress.total);
+                bar.set_position(progress.done);
+            });
+        }
+        control.set_rate(self.rate_limit.unwrap_or(0));
+        Ok(control)
+    }
+}
+
+/// Parses a size in bytes with an optional suffix of powers of 1024.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kib" => 10,
+        "m" | "mib" => 20,
+        "g" | "gib" => 30,
+        "t" | "tib" => 40,
+        "p" | "pib" => 50,
+        other => return Err(format!("unknown suffix {other:?}; use K, M, G, T or P")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size"))?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|n| *n <= i64::MAX as u64)
+        .ok_or_else(|| "the size is too large".into())
+}
+
+/// Options of new images, with qemu-img's names.
+pub fn apply_options(create: &mut CreateOptions, list: &[String]) -> Result<()> {
+    let q = &mut create.qcow2;
+    for option in list.iter().flat_map(|l| l.split(',')).filter(|o| !o.is_empty()) {
+        let (key, value) = option.split_once('=').unwrap_or((option, "on"));
+        let size = || parse_size(value).map_err(anyhow::Error::msg).with_context(|| format!("Option {key}"));
+        let flag = || match value {
+            "on" | "true" | "yes" => Ok(true),
+            "off" | "false" | "no" => Ok(false),
+            _ => Err(anyhow::anyhow!("Option {key} is on or off")),
+        };
+        if create.format != Format::Qcow2 && !["preallocation", "size"].contains(&key) {
+            bail!("Format {} has no option {key:?}", create.format);
+        }
+        match key {
+            "size" => create.size = size()?,
+            "preallocation" => {
+                create.preallocation = match value {
+                    "off" => Preallocation::Off,
+                    "metadata" => Preallocation::Metadata,
+                    "falloc" => Preallocation::Falloc,
+                    "full" => Preallocation::Full,
+                    _ => bail!("Preallocation is off, metadata, falloc or full"),
+                }
+            }
+            "compat" => match value {
+                "0.10" | "v2" => q.version = 2,
+                "1.1" | "v3" => q.version = 3,
+                _ => bail!("Option compat is 0.10 or 1.1"),
+            },
+            "cluster_size" => q.cluster_size = size()?,
+            "refcount_bits" => q.refcount_bits = u32::try_from(size()?)?,
+            "compression_type" => {
+                q.compression = match value {
+                    "zlib" => Compression::Zlib,
+                    "zstd" => Compression::Zstd,
+                    _ => bail!("Option compression_type is zlib or zstd"),
+                }
+            }
+            "extended_l2" => q.extended_l2 = flag()?,
+            "lazy_refcounts" => q.lazy_refcounts = flag()?,
+            "data_file" => q.data_file = Some(value.into()),
+            "data_file_raw" => q.data_file_raw = flag()?,
+            _ => bail!("Format {} has no option {key:?}", create.format),
+        }
+    }
+    Ok(())
+}
+
+/// How an image at `child` names the file that the user calls `parent`.
+pub fn parent_name(parent: &Path, child: &Path) -> Result<String> {
+    let parent = std::path::absolute(parent)?;
+    let child = std::path::absolute(child)?;
+    let name = match (parent.file_name(), parent.parent() == child.parent()) {
+        (Some(name), true) => name.into(),
+        _ => parent,
+    };
+    name.into_os_string().into_string().map_err(|_| anyhow::anyhow!("The parent's name is not UTF-8"))
+}
+
+/// Bytes for people.
+pub fn human(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+/// Prints a value as JSON.
+pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("10G"), Ok(10 << 30));
+        assert_eq!(parse_size("512"), Ok(512));
+        assert_eq!(parse_size("3MiB"), Ok(3 << 20));
+        for bad in ["", "G", "1X", "-1", "99999999999999999999", "9999999P"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn options_have_the_names_of_qemu_img() {
+        let mut create = CreateOptions::new(Format::Qcow2, 0);
+        let list = [
+            "cluster_size=128k,extended_l2=on".to_owned(),
+            "compression_type=zstd,preallocation=metadata".into(),
+        ];
+        apply_options(&mut create, &list).unwrap();
+        assert_eq!((create.qcow2.cluster_size, create.qcow2.extended_l2), (131072, true));
+        assert_eq!(create.preallocation, Preallocation::Metadata);
+        assert!(apply_options(&mut create, &["colour=red".into()]).is_err());
+        let mut raw = CreateOptions::new(Format::Raw, 0);
+        assert!(apply_options(&mut raw, &["cluster_size=64k".into()]).is_err());
+    }
+}

@@ -1,0 +1,86 @@
+//! Making images.
+
+use super::common::{apply_options, parent_name, parse_size, policy};
+use anyhow::{Context, Result, bail};
+use blockfmt::{BackingRef, CreateOptions, Format, OpenOptions};
+use clap::Args;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Create an image.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk create -f qcow2 disk.qcow2 20G
+  nacre disk create -f qcow2 -o cluster_size=128k,extended_l2=on disk.qcow2 20G
+  nacre disk create -f qcow2 -b base.qcow2 -F qcow2 child.qcow2
+  nacre disk create -f raw -o preallocation=full disk.raw 20G")]
+pub struct Create {
+    /// Format of the new image.
+    #[arg(short, long, value_name = "FORMAT")]
+    format: Format,
+    /// Parent of the new image.
+    #[arg(short, long, value_name = "FILE", requires = "backing_format")]
+    backing: Option<PathBuf>,
+    /// Format of the parent.
+    #[arg(short = 'F', long, value_name = "FORMAT")]
+    backing_format: Option<Format>,
+    /// Options of the format, as key=value.
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// The new image. It must not exist.
+    path: PathBuf,
+    /// Size of the disk in bytes (suffixes K, M, G, T). A child takes its parent's if it is left out.
+    #[arg(value_parser = parse_size)]
+    size: Option<u64>,
+}
+
+pub fn create(args: Create) -> Result<ExitCode> {
+    let mut create = CreateOptions::new(args.format, 0);
+    apply_options(&mut create, &args.options)?;
+    if let (Some(backing), Some(format)) = (&args.backing, args.backing_format) {
+        let path = parent_name(backing, &args.path)?;
+        create.backing = Some(BackingRef { path, format: Some(format.name().into()) });
+        // The user named this file; what its header names is another matter.
+        let parent = OpenOptions::new(format).read_only(true).policy(policy(false));
+        let parent = parent.open(backing).with_context(|| format!("Cannot open {}", backing.display()))?;
+        create.size = parent.size();
+    }
+    if let Some(size) = args.size {
+        create.size = size;
+    } else if create.size == 0 && args.backing.is_none() {
+        bail!("Name the size of the disk");
+    }
+    create.create(&args.path).with_context(|| format!("Cannot create {}", args.path.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Create linked clones: qcow2 children that share one base.
+#[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk clone -f qcow2 golden.qcow2 vm1.qcow2 vm2.qcow2 vm3.qcow2")]
+pub struct Clone {
+    /// Format of the base.
+    #[arg(short, long, value_name = "FORMAT")]
+    format: Format,
+    /// Options of the clones, as key=value.
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// The base. It must not change as long as clones exist.
+    base: PathBuf,
+    /// The new images.
+    #[arg(required = true)]
+    clones: Vec<PathBuf>,
+}
+
+pub fn clone(args: Clone) -> Result<ExitCode> {
+    for path in args.clones {
+        create(Create {
+            format: Format::Qcow2,
+            backing: Some(args.base.clone()),
+            backing_format: Some(args.format),
+            options: args.options.clone(),
+            path,
+            size: None,
+        })?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

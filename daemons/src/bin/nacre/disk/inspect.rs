@@ -1,0 +1,322 @@
+//! Commands that tell about images.
+
+use super::common::{Image, Work, apply_options, human, policy, print_json};
+use anyhow::{Context, Result};
+use blockfmt::format::qcow2::{CheckReport, Repair};
+use blockfmt::job::{self, Comparison};
+use blockfmt::{CreateOptions, Format, OpenOptions, Source};
+use clap::Args;
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Tell about an image.
+#[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk info -f qcow2 --backing-chain disk.qcow2")]
+pub struct Info {
+    #[command(flatten)]
+    image: Image,
+    /// Tell about the images below it, too.
+    #[arg(long)]
+    backing_chain: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn info(args: Info) -> Result<ExitCode> {
+    let disk = args.image.options(true).backing(args.backing_chain).open(&args.image.path);
+    let disk = disk.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
+    let mut list = Vec::new();
+    for layer in disk.layers() {
+        let mut value = serde_json::to_value(layer.info()?)?;
+        if let Some(qcow2) = layer.as_qcow2() {
+            let snapshots = qcow2.snapshots()?;
+            if !snapshots.is_empty() {
+                value["snapshots"] = serde_json::to_value(snapshots)?;
+            }
+        }
+        list.push((layer.info()?, value));
+    }
+    if args.json {
+        let values: Vec<_> = list.into_iter().map(|(_, value)| value).collect();
+        match (args.backing_chain, values.as_slice()) {
+            (false, [one]) => print_json(one)?,
+            _ => print_json(&values)?,
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    for (info, value) in list {
+        println!("image: {}", info.filename);
+        println!("file format: {}", info.format);
+        println!("virtual size: {} ({} bytes)", human(info.virtual_size), info.virtual_size);
+        println!("disk size: {}", human(info.actual_size));
+        if let Some(size) = info.cluster_size {
+            println!("cluster_size: {size}");
+        }
+        if let Some(backing) = info.backing {
+            println!("backing file: {}", backing.path);
+            println!("backing file format: {}", backing.format.as_deref().unwrap_or("not named"));
+        }
+        if let Some(data) = info.format_specific["data"].as_object() {
+            println!("Format specific information:");
+            data.iter().for_each(|(key, value)| println!("    {}: {value}", key.replace('-', " ")));
+        }
+        for s in value["snapshots"].as_array().into_iter().flatten() {
+            println!("snapshot {}: {}", s["id"].as_str().unwrap_or(""), s["name"].as_str().unwrap_or(""));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// List where the disk's bytes are.
+#[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk map -f qcow2 --json disk.qcow2")]
+pub struct Map {
+    #[command(flatten)]
+    image: Image,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, PartialEq)]
+struct Run {
+    start: u64,
+    length: u64,
+    depth: usize,
+    source: Source,
+}
+
+/// Whether `next` continues `run`, also in the file.
+fn continues(run: &Run, next: &Run) -> bool {
+    let source = match (run.source, next.source) {
+        (Source::Data { file: f, offset: o }, Source::Data { file, offset }) => {
+            f == file && o + run.length == offset
+        }
+        (a, b) => a == b,
+    };
+    source && run.depth == next.depth && run.start + run.length == next.start
+}
+
+pub fn map(args: Map) -> Result<ExitCode> {
+    let disk = args.image.open(true)?;
+    let depth = disk.layers().len();
+    let mut runs: Vec<Run> = Vec::new();
+    let mut start = 0;
+    while start < disk.size() {
+        let (extent, holder) = disk.map(start, disk.size() - start)?;
+        let source =
+            if extent.source == Source::Below { Source::Zero { allocated: false } } else { extent.source };
+        let run = Run { start, length: extent.len, depth: holder.unwrap_or(depth - 1), source };
+        match runs.last_mut() {
+            Some(last) if continues(last, &run) => last.length += run.length,
+            _ => runs.push(run),
+        }
+        start += extent.len;
+    }
+    if args.json {
+        let list: Vec<_> = runs
+            .iter()
+            .map(|run| {
+                let data = matches!(run.source, Source::Data { .. } | Source::Opaque { .. });
+                let compressed = run.source == Source::Opaque { compressed: true };
+                let present = data || run.source == Source::Zero { allocated: true };
+                let mut value = json!({
+                    "start": run.start, "length": run.length, "depth": run.depth, "present": present,
+                    "zero": !data, "data": data, "compressed": compressed,
+                });
+                if let Source::Data { offset, .. } = run.source {
+                    value["offset"] = offset.into();
+                }
+                value
+            })
+            .collect();
+        print_json(&list)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
+    let layers = disk.layers();
+    for run in runs {
+        let place = match run.source {
+            Source::Data { offset, .. } => format!("{offset:#x}"),
+            Source::Opaque { .. } => "compressed".into(),
+            _ => continue,
+        };
+        let name = layers[run.depth].storage().name();
+        println!("{:<16}{:<16}{place:<16}{name}", format!("{:#x}", run.start), format!("{:#x}", run.length));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Check the consistency of an image.
+///
+/// Exit codes: 0 consistent, 1 the check failed, 2 corrupt, 3 clusters leak, 63 the format has no check.
+#[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk check -f qcow2 -r leaks disk.qcow2")]
+pub struct Check {
+    #[command(flatten)]
+    image: Image,
+    /// Repair: "leaks" or "all".
+    #[arg(short, long, value_parser = ["leaks", "all"])]
+    repair: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Repair an image: the same as `check -r all`.
+#[derive(Args)]
+pub struct RepairArgs {
+    #[command(flatten)]
+    image: Image,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn repair(args: RepairArgs) -> ExitCode {
+    check(Check { image: args.image, repair: Some("all".into()), json: args.json })
+}
+
+pub fn check(args: Check) -> ExitCode {
+    if args.image.format != Format::Qcow2 {
+        eprintln!("nacre: Format {} has nothing to check", args.image.format);
+        return ExitCode::from(63);
+    }
+    match try_check(&args) {
+        Ok(report) if report.corruptions > 0 => ExitCode::from(2),
+        Ok(report) if report.leaks > 0 => ExitCode::from(3),
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nacre: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn try_check(args: &Check) -> Result<CheckReport> {
+    let repair = match args.repair.as_deref() {
+        None => Repair::Nothing,
+        Some("leaks") => Repair::Leaks,
+        Some(_) => Repair::All,
+    };
+    let read_only = repair == Repair::Nothing;
+    let options = args.image.options(read_only).repair(true);
+    let options = if read_only { options.backing(false) } else { options };
+    let disk = options.open(&args.image.path);
+    let disk = disk.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
+    let layer = disk.layers().remove(0);
+    let report = layer.as_qcow2().context("The image is not qcow2")?.check(repair)?;
+    if args.json {
+        print_json(&report)?;
+        return Ok(report);
+    }
+    report.findings.iter().for_each(|finding| println!("{finding}"));
+    if report.corruptions_fixed + report.leaks_fixed > 0 {
+        println!("Repaired {} corruptions and {} leaks.", report.corruptions_fixed, report.leaks_fixed);
+    }
+    match report.is_clean() {
+        true => println!("No errors were found on the image."),
+        false => println!("{} corruptions, {} leaked clusters.", report.corruptions, report.leaks),
+    }
+    println!(
+        "{}/{} clusters allocated, {} fragmented, {} compressed; the image ends at {}",
+        report.allocated_clusters,
+        report.total_clusters,
+        report.fragmented_clusters,
+        report.compressed_clusters,
+        report.image_end_offset
+    );
+    Ok(report)
+}
+
+/// Compare the contents of two disks.
+///
+/// Exit codes: 0 identical, 1 different, 2 the comparison failed.
+#[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk compare -f qcow2 -F raw disk.qcow2 disk.raw")]
+pub struct Compare {
+    /// Format of the first image.
+    #[arg(short, long, value_name = "FORMAT")]
+    format: Format,
+    /// Format of the second image.
+    #[arg(short = 'F', long, value_name = "FORMAT")]
+    second_format: Format,
+    /// Sizes must be equal, too.
+    #[arg(short, long)]
+    strict: bool,
+    /// Let the images name files outside of their own directories.
+    #[arg(long)]
+    trust_headers: bool,
+    #[command(flatten)]
+    work: Work,
+    /// The images.
+    first: PathBuf,
+    second: PathBuf,
+}
+
+pub fn compare(args: Compare) -> ExitCode {
+    match try_compare(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("nacre: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn try_compare(args: &Compare) -> Result<bool> {
+    let open = |format, path: &PathBuf| {
+        let options = OpenOptions::new(format).read_only(true).policy(policy(args.trust_headers));
+        options.open(path).with_context(|| format!("Cannot open {}", path.display()))
+    };
+    let (a, b) = (open(args.format, &args.first)?, open(args.second_format, &args.second)?);
+    if args.strict && a.size() != b.size() {
+        println!("Strict mode: Image size mismatch!");
+        return Ok(false);
+    }
+    match job::compare(&a, &b, &args.work.control()?)? {
+        Comparison::Identical => {
+            println!("Images are identical.");
+            Ok(true)
+        }
+        Comparison::Differs(at) => {
+            println!("Content mismatch at offset {at}!");
+            Ok(false)
+        }
+    }
+}
+
+/// Tell how large the file of a converted image will be.
+#[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk measure -f raw -O qcow2 disk.raw")]
+pub struct Measure {
+    #[command(flatten)]
+    image: Image,
+    /// Format of the new image.
+    #[arg(short = 'O', long, value_name = "FORMAT")]
+    target_format: Format,
+    /// Options of the new format, as key=value.
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn measure(args: Measure) -> Result<ExitCode> {
+    let disk = args.image.open(true)?;
+    let mut create = CreateOptions::new(args.target_format, disk.size());
+    apply_options(&mut create, &args.options)?;
+    let measure = job::measure(&disk, &create)?;
+    match args.json {
+        true => print_json(&measure)?,
+        false => {
+            println!("required size: {}", measure.required);
+            println!("fully allocated size: {}", measure.fully_allocated);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,58 @@
+//! `nacre disk`: creates, inspects, checks, converts and merges disk images.
+
+mod chain;
+mod change;
+mod common;
+mod create;
+mod inspect;
+
+use clap::{Args as ClapArgs, Subcommand};
+use std::process::ExitCode;
+
+/// Create, inspect, check, convert and merge disk images.
+///
+/// Formats are never guessed from an image's contents, because a guest can write them: name the format
+/// with -f.
+#[derive(ClapArgs)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Create(create::Create),
+    Clone(create::Clone),
+    Info(inspect::Info),
+    Map(inspect::Map),
+    Check(inspect::Check),
+    Repair(inspect::RepairArgs),
+    Compare(inspect::Compare),
+    Measure(inspect::Measure),
+    Convert(change::Convert),
+    Resize(change::Resize),
+    Snapshot(change::Snapshot),
+    Commit(chain::Commit),
+    Stream(chain::Stream),
+    Rebase(chain::Rebase),
+}
+
+/// Runs a command. Exit codes are those of `qemu-img` where the commands mean the same.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Command::Create(args) => create::create(args),
+        Command::Clone(args) => create::clone(args),
+        Command::Info(args) => inspect::info(args),
+        Command::Map(args) => inspect::map(args),
+        Command::Check(args) => Ok(inspect::check(args)),
+        Command::Repair(args) => Ok(inspect::repair(args)),
+        Command::Compare(args) => Ok(inspect::compare(args)),
+        Command::Measure(args) => inspect::measure(args),
+        Command::Convert(args) => change::convert(args),
+        Command::Resize(args) => change::resize(args),
+        Command::Snapshot(args) => change::snapshot(args),
+        Command::Commit(args) => chain::commit(args),
+        Command::Stream(args) => chain::stream(args),
+        Command::Rebase(args) => chain::rebase(args),
+    }
+}
