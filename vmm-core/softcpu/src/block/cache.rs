@@ -26,6 +26,7 @@ struct Jump {
 const NO_JUMP: Jump = Jump { rip: 0, key: 0, block: BlockPtr::NULL };
 
 /// All blocks of one processor.
+#[expect(clippy::vec_box, reason = "links and tables point to the blocks")]
 pub(crate) struct BlockCache {
     jumps: Box<[Jump; JUMPS]>,
     /// Keys of valid entries of `jumps`: mapped by a local or a global page.
@@ -148,12 +149,11 @@ impl BlockCache {
                 continue;
             }
             block.valid.set(false);
-            if let Some(blocks) = self.pages.get_mut(&(block.gpa & !0xfff)) {
-                if let Some(at) = blocks.iter().position(|b| std::ptr::eq(&**b, block.0)) {
-                    let block = blocks.swap_remove(at);
-                    self.ops -= block.ops.len();
-                    self.dead.push(block);
-                }
+            let Some(blocks) = self.pages.get_mut(&(block.gpa & !0xfff)) else { continue };
+            if let Some(at) = blocks.iter().position(|b| std::ptr::eq(&**b, block.0)) {
+                let block = blocks.swap_remove(at);
+                self.ops -= block.ops.len();
+                self.dead.push(block);
             }
         }
     }

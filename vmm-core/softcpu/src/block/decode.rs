@@ -5,12 +5,11 @@ use std::sync::atomic::Ordering;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 
-use super::op::{BlockPtr, Op};
+use super::Block;
+use super::op::BlockPtr;
 use super::slow::slow_handler;
 use super::translate::Builder;
-use super::{Block, SlowOp};
 use crate::cpu::{Cpu, Fault, mode, seg, vector};
-use crate::hostop::HostOp;
 use crate::memory::{PAGE_SIZE, line_mask};
 use crate::mmu::{Target, host, tlb, walk::Access};
 
@@ -18,6 +17,8 @@ use crate::mmu::{Target, host, tlb, walk::Access};
 const MAX_INSTRUCTIONS: usize = 48;
 /// Longest instruction.
 const MAX_LENGTH: usize = 15;
+/// The guest-physical page of blocks that are not from RAM.
+const NOWHERE: u64 = !0xfff;
 /// Bytes that are looked at for one block.
 const WINDOW: usize = 320;
 
@@ -25,10 +26,8 @@ impl Cpu {
     /// Finds or decodes the block at RIP. `single` asks for a block of one instruction.
     pub(crate) fn find_block(&mut self, single: bool) -> Result<BlockPtr, Fault> {
         let rip = self.rip();
-        if !single {
-            if let Some(block) = self.blocks.jump(rip) {
-                return Ok(block);
-            }
+        if !single && let Some(block) = self.blocks.jump(rip) {
+            return Ok(block);
         }
         let mode = if single { self.mode | mode::SINGLE } else { self.mode };
         let linear = self.linear_rip();
@@ -139,8 +138,8 @@ impl Cpu {
             return Err(self.invalid_instruction(&window[..len]));
         }
         // A guest-physical page that does not exist keeps it apart from everything else.
-        let block = self.build(&instructions, u64::MAX & !0xfff, mode | mode::SINGLE, None);
-        self.blocks.invalidate_page(u64::MAX & !0xfff);
+        let block = self.build(&instructions, NOWHERE, mode | mode::SINGLE, None);
+        self.blocks.invalidate_page(NOWHERE);
         Ok(self.blocks.insert(block))
     }
 
@@ -186,7 +185,7 @@ impl Cpu {
         for (i, instruction) in instructions.iter().enumerate() {
             builder.instruction(instruction, (total - i) as u8, i + 1 == total);
         }
-        let (ops, slow, host): (Vec<Op>, Vec<Box<SlowOp>>, Vec<Box<HostOp>>) = builder.finish();
+        let (ops, owned) = builder.finish();
         Box::new(Block {
             count: total as u32,
             valid: Cell::new(true),
@@ -194,9 +193,7 @@ impl Cpu {
             gpa,
             mode,
             second_page,
-            len: instructions.last().map_or(0, |i| i.next_ip() as u16),
-            slow,
-            host,
+            _owned: owned,
         })
     }
 }

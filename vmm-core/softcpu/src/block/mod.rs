@@ -37,9 +37,30 @@ pub(crate) struct Block {
     pub mode: u16,
     /// Guest-physical address of the second page, if the instruction crosses into it.
     pub second_page: Option<u64>,
-    /// Length in bytes.
-    pub len: u16,
-    /// Owned by the operations that point to them.
-    pub slow: Vec<Box<SlowOp>>,
-    pub host: Vec<Box<HostOp>>,
+    /// What operations point to.
+    pub _owned: Owned,
+}
+
+/// Instructions that operations of a block point to.
+#[derive(Default)]
+#[expect(clippy::vec_box, reason = "the addresses must stay when the vectors grow")]
+pub(crate) struct Owned {
+    slow: Vec<Box<SlowOp>>,
+    host: Vec<Box<HostOp>>,
+}
+
+impl Owned {
+    /// Keeps an instruction; returns what [`Op::imm`] holds.
+    pub fn slow(&mut self, op: SlowOp) -> u64 {
+        let boxed = Box::new(op);
+        let address = (&raw const *boxed) as usize as u64;
+        self.slow.push(boxed);
+        address
+    }
+
+    /// Keeps an instruction of `hostop`; [`Op::imm`] holds the address of what is returned.
+    pub fn host(&mut self, op: HostOp) -> &HostOp {
+        self.host.push(Box::new(op));
+        &self.host[self.host.len() - 1]
+    }
 }

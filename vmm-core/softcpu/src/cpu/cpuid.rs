@@ -1,6 +1,6 @@
 //! CPUID.
 
-use super::{CR4_OSFXSR, Cpu};
+use super::Cpu;
 use crate::config::{CpuModel, SIGNATURE};
 use crate::mmu::walk::PHYSICAL_BITS;
 
@@ -83,10 +83,5 @@ impl Cpu {
             0x8000_0021 => [1 << 2 | 1 << 6 | 1 << 8, 0, 0, 0],
             _ => [0; 4],
         }
-    }
-
-    /// SSE instructions are enabled.
-    pub(crate) fn sse_enabled(&self) -> bool {
-        self.cr4 & CR4_OSFXSR != 0
     }
 }

@@ -19,12 +19,11 @@ use crate::exit::DebugControl;
 use crate::handle::CpuHandle;
 use crate::hostop::{Resident, StubCache};
 use crate::memory::{GuestMemory, Map, Member};
-use crate::mmu::tlb::{ENTRIES, Entry, Tlb};
+use crate::mmu::tlb::{ENTRIES, Entry, NO_ENTRIES, Tlb};
 use crate::state::{CpuState, DescriptorTable, FpuState, MpState, Msrs, Segment};
 use flags::Lazy;
 
 /// Exception vectors.
-#[expect(missing_docs, reason = "the names are those of the architecture")]
 pub(crate) mod vector {
     pub const DE: u8 = 0;
     pub const DB: u8 = 1;
@@ -46,7 +45,6 @@ pub(crate) mod vector {
 }
 
 /// Segment register numbers.
-#[expect(missing_docs, reason = "the names are those of the architecture")]
 pub(crate) mod seg {
     pub const ES: usize = 0;
     pub const CS: usize = 1;
@@ -60,12 +58,10 @@ pub(crate) const CR0_PE: u64 = 1 << 0;
 pub(crate) const CR0_MP: u64 = 1 << 1;
 pub(crate) const CR0_EM: u64 = 1 << 2;
 pub(crate) const CR0_TS: u64 = 1 << 3;
-pub(crate) const CR0_NE: u64 = 1 << 5;
 pub(crate) const CR0_AM: u64 = 1 << 18;
 pub(crate) const CR4_TSD: u64 = 1 << 2;
 pub(crate) const CR4_DE: u64 = 1 << 3;
 pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
-pub(crate) const CR4_OSXMMEXCPT: u64 = 1 << 10;
 pub(crate) const CR4_FSGSBASE: u64 = 1 << 16;
 pub(crate) const EFER_SCE: u64 = 1 << 0;
 pub(crate) const EFER_LME: u64 = 1 << 8;
@@ -84,8 +80,6 @@ pub(crate) enum Exception {
     Restart,
     /// The debugger wants to see this `INT3`.
     Int3,
-    /// Delivering a double fault failed.
-    TripleFault,
 }
 
 /// The mode of the code segment and the like: what decoding and instruction fetches depend on.
@@ -118,6 +112,8 @@ pub struct Cpu {
     pub(crate) tlb: Tlb,
     /// The table of the TLB for the current privilege level.
     pub(crate) table: *const Entry,
+    /// Misaligned accesses raise `#AC`.
+    pub(crate) alignment: bool,
     /// 1 at CPL 3, otherwise 0.
     pub(crate) user: usize,
     /// RFLAGS without the status flags.
@@ -165,6 +161,8 @@ pub struct Cpu {
     pub(crate) restarting: bool,
     /// The local APIC has an interrupt that could not be delivered yet, or has to be asked.
     pub(crate) ask_local: bool,
+    /// Instructions of the current block behind the current generic one: `fuel` counts them already.
+    pub(crate) ahead: u64,
     /// Value of `fuel` when this slice began.
     slice: i64,
     /// Instructions executed before this slice.
@@ -179,6 +177,8 @@ pub struct Cpu {
     deadline: Option<u64>,
     /// Guest-physical address of the xAPIC page.
     pub(crate) apic_page: Option<u64>,
+    /// PAUSE instructions executed.
+    pub(crate) pauses: u32,
     unimplemented: u64,
     random: u64,
     debug: DebugControl,
@@ -218,7 +218,8 @@ impl Cpu {
             lazy: Lazy::default(),
             fuel: 0,
             tlb: Tlb::new(),
-            table: std::ptr::null(),
+            table: &raw const NO_ENTRIES[0],
+            alignment: false,
             user: 0,
             flags: 2,
             blocks: BlockCache::new(),
@@ -253,6 +254,7 @@ impl Cpu {
             non_canonical: false,
             restarting: false,
             ask_local: true,
+            ahead: 0,
             slice: 0,
             executed: 0,
             tsc_offset: 0,
@@ -260,6 +262,7 @@ impl Cpu {
             next_poll: 0,
             deadline: None,
             apic_page: local.mmio_page(),
+            pauses: 0,
             unimplemented: 0,
             random: config.seed.unwrap_or(0),
             debug: DebugControl::default(),
@@ -378,12 +381,6 @@ impl Cpu {
         self.regs[usize::from(index & 15)]
     }
 
-    /// Writes all 64 bits of a general-purpose register.
-    #[inline(always)]
-    pub(crate) fn set_gpr(&mut self, index: u8, value: u64) {
-        self.regs[usize::from(index & 15)] = value;
-    }
-
     #[inline(always)]
     pub(crate) fn rip(&self) -> u64 {
         self.regs[usize::from(RIP)]
@@ -471,7 +468,13 @@ impl Cpu {
         let cs = self.segs[seg::CS].attributes;
         self.code64 = self.long_mode() && cs.long();
         self.user = usize::from(self.cpl == 3);
-        self.table = &raw const self.tlb.entries[self.user * ENTRIES];
+        self.alignment = self.user != 0 && self.cr0 & CR0_AM != 0 && self.flags & flags::AC != 0;
+        self.table = if self.alignment {
+            // Alignment checks are in the slow path.
+            &raw const NO_ENTRIES[0]
+        } else {
+            &raw const self.tlb.entries[self.user * ENTRIES]
+        };
         let mut mode = 0;
         if self.code64 {
             mode |= mode::CODE64;

@@ -92,6 +92,8 @@ impl Cpu {
     /// Executes one instruction with everything that can only happen around single instructions.
     fn run_alone(&mut self) -> Option<Exit> {
         if self.instruction_breakpoint() {
+            // The only #DB that is a fault: the handler returns with RF set, or it would fire again.
+            self.flags |= super::flags::RF;
             self.raise(vector::DB, None);
             return self.deliver_pending();
         }
@@ -208,9 +210,9 @@ impl Cpu {
         self.events_soon();
     }
 
-    /// Instructions executed, up to the end of the current block.
+    /// Instructions executed, including the current one (if it is a generic one or runs alone).
     fn instructions_now(&self) -> u64 {
-        self.executed + (self.slice - self.fuel) as u64
+        self.executed + (self.slice - self.fuel) as u64 - self.ahead
     }
 
     /// The time-stamp counter as the guest reads it.
@@ -313,12 +315,12 @@ impl Cpu {
 
     /// Nothing to execute: sleeps until something happens, or skips virtual time.
     fn idle(&mut self, wait: bool) -> Option<Exit> {
-        if self.config.clock.is_deterministic() {
-            if let Some(deadline) = self.deadline {
-                self.skipped = self.skipped.wrapping_add(deadline.saturating_sub(self.tsc_now()));
-                self.config.clock.advance_to(self.executed.wrapping_add(self.skipped));
-                return None;
-            }
+        if self.config.clock.is_deterministic()
+            && let Some(deadline) = self.deadline
+        {
+            self.skipped = self.skipped.wrapping_add(deadline.saturating_sub(self.tsc_now()));
+            self.config.clock.advance_to(self.executed.wrapping_add(self.skipped));
+            return None;
         }
         if !wait {
             return Some(Exit::Halted);
@@ -381,7 +383,6 @@ impl Cpu {
                 None
             }
             Exception::Int3 => Some(Exit::Debug(DebugEvent::Int3(self.linear_rip()))),
-            Exception::TripleFault => self.triple_fault(),
             Exception::Vector { vector, error } => self.deliver_exception(vector, error),
         }
     }

@@ -360,7 +360,8 @@ impl Cpu {
         }
         let mut mask = STATUS | TF | DF | NT;
         if size > 2 {
-            mask |= RF | AC | ID;
+            // RF only matters while breakpoints are enabled, and only then is it cleared again in time.
+            mask |= AC | ID | if self.dr[7] & 0xff != 0 { RF } else { 0 };
         }
         if old_cpl == 0 {
             mask |= IOPL;
@@ -379,6 +380,9 @@ impl Cpu {
     pub(crate) fn write_flags(&mut self, value: u64, mask: u64) {
         let old = self.rflags();
         self.set_rflags(old & !mask | value & mask);
+        if (old ^ value) & mask & AC != 0 {
+            self.update_mode();
+        }
     }
 
     /// SYSCALL.

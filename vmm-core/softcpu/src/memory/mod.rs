@@ -140,7 +140,7 @@ impl GuestMemory {
         host: *mut u8,
         readonly: bool,
     ) -> Result<(), MemoryError> {
-        let bad = (gpa | len | host as u64) % PAGE_SIZE != 0
+        let bad = !(gpa | len | host as u64).is_multiple_of(PAGE_SIZE)
             || len == 0
             || gpa.checked_add(len).is_none_or(|end| end > 1 << 52);
         if bad {
@@ -237,7 +237,7 @@ impl GuestMemory {
         let map = self.snapshot();
         let error = MemoryError::OutOfRange { gpa, len };
         let region = map.find(gpa).filter(|r| len <= r.gpa + r.len - gpa).ok_or(error)?;
-        if (gpa | len) % PAGE_SIZE != 0 {
+        if !(gpa | len).is_multiple_of(PAGE_SIZE) {
             return Err(error);
         }
         let pages = len / PAGE_SIZE;

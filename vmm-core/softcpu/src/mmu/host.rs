@@ -94,7 +94,7 @@ pub(crate) unsafe fn store(host: u64, size: u64, value: u64) {
 pub(crate) unsafe fn compare_exchange(host: u64, size: u64, old: u64, new: u64) -> Result<(), u64> {
     let p = host as usize;
     let order = (Ordering::SeqCst, Ordering::SeqCst);
-    if p as u64 % size != 0 {
+    if !(p as u64).is_multiple_of(size) {
         // SAFETY: the caller's promise.
         return unsafe { compare_exchange_unaligned(host, size, old, new) };
     }

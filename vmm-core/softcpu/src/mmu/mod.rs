@@ -7,7 +7,7 @@ pub(crate) mod walk;
 use tlb::{Entry, Info, SLOW, index};
 use walk::Access;
 
-use crate::cpu::{Cpu, Exception, Fault, vector};
+use crate::cpu::{Cpu, Exception, Fault, mode, vector};
 use crate::memory::PAGE_SIZE;
 use crate::ops::width::Width;
 
@@ -37,8 +37,8 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn st<T: Width>(&mut self, address: u64, value: u64) -> Result<(), Fault> {
         match self.write_host::<T>(address) {
-            // SAFETY: the TLB holds translations of mapped regions only.
             Some(host) => {
+                // SAFETY: the TLB holds translations of mapped regions only.
                 unsafe { host::store(host, T::BYTES, value) };
                 Ok(())
             }
@@ -83,6 +83,7 @@ impl Cpu {
     #[inline(never)]
     pub(crate) fn load_slow(&mut self, address: u64, size: u64, user: bool) -> Result<u64, Fault> {
         let address = self.wrap(address);
+        self.check_alignment(address, size, user)?;
         let first = PAGE_SIZE - (address & OFFSET);
         if first >= size {
             let target = self.translate(address, size, Access::Read, user)?;
@@ -104,6 +105,7 @@ impl Cpu {
         user: bool,
     ) -> Result<(), Fault> {
         let address = self.wrap(address);
+        self.check_alignment(address, size, user)?;
         let first = PAGE_SIZE - (address & OFFSET);
         if first >= size {
             let target = self.translate(address, size, Access::Write, user)?;
@@ -114,6 +116,14 @@ impl Cpu {
         let high = self.translate(self.wrap(address + first), size - first, Access::Write, user)?;
         self.write_pieces(low, first, value);
         self.write_pieces(high, size - first, value >> (8 * first));
+        Ok(())
+    }
+
+    /// `#AC` at CPL 3 if CR0.AM and RFLAGS.AC ask for it.
+    fn check_alignment(&mut self, address: u64, size: u64, user: bool) -> Result<(), Fault> {
+        if self.alignment && user && size.is_power_of_two() && !address.is_multiple_of(size) {
+            return Err(self.raise(vector::AC, Some(0)));
+        }
         Ok(())
     }
 
@@ -161,7 +171,7 @@ impl Cpu {
             }
             let found = self.walk(address, access, user)?;
             let gpa = found.page | address & OFFSET;
-            let Some(host_page) = self.ram(found.page) else { return Ok(Target::Device(gpa)) };
+            let Some(host_page) = self.ram(found.page) else { return self.device_target(gpa) };
             let tag = |allowed: bool, flag: u64| if allowed { linear_page | flag } else { u64::MAX };
             let new = Entry {
                 read: linear_page,
@@ -177,9 +187,9 @@ impl Cpu {
             }
         }
         let gpa = self.tlb.info[at].page | address & OFFSET;
-        let Some((region, host)) = self.find_ram(gpa) else { return Ok(Target::Device(gpa)) };
+        let Some((region, host)) = self.find_ram(gpa) else { return self.device_target(gpa) };
         if region.readonly {
-            return Ok(Target::Device(gpa));
+            return self.device_target(gpa);
         }
         if self.memory.dirty_tracking() {
             region.set_dirty(gpa);
@@ -194,6 +204,16 @@ impl Cpu {
         }
         self.allow_fast_write(at);
         Ok(Target::Host(host))
+    }
+
+    /// A device access. In deterministic mode it has to happen at an exact time: the instruction runs alone.
+    fn device_target(&mut self, gpa: u64) -> Result<Target, Fault> {
+        let alone = self.restarting || self.mode & mode::SINGLE != 0;
+        if self.config.clock.is_deterministic() && !alone {
+            self.pending = Some(Exception::Restart);
+            return Err(Fault);
+        }
+        Ok(Target::Device(gpa))
     }
 
     /// Lets writes through this TLB entry bypass the slow path if nobody has to know about them.

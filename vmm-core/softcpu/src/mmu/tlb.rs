@@ -19,6 +19,9 @@ pub(crate) struct Entry {
     pub addend: u64,
 }
 
+/// A table that knows nothing.
+pub(crate) static NO_ENTRIES: [Entry; ENTRIES] = [NONE; ENTRIES];
+
 const NONE: Entry = Entry { read: EMPTY, write: EMPTY, exec: EMPTY, addend: 0 };
 
 /// What the fast path does not need.

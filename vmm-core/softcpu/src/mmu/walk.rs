@@ -193,7 +193,7 @@ impl Cpu {
         large: bool,
     ) -> Result<Translation, Miss> {
         let may_write = permissions & RW != 0 || !user && self.cr0 & CR0_WP == 0;
-        let executable = !nx && !(!user && permissions & US != 0 && self.cr4 & CR4_SMEP != 0);
+        let executable = !nx && (user || permissions & US == 0 || self.cr4 & CR4_SMEP == 0);
         let allowed = (!user || permissions & US != 0)
             && match access {
                 Access::Read => true,

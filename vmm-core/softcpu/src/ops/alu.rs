@@ -60,8 +60,8 @@ logic!(Xor, ^);
 #[inline(always)]
 fn carries<T: Width>(cpu: &mut Cpu, result: u64, carry: u64) {
     let top = carry >> (T::BITS - 1) & 1;
-    let overflow = (carry >> (T::BITS - 1) ^ carry >> (T::BITS - 2)) & 1;
-    let partial = top * CF | (carry >> 3 & 1) * AF | overflow * OF;
+    let overflow = ((carry >> (T::BITS - 1)) ^ (carry >> (T::BITS - 2))) & 1;
+    let partial = (top * CF) | ((carry >> 3 & 1) * AF) | (overflow * OF);
     cpu.set_lazy::<T>(Kind::Partial, result, partial);
 }
 

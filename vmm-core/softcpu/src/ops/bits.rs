@@ -9,7 +9,6 @@ use crate::cpu::flags::{CF, ZF};
 
 /// What BT, BTS, BTR and BTC do to the bit.
 pub(crate) trait BitOp: 'static {
-    const WRITES: bool = true;
     fn change(value: u64, bit: u64) -> u64;
 }
 
@@ -19,7 +18,6 @@ pub(crate) struct Reset;
 pub(crate) struct Complement;
 
 impl BitOp for Test {
-    const WRITES: bool = false;
     #[inline(always)]
     fn change(value: u64, _bit: u64) -> u64 {
         value

@@ -76,7 +76,9 @@ fn run_slow(cpu: &mut Cpu, op: OpPtr) -> Result<(), Fault> {
     cpu.block_start = start;
     // It may call out of the processor.
     cpu.resident.settle(&mut cpu.fpu);
+    cpu.ahead = u64::from(op.left) - 1;
     let result = (slow.run)(cpu, &slow.instruction);
+    cpu.ahead = 0;
     if result.is_err() {
         cpu.regs[usize::from(RIP)] = start;
     }
@@ -105,6 +107,15 @@ pub(crate) fn slow_next(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     }
 }
 
+/// PAUSE: now and then lets the host run the processor that this one waits for.
+pub(crate) fn pause(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    cpu.pauses = cpu.pauses.wrapping_add(1);
+    if cpu.pauses.is_multiple_of(64) {
+        std::thread::yield_now();
+    }
+    next!(cpu, op)
+}
+
 /// CLI.
 pub(crate) fn cli(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     check!(cpu, op, cpu.check_interrupt_privilege());
@@ -117,11 +128,10 @@ pub(crate) fn sti(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     check!(cpu, op, cpu.check_interrupt_privilege());
     let before = cpu.flags;
     cpu.flags |= crate::cpu::flags::IF;
-    if before & crate::cpu::flags::IF == 0 {
-        if op.left == 1 || cpu.ask_local || cpu.handle.peek() != 0 {
-            cpu.shadow = true;
-            return leave(cpu, op);
-        }
+    let opened = before & crate::cpu::flags::IF == 0;
+    if opened && (op.left == 1 || cpu.ask_local || cpu.handle.peek() != 0) {
+        cpu.shadow = true;
+        return leave(cpu, op);
     }
     next!(cpu, op)
 }

@@ -1,0 +1,170 @@
+//! From decoded instructions to operations.
+
+mod branch;
+mod general;
+mod select;
+mod unit;
+
+use std::cell::Cell;
+
+use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+
+use super::op::{FS_BASE, GS_BASE, Handler, Op, RIP, X_ADDR16, X_ADDR32, X_STACK, ZERO};
+use super::slow::slow_handler;
+use super::{Owned, Slow, SlowOp};
+use crate::cpu::mode;
+use crate::hostop::StubCache;
+use crate::ops::operand::{address_size, encode, segment_number};
+use crate::ops::{flow, host, mov};
+
+/// Collects the operations of one block.
+pub(crate) struct Builder<'a> {
+    mode: u16,
+    /// Offset of the block in its page.
+    page_offset: u64,
+    ops: Vec<Op>,
+    owned: Owned,
+    stubs: &'a mut StubCache,
+    previous: Option<Instruction>,
+}
+
+/// An operation under construction: the handler, and whether it ends the block.
+type Chosen = (Handler, bool);
+
+impl<'a> Builder<'a> {
+    pub fn new(mode: u16, page_offset: u64, stubs: &'a mut StubCache) -> Self {
+        Self { mode, page_offset, ops: Vec::new(), owned: Owned::default(), stubs, previous: None }
+    }
+
+    pub fn finish(self) -> (Vec<Op>, Owned) {
+        (self.ops, self.owned)
+    }
+
+    fn code64(&self) -> bool {
+        self.mode & mode::CODE64 != 0
+    }
+
+    /// Adds an instruction; `left` counts it and those that follow, `last` says that none follows.
+    pub fn instruction(&mut self, instruction: &Instruction, left: u8, last: bool) {
+        let mut op = Op {
+            handler: mov::nop,
+            imm: Cell::new(0),
+            disp: 0,
+            r1: 0,
+            r2: 0,
+            base: ZERO,
+            index: ZERO,
+            scale: 0,
+            seg: ZERO,
+            len: instruction.len() as u8,
+            left,
+            off: instruction.ip() as u16,
+            x: 0,
+        };
+        let (handler, ends) = self.choose(instruction, &mut op);
+        op.handler = handler;
+        if last && !ends && instruction.is_jcc_short_or_near() {
+            self.fuse(instruction.condition_code() as u8 - 1);
+        }
+        self.previous = Some(*instruction);
+        self.ops.push(op);
+        if last && !ends {
+            self.go_on(instruction.next_ip());
+        }
+    }
+
+    /// Ends the block with a jump to the instruction that follows it.
+    fn go_on(&mut self, next: u64) {
+        let near = self.page_offset + next < 4096;
+        let (disp, handler) = match (near, self.code64()) {
+            (true, true) => (next as i32, flow::jump_near::<u64> as Handler),
+            (true, false) => (next as i32, flow::jump_near::<u32> as Handler),
+            (false, true) => (0, flow::jump_far::<u64> as Handler),
+            (false, false) => (0, flow::jump_far::<u32> as Handler),
+        };
+        self.ops.push(Op {
+            handler,
+            imm: Cell::new(0),
+            disp,
+            r1: 0,
+            r2: 0,
+            base: ZERO,
+            index: ZERO,
+            scale: 0,
+            seg: ZERO,
+            len: 0,
+            left: 0,
+            off: next as u16,
+            x: 0,
+        });
+    }
+
+    /// Fills the memory operand in. Returns whether it is addressed as 64-bit code does, or `None` if the
+    /// displacement does not fit.
+    fn memory(&self, i: &Instruction, op: &mut Op) -> Option<bool> {
+        let register = |r: Register| match r {
+            Register::None => ZERO,
+            Register::RIP | Register::EIP => RIP,
+            r => encode(r),
+        };
+        op.base = register(i.memory_base());
+        op.index = register(i.memory_index());
+        op.scale = i.memory_index_scale().trailing_zeros() as u8;
+        let segment = i.memory_segment();
+        let stack = if self.code64() {
+            // Overrides other than FS and GS are ignored here too.
+            !matches!(segment, Register::FS | Register::GS)
+                && matches!(i.memory_base().full_register(), Register::RSP | Register::RBP)
+        } else {
+            segment == Register::SS
+        };
+        if stack {
+            op.x |= X_STACK;
+        }
+        let displacement = i.memory_displacement64();
+        match address_size(i) {
+            8 if self.code64() => {
+                op.seg = match segment {
+                    Register::FS => FS_BASE,
+                    Register::GS => GS_BASE,
+                    _ => ZERO,
+                };
+                op.disp = match i32::try_from(displacement as i64) {
+                    Ok(fits) => fits,
+                    Err(_) if slow_handler(i).is_some() || i.mnemonic() == M::Mov => 0,
+                    Err(_) => return None,
+                };
+                Some(true)
+            }
+            size => {
+                op.seg = segment_number(segment) as u8;
+                op.x |= if size == 2 { X_ADDR16 } else { X_ADDR32 };
+                op.disp = displacement as i32;
+                Some(false)
+            }
+        }
+    }
+
+    fn slow(&mut self, i: &Instruction, op: &mut Op, run: Slow, goes_on: bool) -> Chosen {
+        op.imm.set(self.owned.slow(SlowOp { run, instruction: *i }));
+        if goes_on { (host::slow_next, false) } else { (host::slow_last, true) }
+    }
+}
+
+fn has_memory(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+}
+
+fn is_immediate(kind: OpKind) -> bool {
+    matches!(
+        kind,
+        OpKind::Immediate8
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64
+    )
+}
