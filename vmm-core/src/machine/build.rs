@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use super::config::{AccelChoice, ConsoleConfig, VmConfig};
 use super::console::{Console, InputFilter};
 use super::devices::{self, Attached};
+use super::gdb::GdbServer;
 use super::vcpu::Control;
 use super::{Devices, Vm, VmError, entry, layout};
 use crate::accel::{self, Hypervisor, IoBus, VmSpec, probe};
@@ -113,7 +114,8 @@ impl VmBuilder {
         let spec = VmSpec { memory: memory.clone(), vcpus: config.cpus, bus: buses };
         let accel = hypervisor.create_vm(spec)?;
         let host = |what| move |source| VmError::Host { what, source };
-        let control = Control::new(config.stop_on_panic).map_err(host("an event descriptor"))?;
+        let control =
+            Control::new(config.stop_on_panic, config.gdb.is_some()).map_err(host("an event descriptor"))?;
 
         // A device that stops the machine must not keep it alive.
         let weak = Arc::downgrade(&control);
@@ -184,6 +186,7 @@ impl VmBuilder {
                     .collect(),
                 pm,
                 console: Mutex::new(Some(running)),
+                gdb: Mutex::new(None),
             },
             accel: accel.clone(),
         };
@@ -202,6 +205,10 @@ impl VmBuilder {
             let affinity = config.cpu_affinity.get(id as usize).cloned().unwrap_or_default();
             let thread = control.spawn(id, vcpu, affinity).map_err(host("a thread"))?;
             vm.threads.lock().push(thread);
+        }
+        if let Some(gdb) = &config.gdb {
+            let server = GdbServer::start(gdb, control, vm.memory.clone(), config.cpus)?;
+            *vm.devices.gdb.lock() = Some(server);
         }
         Ok(vm)
     }

@@ -46,6 +46,8 @@ pub struct VmConfig {
     pub mmio: bool,
     /// Ports 0xE9 (debug console, printed on the serial console) and 0xF4 (exit with a code), for test guests.
     pub debug_ports: bool,
+    /// Listen for a debugger, and wait for it before the first instruction.
+    pub gdb: Option<GdbConfig>,
     /// End the machine when the guest's kernel panics (pvpanic).
     pub stop_on_panic: bool,
 }
@@ -64,6 +66,7 @@ impl Default for VmConfig {
             rng: false,
             mmio: false,
             debug_ports: false,
+            gdb: None,
             stop_on_panic: true,
         }
     }
@@ -171,6 +174,16 @@ pub struct DiskConfig {
     /// Rate limits.
     #[serde(default)]
     pub limits: LimitConfig,
+}
+
+/// Where a debugger connects to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum GdbConfig {
+    /// A TCP address, such as `127.0.0.1:1234`.
+    Tcp(String),
+    /// A Unix stream socket.
+    Unix(PathBuf),
 }
 
 /// A network device.

@@ -65,7 +65,7 @@ impl SerialOutput for Output {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     let timeout = if self.drop_when_full { PATIENCE_MS } else { -1 };
-                    if !matches!(poll(&mut [(file.as_raw_fd(), libc::POLLOUT)], timeout), Ok([true])) {
+                    if !matches!(poll(&[(file.as_raw_fd(), libc::POLLOUT)], timeout), Ok([true])) {
                         return;
                     }
                 }
@@ -76,7 +76,7 @@ impl SerialOutput for Output {
 }
 
 /// Waits until a descriptor is ready or broken, and says which are.
-fn poll<const N: usize>(wanted: &mut [(i32, i16); N], timeout: i32) -> io::Result<[bool; N]> {
+pub(super) fn poll<const N: usize>(wanted: &[(i32, i16); N], timeout: i32) -> io::Result<[bool; N]> {
     let mut fds = wanted.map(|(fd, events)| libc::pollfd { fd, events, revents: 0 });
     // SAFETY: `fds` is an array of N valid structures.
     let n = unsafe { libc::poll(fds.as_mut_ptr(), N as libc::nfds_t, timeout) };
@@ -269,10 +269,8 @@ impl Pump {
             Input::None => Ok(()),
             Input::Stream(mut file) => self.stream(&mut file).map(|_| ()),
             Input::Listener(listener) => loop {
-                let ready = poll(
-                    &mut [(listener.as_raw_fd(), libc::POLLIN), (self.stop.as_raw_fd(), libc::POLLIN)],
-                    -1,
-                )?;
+                let ready =
+                    poll(&[(listener.as_raw_fd(), libc::POLLIN), (self.stop.as_raw_fd(), libc::POLLIN)], -1)?;
                 if ready[1] {
                     return Ok(());
                 }
@@ -296,7 +294,7 @@ impl Pump {
             self.waiting.drain(..taken);
             // While the guest takes nothing, neither do we; its side tells when there is room.
             let source = if self.waiting.is_empty() { file.as_raw_fd() } else { self.room.as_raw_fd() };
-            let ready = poll(&mut [(source, libc::POLLIN), (self.stop.as_raw_fd(), libc::POLLIN)], -1)?;
+            let ready = poll(&[(source, libc::POLLIN), (self.stop.as_raw_fd(), libc::POLLIN)], -1)?;
             if ready[1] {
                 return Ok(Ended::Console);
             }

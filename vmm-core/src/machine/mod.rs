@@ -20,6 +20,7 @@ mod console;
 mod devices;
 mod entry;
 mod events;
+mod gdb;
 mod layout;
 mod vcpu;
 
@@ -32,13 +33,15 @@ use parking_lot::Mutex;
 
 pub use self::build::VmBuilder;
 pub use self::config::{
-    AccelChoice, BootConfig, ConsoleConfig, DiskConfig, LimitConfig, MemoryConfig, NetBackendConfig,
-    NetConfig, NumaConfig, PageConfig, VmConfig,
+    AccelChoice, BootConfig, ConsoleConfig, DiskConfig, GdbConfig, LimitConfig, MemoryConfig,
+    NetBackendConfig, NetConfig, NumaConfig, PageConfig, VmConfig,
 };
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};
 pub use self::devices::mac_address;
 pub use self::events::{Events, StopReason, VmEvent};
+pub use self::gdb::GdbError;
+use self::gdb::GdbServer;
 use self::vcpu::Control;
 use crate::accel::{self, AccelError, AccelKind};
 use crate::acpi::AcpiError;
@@ -72,6 +75,9 @@ pub enum VmError {
     /// The serial console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The debugger's address.
+    #[error(transparent)]
+    Gdb(#[from] GdbError),
     /// Two devices at one address.
     #[error("Two devices answer at one address; this is a bug, please report it")]
     Bus(#[from] BusError),
@@ -136,6 +142,7 @@ struct Devices {
     units: Vec<Arc<dyn Lifecycle>>,
     pm: Arc<AcpiPm>,
     console: Mutex<Option<RunningConsole>>,
+    gdb: Mutex<Option<GdbServer>>,
 }
 
 impl Vm {
@@ -152,7 +159,9 @@ impl Vm {
         let mut started = self.lifecycle.lock();
         self.devices.units.iter().try_for_each(|unit| unit.start())?;
         let event = if *started { VmEvent::Resumed } else { VmEvent::Started };
-        if !self.control.run() {
+        // The first run of a machine that is debugged is the debugger's to start.
+        let held = !*started && self.devices.gdb.lock().is_some();
+        if held && self.control.reason().is_some() || !held && !self.control.run() {
             return Err(VmError::Stopped);
         }
         *started = true;
@@ -254,6 +263,7 @@ impl Drop for Vm {
             }
         }
         *self.devices.console.get_mut() = None;
+        *self.devices.gdb.get_mut() = None;
         // Devices and buses refer to each other; cut that here.
         self.devices.mmio.clear();
         self.devices.ports.clear();

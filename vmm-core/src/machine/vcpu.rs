@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::events::{Events, StopReason, VmEvent};
-use crate::accel::{SystemEvent, Vcpu, VcpuExit, VcpuHandle};
+use crate::accel::{DebugExit, SystemEvent, Vcpu, VcpuExit, VcpuHandle};
 use crate::devices::legacy::PowerEvent;
 
 /// The interpreter's unoptimised build nests calls deeply; only pages that are touched count.
@@ -30,7 +32,25 @@ struct State {
     active: usize,
     /// Threads that have not ended.
     alive: usize,
+    /// What waiting vCPUs are asked to do.
+    jobs: Vec<(u32, Job)>,
+    /// What stopped a vCPU that is being debugged.
+    debug_stop: Option<(u32, DebugExit)>,
+    /// The only vCPU that runs, while a debugger steps it.
+    only: Option<u32>,
 }
+
+impl State {
+    fn waits(&self, id: u32) -> bool {
+        match self.phase {
+            Phase::Waiting => true,
+            Phase::Running => self.only.is_some_and(|only| only != id),
+            Phase::Stopping => false,
+        }
+    }
+}
+
+type Job = Box<dyn FnOnce(&mut dyn Vcpu) + Send>;
 
 /// Shared by the vCPU threads, the devices that stop the machine, and the owner.
 pub(super) struct Control {
@@ -42,18 +62,85 @@ pub(super) struct Control {
     stop_on_panic: bool,
     /// A thread that is already on its way out needs no second kick.
     stopping: AtomicBool,
+    /// Signalled when a debugger has to look at the machine; there is one only when the machine is debugged.
+    debug_event: Option<EventFd>,
 }
 
 impl Control {
-    pub(super) fn new(stop_on_panic: bool) -> std::io::Result<Arc<Self>> {
+    pub(super) fn new(stop_on_panic: bool, debugged: bool) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            state: Mutex::new(State { phase: Phase::Waiting, reason: None, active: 0, alive: 0 }),
+            state: Mutex::new(State {
+                phase: Phase::Waiting,
+                reason: None,
+                active: 0,
+                alive: 0,
+                jobs: Vec::new(),
+                debug_stop: None,
+                only: None,
+            }),
             changed: Condvar::new(),
             handles: Mutex::default(),
             events: Events::new()?,
             stop_on_panic,
             stopping: AtomicBool::new(false),
+            debug_event: debugged.then(|| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).transpose()?,
         }))
+    }
+
+    /// Polls as readable when a debugger has to look at the machine.
+    ///
+    /// # Panics
+    /// When the machine is not debugged (a caller's mistake).
+    pub(super) fn debug_event(&self) -> &EventFd {
+        self.debug_event.as_ref().expect("only the debugger's server asks, and it exists with the descriptor")
+    }
+
+    fn tell_debugger(&self) {
+        if let Some(event) = &self.debug_event {
+            // The counter only has to be above zero.
+            let _ = event.write(1);
+        }
+    }
+
+    /// Why a vCPU stopped for the debugger, once, when all of them wait.
+    pub(super) fn take_debug_stop(&self) -> Option<(u32, DebugExit)> {
+        if let Some(event) = &self.debug_event {
+            // Only empties the counter.
+            let _ = event.read();
+        }
+        let mut s = self.state.lock();
+        s.debug_stop?;
+        while s.active > 0 && s.phase == Phase::Waiting {
+            self.changed.wait(&mut s);
+        }
+        s.debug_stop.take()
+    }
+
+    /// Whether the machine has stopped or is about to.
+    pub(super) fn has_ended(&self) -> bool {
+        self.state.lock().phase == Phase::Stopping
+    }
+
+    /// Runs `f` on the thread of a waiting vCPU; `None` when the machine stops before.
+    pub(super) fn with_vcpu<R: Send + 'static>(
+        &self,
+        id: u32,
+        f: impl FnOnce(&mut dyn Vcpu) -> R + Send + 'static,
+    ) -> Option<R> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        {
+            let mut s = self.state.lock();
+            if s.phase != Phase::Waiting || s.alive == 0 {
+                return None;
+            }
+            let job = move |vcpu: &mut dyn Vcpu| {
+                // The caller waits for the answer.
+                let _ = sender.send(f(vcpu));
+            };
+            s.jobs.push((id, Box::new(job)));
+            self.changed.notify_all();
+        }
+        receiver.recv().ok()
     }
 
     /// Ends the machine; the first reason counts.
@@ -62,11 +149,14 @@ impl Control {
             let mut s = self.state.lock();
             s.phase = Phase::Stopping;
             s.reason.get_or_insert(reason);
+            // Whoever waits for an answer learns that there will be none.
+            s.jobs.clear();
             // A machine that never started has no thread that would notice.
             if s.alive == 0 {
                 self.finished(&s);
             }
         }
+        self.tell_debugger();
         if !self.stopping.swap(true, Ordering::SeqCst) {
             self.kick();
         }
@@ -102,11 +192,18 @@ impl Control {
 
     /// Starts or resumes the vCPUs; false when the machine has stopped.
     pub(super) fn run(&self) -> bool {
+        self.run_only(None)
+    }
+
+    /// Starts or resumes one vCPU, or all of them.
+    pub(super) fn run_only(&self, only: Option<u32>) -> bool {
         let mut s = self.state.lock();
         if s.phase == Phase::Stopping {
             return false;
         }
         s.phase = Phase::Running;
+        s.only = only;
+        s.jobs.clear();
         self.changed.notify_all();
         true
     }
@@ -170,12 +267,32 @@ impl Control {
         thread
     }
 
+    /// A vCPU met a breakpoint: all of them wait for the debugger.
+    fn debug_stopped(&self, id: u32, stop: DebugExit) {
+        {
+            let mut s = self.state.lock();
+            if s.phase == Phase::Stopping {
+                return;
+            }
+            s.phase = Phase::Waiting;
+            s.debug_stop.get_or_insert((id, stop));
+        }
+        self.kick();
+        self.tell_debugger();
+    }
+
     fn drive(&self, id: u32, mut vcpu: Box<dyn Vcpu>) {
         loop {
             {
                 let mut s = self.state.lock();
-                while s.phase == Phase::Waiting {
-                    self.changed.wait(&mut s);
+                while s.waits(id) {
+                    match s.jobs.iter().position(|(vcpu, _)| *vcpu == id) {
+                        Some(at) => {
+                            let (_, job) = s.jobs.remove(at);
+                            MutexGuard::unlocked(&mut s, || job(&mut *vcpu));
+                        }
+                        None => self.changed.wait(&mut s),
+                    }
                 }
                 if s.phase == Phase::Stopping {
                     return;
@@ -191,7 +308,8 @@ impl Control {
                 }
             }
             match exit {
-                Ok(VcpuExit::Interrupted | VcpuExit::Debug(_)) => {}
+                Ok(VcpuExit::Interrupted) => {}
+                Ok(VcpuExit::Debug(stop)) => self.debug_stopped(id, stop),
                 Ok(VcpuExit::TripleFault) => self.stop(StopReason::TripleFault),
                 Ok(VcpuExit::SystemEvent(event)) => self.stop(match event {
                     SystemEvent::Reset => StopReason::Reset,

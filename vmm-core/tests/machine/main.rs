@@ -1,6 +1,7 @@
 //! Whole machines with tiny guests, on every accelerator.
 
 mod debian;
+mod gdb;
 mod guest;
 
 use std::path::Path;

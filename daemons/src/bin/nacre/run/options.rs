@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use vmm_core::machine::{
-    AccelChoice, ConsoleConfig, DiskConfig, LimitConfig, NetBackendConfig, NetConfig, VmConfig,
+    AccelChoice, ConsoleConfig, DiskConfig, GdbConfig, LimitConfig, NetBackendConfig, NetConfig, VmConfig,
 };
 
 use super::pairs::Pairs;
@@ -76,6 +76,9 @@ pub struct Args {
     /// Start the guest again when it asks for a reset.
     #[arg(long)]
     restart: bool,
+    /// Wait for gdb at this TCP address ([HOST:]PORT) or Unix socket (a path).
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_gdb)]
+    gdb: Option<GdbConfig>,
     /// Offer the debug console (port 0xE9) and debug-exit (port 0xF4) ports to test guests.
     #[arg(long)]
     debug_ports: bool,
@@ -136,6 +139,9 @@ impl Args {
         config.nets.extend(self.net);
         config.rng |= self.rng;
         config.mmio |= self.mmio;
+        if self.gdb.is_some() {
+            config.gdb = self.gdb;
+        }
         config.debug_ports |= self.debug_ports;
         for pin in &self.pin {
             let (vcpu, cpus) = parse_pin(pin)?;
@@ -214,6 +220,16 @@ fn parse_limits(pairs: &mut Pairs) -> Result<LimitConfig, String> {
         operations: pairs.number("iops")?.unwrap_or(0),
         operations_burst: pairs.number("iops-burst")?.unwrap_or(0),
     })
+}
+
+fn parse_gdb(text: &str) -> Result<GdbConfig, String> {
+    if text.contains('/') {
+        return Ok(GdbConfig::Unix(text.into()));
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    let port: u16 = port.parse().map_err(|_| "give [HOST:]PORT or a path")?;
+    let host = if host.is_empty() { "127.0.0.1" } else { host };
+    Ok(GdbConfig::Tcp(format!("{host}:{port}")))
 }
 
 fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
