@@ -40,6 +40,8 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// virtio network devices, in the order in which the guest finds them.
     pub nets: Vec<NetConfig>,
+    /// A virtio socket device.
+    pub vsock: Option<VsockConfig>,
     /// Offer an entropy device.
     pub rng: bool,
     /// Offer virtio devices over MMIO instead of PCI: a smaller machine without a PCI bus.
@@ -63,6 +65,7 @@ impl Default for VmConfig {
             console: ConsoleConfig::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             rng: false,
             mmio: false,
             debug_ports: false,
@@ -152,7 +155,7 @@ pub struct NumaConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// The image file or block device.
+    /// The image file or block device; with the format `vhost-user`, the socket of a vhost-user-blk back-end.
     pub path: PathBuf,
     /// The image's format: `raw`, `qcow2` and the other names that `nacre disk` knows.
     pub format: String,
@@ -220,6 +223,19 @@ pub enum NetBackendConfig {
     Tap(String),
     /// A Unix stream socket with frames preceded by their length in 32 bits, as QEMU, passt and gvproxy use.
     Unix(PathBuf),
+    /// A vhost-user back-end's socket, such as a port of the switch.
+    VhostUser(PathBuf),
+}
+
+/// A virtio socket device, bridged to Unix sockets: the guest's connections to port N of the host go to `SOCKET_N`;
+/// programs on the host connect to `SOCKET` and send `CONNECT N` and a newline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context identifier, 3 or more.
+    pub cid: u64,
+    /// The Unix socket.
+    pub socket: PathBuf,
 }
 
 fn one() -> u16 {

@@ -13,11 +13,16 @@ use crate::devices::legacy::{PowerEvent, PowerSink};
 use crate::devices::virtio::blk::BlkOptions;
 use crate::devices::virtio::mmio::MMIO_SIZE;
 use crate::devices::virtio::net::{NetBackend, NetOptions, StreamBackend, TapBackend};
-use crate::devices::virtio::{Blk, Net, Rng, VirtioDevice, VirtioMmio, VirtioPci};
+use crate::devices::virtio::vhost_user::VhostUserNetOptions;
+use crate::devices::virtio::{Blk, Net, Rng, VhostUser, VirtioDevice, VirtioMmio, VirtioPci, Vsock};
 use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 use crate::pci::{HostBridge, Identity, PciRoot, PciWindows};
 
+/// The "format" of a disk that another process serves.
+const VHOST_USER: &str = "vhost-user";
+/// Entries of a queue that another process serves.
+const QUEUE_SIZE: u16 = 256;
 const PCI_CONFIG: u64 = 0xcf8;
 
 /// The generic PCI Express host bridge that QEMU's vendor ID has; guests need no driver for it.
@@ -105,13 +110,20 @@ pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<(
     for net in &config.nets {
         attached.add(open_net(net)?)?;
     }
+    if let Some(vsock) = &config.vsock {
+        let fail = |source| VmError::Vsock { path: vsock.socket.clone(), source };
+        attached.add(Vsock::new(vsock.cid, &vsock.socket).map_err(fail)?)?;
+    }
     if config.rng {
         attached.add(Rng::new().map_err(|source| VmError::Host { what: "random bytes", source })?)?;
     }
     Ok(())
 }
 
-fn open_disk(config: &DiskConfig) -> Result<Arc<Blk>, VmError> {
+fn open_disk(config: &DiskConfig) -> Result<Arc<dyn VirtioDevice>, VmError> {
+    if config.format == VHOST_USER {
+        return Ok(VhostUser::blk(&config.path, config.queues.max(1), QUEUE_SIZE)?);
+    }
     let fail = |source| VmError::Disk { path: config.path.clone(), source };
     let format: Format = config.format.parse().map_err(fail)?;
     let disk = OpenOptions::new(format)
@@ -130,7 +142,8 @@ fn open_disk(config: &DiskConfig) -> Result<Arc<Blk>, VmError> {
     Ok(Blk::new(Arc::new(disk), &options))
 }
 
-fn open_net(config: &NetConfig) -> Result<Arc<Net>, VmError> {
+fn open_net(config: &NetConfig) -> Result<Arc<dyn VirtioDevice>, VmError> {
+    let mac = mac_address(config.mac.as_deref())?;
     let backend: Arc<dyn NetBackend> = match &config.backend {
         NetBackendConfig::Tap(name) => Arc::new(TapBackend::open(name, config.queues.max(1))?),
         NetBackendConfig::Unix(path) => {
@@ -140,15 +153,24 @@ fn open_net(config: &NetConfig) -> Result<Arc<Net>, VmError> {
             }
             Arc::new(backend)
         }
+        NetBackendConfig::VhostUser(path) => {
+            let options = VhostUserNetOptions {
+                mac,
+                mtu: config.mtu,
+                pairs: config.queues.max(1),
+                ..VhostUserNetOptions::default()
+            };
+            return Ok(VhostUser::net(path, &options)?);
+        }
     };
     let options = NetOptions {
-        mac: mac_address(config.mac.as_deref())?,
+        mac,
         mtu: config.mtu,
         send_limits: config.send_limits.limits(),
         receive_limits: config.receive_limits.limits(),
         ..NetOptions::default()
     };
-    Net::new(backend, &options).map_err(|source| VmError::Host { what: "event descriptors", source })
+    Ok(Net::new(backend, &options).map_err(|source| VmError::Host { what: "event descriptors", source })?)
 }
 
 /// The MAC address that `text` says, such as `52:54:00:12:34:56`; without one, a random address.

@@ -34,7 +34,7 @@ use parking_lot::Mutex;
 pub use self::build::VmBuilder;
 pub use self::config::{
     AccelChoice, BootConfig, ConsoleConfig, DiskConfig, GdbConfig, LimitConfig, MemoryConfig,
-    NetBackendConfig, NetConfig, NumaConfig, PageConfig, VmConfig,
+    NetBackendConfig, NetConfig, NumaConfig, PageConfig, VmConfig, VsockConfig,
 };
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};
@@ -50,6 +50,7 @@ use crate::bus::{Bus, BusError};
 use crate::devices::legacy::AcpiPm;
 use crate::devices::virtio::net::TapError;
 use crate::devices::virtio::pci::VirtioPciError;
+use crate::devices::virtio::vhost_user::VhostUserError;
 use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::memory::{GuestMemory, MapError};
 use crate::pci::PciError;
@@ -102,6 +103,18 @@ pub enum VmError {
     /// A tap interface.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A vhost-user back-end.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
+    /// The virtio socket device.
+    #[error("Cannot offer the socket device at {}; check the CID and the path", path.display())]
+    Vsock {
+        /// The Unix socket.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// Nobody listens at the socket of a network device.
     #[error("Nobody listens at {}; start the switch or passt first", path.display())]
     NetSocket {

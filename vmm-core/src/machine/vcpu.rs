@@ -116,9 +116,9 @@ impl Control {
         s.debug_stop.take()
     }
 
-    /// Whether the machine has stopped or is about to.
-    pub(super) fn has_ended(&self) -> bool {
-        self.state.lock().phase == Phase::Stopping
+    /// Why the machine has stopped or is about to.
+    pub(super) fn ending(&self) -> Option<StopReason> {
+        self.state.lock().reason.clone()
     }
 
     /// Runs `f` on the thread of a waiting vCPU; `None` when the machine stops before.

@@ -20,6 +20,7 @@ use gdbstub_arch::x86::X86_64_SSE;
 use gdbstub_arch::x86::reg::X86_64CoreRegs;
 use softcpu::CpuState;
 
+use super::super::events::StopReason;
 use super::super::vcpu::Control;
 use crate::accel::{BreakKind, DebugControl, HardwareBreakpoint};
 use crate::memory::{GuestMemory, PAGE_SIZE};
@@ -80,8 +81,11 @@ impl Debuggee {
 
     /// Why the machine stopped since it was resumed, if it did.
     pub(super) fn stop_reason(&self) -> Option<MultiThreadStopReason<u64>> {
-        if self.control.has_ended() {
-            return Some(MultiThreadStopReason::Exited(0));
+        match self.control.ending() {
+            None => {}
+            Some(StopReason::PowerOff | StopReason::Reset) => return Some(MultiThreadStopReason::Exited(0)),
+            Some(StopReason::Exit(code)) => return Some(MultiThreadStopReason::Exited(code)),
+            Some(_) => return Some(MultiThreadStopReason::Terminated(Signal::SIGABRT)),
         }
         let (id, exit) = self.control.take_debug_stop()?;
         let tid = tid(id);

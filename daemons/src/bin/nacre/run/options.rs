@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use vmm_core::machine::{
     AccelChoice, ConsoleConfig, DiskConfig, GdbConfig, LimitConfig, NetBackendConfig, NetConfig, VmConfig,
+    VsockConfig,
 };
 
 use super::pairs::Pairs;
@@ -60,10 +61,13 @@ pub struct Args {
     /// [,bps=N][,iops=N] (may be repeated).
     #[arg(long, value_name = "path=FILE,format=FORMAT,...", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
-    /// A network card: tap=NAME or unix=SOCKET, with [,mac=ADDRESS][,id=NAME][,mtu=N][,queues=N]
+    /// A network card: tap=NAME, unix=SOCKET or vhost-user=SOCKET, with [,mac=ADDRESS][,id=NAME][,mtu=N][,queues=N]
     /// [,bps=N][,pps=N] (may be repeated).
-    #[arg(long, value_name = "tap=NAME|unix=SOCKET,...", value_parser = parse_net)]
+    #[arg(long, value_name = "tap=NAME|unix=SOCKET|vhost-user=SOCKET,...", value_parser = parse_net)]
     net: Vec<NetConfig>,
+    /// A socket device: cid=N,socket=PATH. Guest connections to port P of the host go to PATH_P.
+    #[arg(long, value_name = "cid=N,socket=PATH", value_parser = parse_vsock)]
+    vsock: Option<VsockConfig>,
     /// Offer an entropy device.
     #[arg(long)]
     rng: bool,
@@ -137,6 +141,9 @@ impl Args {
         }
         config.disks.extend(self.disk);
         config.nets.extend(self.net);
+        if self.vsock.is_some() {
+            config.vsock = self.vsock;
+        }
         config.rng |= self.rng;
         config.mmio |= self.mmio;
         if self.gdb.is_some() {
@@ -189,10 +196,11 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
 
 fn parse_net(text: &str) -> Result<NetConfig, String> {
     let mut pairs = Pairs::parse(text)?;
-    let backend = match (pairs.take("tap"), pairs.take("unix")) {
-        (Some(name), None) => NetBackendConfig::Tap(name),
-        (None, Some(path)) => NetBackendConfig::Unix(path.into()),
-        _ => return Err("give one of tap=NAME and unix=SOCKET".into()),
+    let backend = match (pairs.take("tap"), pairs.take("unix"), pairs.take("vhost-user")) {
+        (Some(name), None, None) => NetBackendConfig::Tap(name),
+        (None, Some(path), None) => NetBackendConfig::Unix(path.into()),
+        (None, None, Some(path)) => NetBackendConfig::VhostUser(path.into()),
+        _ => return Err("give one of tap=NAME, unix=SOCKET and vhost-user=SOCKET".into()),
     };
     // One limit for each direction; packets are the operations.
     let limits = LimitConfig {
@@ -211,6 +219,14 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
     };
     pairs.finish()?;
     Ok(net)
+}
+
+fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
+    let mut pairs = Pairs::parse(text)?;
+    let cid = pairs.number("cid")?.ok_or("cid=... is missing")?;
+    let vsock = VsockConfig { cid, socket: pairs.required("socket")?.into() };
+    pairs.finish()?;
+    Ok(vsock)
 }
 
 fn parse_limits(pairs: &mut Pairs) -> Result<LimitConfig, String> {
