@@ -1,3 +1,5 @@
+#![expect(clippy::single_range_in_vec_init, reason = "lists of address ranges")]
+
 use super::*;
 
 const AREA: Range<u64> = 0xe_0000..0x10_0000;

@@ -156,6 +156,7 @@ pub(super) fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of address ranges")]
 mod tests {
     use super::super::config::NumaConfig;
     use super::*;

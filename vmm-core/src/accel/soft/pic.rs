@@ -129,8 +129,6 @@ impl Chip {
                 }
                 if rotate {
                     self.lowest = input;
-                } else if specific && !eoi && value & 0xe0 == 0xc0 {
-                    self.lowest = input;
                 }
             }
         }

@@ -199,7 +199,7 @@ impl Pit {
             0x61 => {
                 let out = if s.counters[2].output(now) { OUT2 } else { 0 };
                 // The refresh request toggles about every 15 us.
-                let refresh = if now / 15_085 & 1 != 0 { REFRESH } else { 0 };
+                let refresh = if (now / 15_085) & 1 != 0 { REFRESH } else { 0 };
                 s.port61 | out | refresh
             }
             _ => 0,

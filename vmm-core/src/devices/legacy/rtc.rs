@@ -78,7 +78,11 @@ fn host_seconds() -> i64 {
 impl State {
     fn encode(&self, value: i64) -> u8 {
         let value = value as u8;
-        if self.memory[usize::from(STATUS_B)] & BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.memory[usize::from(STATUS_B)] & BINARY != 0 {
+            value
+        } else {
+            ((value / 10) << 4) | (value % 10)
+        }
     }
 
     fn decode(&self, value: u8) -> i64 {

@@ -280,7 +280,7 @@ mod tests {
         fn set_level(&self, asserted: bool) {
             let old = self.0.load(Ordering::Relaxed);
             let edge = u32::from(asserted && old & 1 == 0) << 16;
-            self.0.store((old & !1) + edge | u32::from(asserted), Ordering::Relaxed);
+            self.0.store(((old & !1) + edge) | u32::from(asserted), Ordering::Relaxed);
         }
     }
 
