@@ -8,6 +8,7 @@ use super::config::{AccelChoice, ConsoleConfig, VmConfig};
 use super::console::{Console, InputFilter};
 use super::devices::{self, Attached};
 use super::gdb::GdbServer;
+use super::metrics::{BusCounters, Sources};
 use super::vcpu::Control;
 use super::{Devices, Vm, VmError, entry, layout};
 use crate::accel::{self, Hypervisor, IoBus, VmSpec, probe};
@@ -41,22 +42,27 @@ pub struct VmBuilder {
 struct Buses {
     mmio: Arc<Bus>,
     ports: Arc<Bus>,
+    counters: Arc<BusCounters>,
 }
 
 impl IoBus for Buses {
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        BusCounters::add(&self.counters.mmio_reads);
         self.mmio.read(address, data);
     }
 
     fn mmio_write(&self, address: u64, data: &[u8]) {
+        BusCounters::add(&self.counters.mmio_writes);
         self.mmio.write(address, data);
     }
 
     fn port_read(&self, port: u16, data: &mut [u8]) {
+        BusCounters::add(&self.counters.port_reads);
         self.ports.read(port.into(), data);
     }
 
     fn port_write(&self, port: u16, data: &[u8]) {
+        BusCounters::add(&self.counters.port_writes);
         self.ports.write(port.into(), data);
     }
 }
@@ -109,7 +115,8 @@ impl VmBuilder {
             None => accelerator(config.accel)?,
         };
         let (memory, numa) = layout::allocate(&config.memory, config.cpus)?;
-        let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default() });
+        let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default(), counters: Arc::default() });
+        let counters = buses.counters.clone();
         let (mmio, ports) = (buses.mmio.clone(), buses.ports.clone());
         let spec = VmSpec { memory: memory.clone(), vcpus: config.cpus, bus: buses };
         let accel = hypervisor.create_vm(spec)?;
@@ -153,7 +160,7 @@ impl VmBuilder {
         } else {
             Attached::pci(accel.clone(), memory.clone(), mmio.clone(), ports.clone(), power.clone())?
         };
-        devices::attach_all(&mut attached, config)?;
+        let sources = devices::attach_all(&mut attached, config)?;
         for device in self.devices {
             attached.add(device)?;
         }
@@ -188,6 +195,7 @@ impl VmBuilder {
                 console: Mutex::new(Some(running)),
                 gdb: Mutex::new(None),
             },
+            sources: Sources { bus: counters, ..sources },
             accel: accel.clone(),
         };
         // All vCPUs exist before the first thread runs: an error then drops `vm`, which ends the threads.

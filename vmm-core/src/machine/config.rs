@@ -44,6 +44,8 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// Offer an entropy device.
     pub rng: bool,
+    /// Offer a memory balloon: the guest gives free pages back to the host, and more when it is asked to.
+    pub balloon: bool,
     /// Offer virtio devices over MMIO instead of PCI: a smaller machine without a PCI bus.
     pub mmio: bool,
     /// Ports 0xE9 (debug console, printed on the serial console) and 0xF4 (exit with a code), for test guests.
@@ -67,6 +69,7 @@ impl Default for VmConfig {
             nets: Vec::new(),
             vsock: None,
             rng: false,
+            balloon: false,
             mmio: false,
             debug_ports: false,
             gdb: None,

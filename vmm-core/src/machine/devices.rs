@@ -5,11 +5,13 @@ use std::sync::Arc;
 use blockfmt::{Format, OpenOptions, OpenPolicy};
 
 use super::config::{DiskConfig, NetBackendConfig, NetConfig, VmConfig};
+use super::metrics::Sources;
 use super::{VmError, layout};
 use crate::accel;
 use crate::acpi::MmioDevice;
 use crate::bus::Bus;
 use crate::devices::legacy::{PowerEvent, PowerSink};
+use crate::devices::virtio::balloon::{Balloon, BalloonOptions};
 use crate::devices::virtio::blk::BlkOptions;
 use crate::devices::virtio::mmio::MMIO_SIZE;
 use crate::devices::virtio::net::{NetBackend, NetOptions, StreamBackend, TapBackend};
@@ -103,12 +105,15 @@ impl Attached {
 }
 
 /// Attaches all devices of the configuration.
-pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<(), VmError> {
-    for disk in &config.disks {
-        attached.add(open_disk(disk)?)?;
+pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<Sources, VmError> {
+    let mut sources = Sources::default();
+    for (index, disk) in config.disks.iter().enumerate() {
+        let name = name(&disk.id, "disk", index);
+        attached.add(open_disk(disk, name, &mut sources)?)?;
     }
-    for net in &config.nets {
-        attached.add(open_net(net)?)?;
+    for (index, net) in config.nets.iter().enumerate() {
+        let name = name(&net.id, "net", index);
+        attached.add(open_net(net, name, &mut sources)?)?;
     }
     if let Some(vsock) = &config.vsock {
         let fail = |source| VmError::Vsock { path: vsock.socket.clone(), source };
@@ -117,10 +122,25 @@ pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<(
     if config.rng {
         attached.add(Rng::new().map_err(|source| VmError::Host { what: "random bytes", source })?)?;
     }
-    Ok(())
+    if config.balloon {
+        let balloon = Balloon::new(BalloonOptions::default())
+            .map_err(|source| VmError::Host { what: "an event descriptor", source })?;
+        attached.add(balloon.clone())?;
+        sources.balloon = Some(balloon);
+    }
+    Ok(sources)
 }
 
-fn open_disk(config: &DiskConfig) -> Result<Arc<dyn VirtioDevice>, VmError> {
+/// What a device is called in counters.
+fn name(id: &str, kind: &str, index: usize) -> String {
+    if id.is_empty() { format!("{kind}{index}") } else { id.to_owned() }
+}
+
+fn open_disk(
+    config: &DiskConfig,
+    name: String,
+    sources: &mut Sources,
+) -> Result<Arc<dyn VirtioDevice>, VmError> {
     if config.format == VHOST_USER {
         return Ok(VhostUser::blk(&config.path, config.queues.max(1), QUEUE_SIZE)?);
     }
@@ -139,10 +159,16 @@ fn open_disk(config: &DiskConfig) -> Result<Arc<dyn VirtioDevice>, VmError> {
         limits: config.limits.limits(),
         ..BlkOptions::default()
     };
-    Ok(Blk::new(Arc::new(disk), &options))
+    let blk = Blk::new(Arc::new(disk), &options);
+    sources.disks.push((name, blk.clone()));
+    Ok(blk)
 }
 
-fn open_net(config: &NetConfig) -> Result<Arc<dyn VirtioDevice>, VmError> {
+fn open_net(
+    config: &NetConfig,
+    name: String,
+    sources: &mut Sources,
+) -> Result<Arc<dyn VirtioDevice>, VmError> {
     let mac = mac_address(config.mac.as_deref())?;
     let backend: Arc<dyn NetBackend> = match &config.backend {
         NetBackendConfig::Tap(name) => Arc::new(TapBackend::open(name, config.queues.max(1))?),
@@ -170,7 +196,10 @@ fn open_net(config: &NetConfig) -> Result<Arc<dyn VirtioDevice>, VmError> {
         receive_limits: config.receive_limits.limits(),
         ..NetOptions::default()
     };
-    Ok(Net::new(backend, &options).map_err(|source| VmError::Host { what: "event descriptors", source })?)
+    let net =
+        Net::new(backend, &options).map_err(|source| VmError::Host { what: "event descriptors", source })?;
+    sources.nets.push((name, net.clone()));
+    Ok(net)
 }
 
 /// The MAC address that `text` says, such as `52:54:00:12:34:56`; without one, a random address.

@@ -22,6 +22,7 @@ mod entry;
 mod events;
 mod gdb;
 mod layout;
+mod metrics;
 mod vcpu;
 
 use std::path::PathBuf;
@@ -42,12 +43,15 @@ pub use self::devices::mac_address;
 pub use self::events::{Events, StopReason, VmEvent};
 pub use self::gdb::GdbError;
 use self::gdb::GdbServer;
+use self::metrics::Sources;
+pub use self::metrics::{BusMetrics, DiskMetrics, Metrics, NetMetrics};
 use self::vcpu::Control;
 use crate::accel::{self, AccelError, AccelKind};
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::{Bus, BusError};
 use crate::devices::legacy::AcpiPm;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::net::TapError;
 use crate::devices::virtio::pci::VirtioPciError;
 use crate::devices::virtio::vhost_user::VhostUserError;
@@ -144,6 +148,7 @@ pub struct Vm {
     kind: AccelKind,
     memory: GuestMemory,
     devices: Devices,
+    sources: Sources,
     accel: Arc<dyn accel::Vm>,
 }
 
@@ -234,6 +239,16 @@ impl Vm {
     /// What happens to the machine, with a descriptor to poll.
     pub fn events(&self) -> &Events {
         &self.control.events
+    }
+
+    /// What the machine has counted since it was built.
+    pub fn metrics(&self) -> Metrics {
+        self.sources.read()
+    }
+
+    /// The memory balloon, when there is one.
+    pub fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.sources.balloon.as_ref()
     }
 
     /// The accelerator in use.

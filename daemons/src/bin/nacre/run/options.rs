@@ -71,6 +71,9 @@ pub struct Args {
     /// Offer an entropy device.
     #[arg(long)]
     rng: bool,
+    /// Offer a memory balloon.
+    #[arg(long)]
+    balloon: bool,
     /// Offer virtio devices over MMIO, without a PCI bus.
     #[arg(long)]
     mmio: bool,
@@ -145,6 +148,7 @@ impl Args {
             config.vsock = self.vsock;
         }
         config.rng |= self.rng;
+        config.balloon |= self.balloon;
         config.mmio |= self.mmio;
         if self.gdb.is_some() {
             config.gdb = self.gdb;
