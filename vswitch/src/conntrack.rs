@@ -49,8 +49,31 @@ pub struct ConnId {
     zone: u16,
     proto: u8,
     ipv6: bool,
-    ends: [(u128, u16); 2],
+    ends: [End; 2],
 }
+
+/// One end of a connection: address (IPv4 in the low 32 bits) and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+struct End {
+    #[serde(with = "hex")]
+    ip: u128,
+    port: u16,
+}
+
+/// 128-bit numbers as text: JSON has no integers of that size.
+mod hex {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(v: &u128, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(&format_args!("{v:x}"))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u128, D::Error> {
+        u128::from_str_radix(&String::deserialize(d)?, 16).map_err(serde::de::Error::custom)
+    }
+}
+
+type Shard = HashMap<ConnId, Arc<Conn>>;
 
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +120,7 @@ pub struct ConnRow {
     /// Mark.
     pub mark: u32,
     /// Label.
+    #[serde(with = "hex")]
     pub label: u128,
 }
 
@@ -108,13 +132,13 @@ impl ConnRow {
 
     /// Whether one of the ends has this address (IPv4 addresses in the low 32 bits).
     pub fn has_address(&self, ip: u128) -> bool {
-        self.id.ends.iter().any(|e| e.0 == ip)
+        self.id.ends.iter().any(|e| e.ip == ip)
     }
 }
 
 impl std::fmt::Display for ConnRow {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let end = |(ip, port): (u128, u16)| {
+        let end = |End { ip, port }: End| {
             if self.id.ipv6 {
                 format!("[{}]:{port}", std::net::Ipv6Addr::from(ip))
             } else {
@@ -152,7 +176,7 @@ pub struct CtDependency {
 /// All connections of one switch.
 #[derive(Debug)]
 pub struct Conntrack {
-    shards: Box<[Mutex<HashMap<ConnId, Arc<Conn>>>]>,
+    shards: Box<[Mutex<Shard>]>,
     versions: Box<[AtomicU32]>,
     hasher: RandomState,
     count: AtomicUsize,
@@ -205,8 +229,8 @@ fn identify(key: &FlowKey, zone: u16) -> Option<(ConnId, usize)> {
         };
         (sport, dport) = (kind, kind);
     }
-    let a = (key.get(Field::IpSrc), sport);
-    let b = (key.get(Field::IpDst), dport);
+    let a = End { ip: key.get(Field::IpSrc), port: sport };
+    let b = End { ip: key.get(Field::IpDst), port: dport };
     let from = usize::from(a > b);
     Some((ConnId { zone, proto, ipv6, ends: if from == 0 { [a, b] } else { [b, a] } }, from))
 }
@@ -371,7 +395,7 @@ impl Conntrack {
     }
 
     /// Number of connections.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
 
@@ -406,7 +430,7 @@ impl Conntrack {
     /// Takes over connections that moved here with a port.
     pub fn import(&self, rows: &[ConnRow], now: Nanos) {
         for r in rows {
-            if r.starter > 1 || self.len() >= self.capacity.load(Ordering::Relaxed) {
+            if r.starter > 1 || self.count() >= self.capacity.load(Ordering::Relaxed) {
                 continue;
             }
             let limit = timeout(r.id.proto, r.phase);
@@ -503,7 +527,7 @@ mod tests {
         c.track(&out(FIN | ACK), 0, 3, false);
         c.track(&back(FIN | ACK), 0, 4, false);
         c.expire(11 * SECOND);
-        assert_eq!(c.len(), 0);
+        assert_eq!(c.count(), 0);
         assert_eq!(c.track(&back(SYN | ACK), 0, 0, false).state, state::TRACKED | state::INVALID);
     }
 
@@ -521,7 +545,7 @@ mod tests {
         let rows = c.rows(1, |r| r.has_address(2));
         assert_eq!(rows.len(), 1);
         c.flush(Some(7));
-        assert_eq!(c.len(), 0);
+        assert_eq!(c.count(), 0);
         c.import(&rows, 1);
         assert_eq!(c.track(&k, 7, 2, false).mark, 5);
     }

@@ -25,6 +25,7 @@
 
 mod address;
 mod clock;
+mod config;
 mod conntrack;
 mod datapath;
 mod error;
@@ -39,11 +40,13 @@ mod service;
 mod shared;
 mod stats;
 mod switch;
+mod switch_config;
 mod switch_flows;
 mod sys;
 
 pub use address::{IpPrefix, MacAddr};
 pub use clock::{Clock, MILLISECOND, Nanos, SECOND};
+pub use config::{MirrorConfig, PortKind, PortSpec, SwitchConfig};
 pub use conntrack::{ConnRow, state as ct_state};
 pub use datapath::verdict::{DropReason, RuleStats};
 pub use error::{Error, Result};
@@ -51,6 +54,7 @@ pub use event::{Event, Subscription};
 pub use mac_table::MacRow;
 pub use packet::offload::OffloadCaps;
 pub use packet::{Burst, Offload, Packet};
+pub use pipeline::MeterConfig;
 pub use port::{
     Batch, Endpoint, EndpointPort, NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort,
     VhostUserOptions, VhostUserPort,
@@ -61,3 +65,4 @@ pub use service::{GatewayConfig, GatewayPort, Lease};
 pub use shared::Mirror;
 pub use stats::{PortStats, SIZE_CLASSES};
 pub use switch::{PortInfo, Switch, SwitchBuilder};
+pub use switch_config::PortState;

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use crate::address::IpPrefix;
 use crate::clock::{Clock, SECOND};
+use crate::config::SwitchConfig;
 use crate::datapath::thread::WorkerHandle;
 use crate::datapath::translate::Translation;
 use crate::datapath::worker::Forwarder;
@@ -22,7 +23,7 @@ use crate::port::{PORT_MAX, Port, PortId};
 use crate::port_config::PortConfig;
 use crate::security::SecurityGroups;
 use crate::shared::{PortEntry, PortLimits, PortTable, Shared};
-use crate::stats::{PortStats, StatsCell};
+use crate::stats::PortStats;
 use crate::sys::{EventFd, poll_readable};
 
 /// How often the housekeeping thread runs.
@@ -74,7 +75,14 @@ impl SwitchBuilder {
         }
         let manual = (workers == 0).then(|| Mutex::new(Forwarder::new(shared.clone(), 0)));
         let housekeeper = if workers > 0 { Some(Housekeeper::start(shared.clone())?) } else { None };
-        Ok(Switch { shared, control: Mutex::default(), manual, _housekeeper: housekeeper, workers: handles })
+        Ok(Switch {
+            shared,
+            control: Mutex::default(),
+            applied: Mutex::default(),
+            manual,
+            _housekeeper: housekeeper,
+            workers: handles,
+        })
     }
 }
 
@@ -82,7 +90,9 @@ impl SwitchBuilder {
 pub struct Switch {
     pub(crate) shared: Arc<Shared>,
     /// Held by operations that change the configuration.
-    control: Mutex<()>,
+    pub(crate) control: Mutex<()>,
+    /// The configuration applied last.
+    pub(crate) applied: Mutex<Option<SwitchConfig>>,
     pub(crate) manual: Option<Mutex<Forwarder>>,
     _housekeeper: Option<Housekeeper>,
     workers: Vec<WorkerHandle>,
@@ -142,14 +152,7 @@ impl Switch {
         if table.by_name(name).is_some() {
             return Err(Error::PortExists(name.to_string()));
         }
-        let entry = PortEntry {
-            id,
-            name: name.to_string(),
-            port,
-            limits: Arc::new(PortLimits::new(&config, None)),
-            config: Arc::new(config),
-            stats: Arc::new(StatsCell::new(self.shared.workers + 1, PortStats::default())),
-        };
+        let entry = self.new_entry(id, name, port, config, PortStats::default());
         table.set(id, Some(Arc::new(entry)));
         self.publish(table);
         self.shared.events.publish(|| Event::PortAdded(id));
@@ -278,6 +281,11 @@ impl Switch {
         }
     }
 
+    /// How often a MAC address was found to move to and fro.
+    pub fn mac_flaps(&self) -> u64 {
+        self.shared.macs.flaps()
+    }
+
     /// Waits until every worker has passed a point between two bursts and has collected its counters.
     pub fn barrier(&self) {
         if let Some(m) = &self.manual {
@@ -289,7 +297,7 @@ impl Switch {
         }
     }
 
-    fn publish(&self, table: PortTable) {
+    pub(crate) fn publish(&self, table: PortTable) {
         let mut groups = SecurityGroups::clone(&self.shared.security.load());
         groups.members = members(&table);
         self.shared.security.store(Arc::new(groups));

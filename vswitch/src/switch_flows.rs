@@ -132,6 +132,11 @@ impl Switch {
         self.shared.conntrack.rows(self.shared.clock.now(), |_| true)
     }
 
+    /// Number of tracked connections.
+    pub fn connection_count(&self) -> usize {
+        self.shared.conntrack.count()
+    }
+
     /// Forgets tracked connections (of one zone).
     pub fn flush_connections(&self, zone: Option<u16>) {
         self.shared.conntrack.flush(zone);

@@ -76,11 +76,6 @@ impl GuestTail {
         self.len
     }
 
-    #[inline]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     /// Appends a segment; `false` when the packet has as many as it may.
     ///
     /// # Safety

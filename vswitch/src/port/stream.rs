@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::{Batch, Port};
 use crate::error::{Error, Result};
@@ -17,9 +19,11 @@ use crate::packet::{Burst, FRAME_MAX, FRAME_MIN};
 use crate::sys::{self, Epoll};
 
 /// Which side waits for the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum StreamMode {
     /// The switch makes the socket and waits for a peer.
+    #[default]
     Listen,
     /// The switch connects to a socket that the peer made, again and again until it is there.
     Connect,

@@ -1,19 +1,25 @@
 //! `nacre-switch`: a virtual switch as a process of its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 use vswitch::{
-    GatewayConfig, GatewayPort, NetdevPort, PortConfig, StreamMode, StreamPort, Switch, VhostUserOptions,
-    VhostUserPort,
+    GatewayConfig, GatewayPort, NetdevPort, PortConfig, StreamMode, StreamPort, Switch, SwitchConfig,
+    VhostUserOptions, VhostUserPort,
 };
 
 /// A virtual switch: connects VMs to each other and to the host's networks.
 #[derive(Parser)]
 #[command(version, about)]
 struct Args {
+    /// Take ports and policies from a JSON file; SIGHUP applies it anew.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["unix", "connect", "vhost_user", "vhost_user_client", "tap", "uplink", "dhcp"])]
+    config: Option<PathBuf>,
+    /// Print the JSON schema of the configuration and end.
+    #[arg(long)]
+    schema: bool,
     /// Listen on a Unix stream socket for a VM (QEMU and passt framing); may be repeated.
     #[arg(long, value_name = "SOCKET")]
     unix: Vec<PathBuf>,
@@ -52,15 +58,35 @@ fn main() -> Result<()> {
         .with_writer(std::io::stderr)
         .init();
     let args = Args::parse();
+    if args.schema {
+        println!("{:#}", SwitchConfig::schema());
+        return Ok(());
+    }
     // Blocked before any thread starts, so that the signals wait for `wait` below.
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     signals.thread_block().context("Cannot block signals")?;
     let switch = Switch::builder().workers(args.workers.max(1)).cores(args.cores.clone()).build()?;
-    add_ports(&switch, &args)?;
+    match &args.config {
+        Some(path) => apply(&switch, path)?,
+        None => add_ports(&switch, &args)?,
+    }
     for p in switch.ports() {
         println!("port {} {} {}", p.id, p.kind, p.name);
     }
-    signals.wait().context("Cannot wait for signals")?;
+    while signals.wait().context("Cannot wait for signals")? == Signal::SIGHUP {
+        let Some(path) = &args.config else { continue };
+        match apply(&switch, path) {
+            Ok(()) => tracing::info!("configuration applied"),
+            // A wrong file changes nothing; the switch goes on as it is.
+            Err(e) => tracing::error!("configuration refused: {e:#}"),
+        }
+    }
+    Ok(())
+}
+
+fn apply(switch: &Switch, path: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("Cannot read {}", path.display()))?;
+    switch.apply(&SwitchConfig::parse(&text)?)?;
     Ok(())
 }
 

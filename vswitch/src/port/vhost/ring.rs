@@ -134,7 +134,10 @@ impl SplitRing {
         if !size.is_power_of_two() || size > QUEUE_MAX {
             return Err(RingError::Index);
         }
-        if at.desc as usize % 16 != 0 || at.avail as usize % 2 != 0 || at.used as usize % 4 != 0 {
+        if !(at.desc as usize).is_multiple_of(16)
+            || !(at.avail as usize).is_multiple_of(2)
+            || !(at.used as usize).is_multiple_of(4)
+        {
             return Err(RingError::Address);
         }
         let mut ring = Self {
@@ -235,7 +238,7 @@ impl SplitRing {
         let mut table: Option<(*const Descriptor, u32)> = None;
         if d.flags & INDIRECT != 0 {
             let count = d.len / 16;
-            if d.flags & NEXT != 0 || count == 0 || count as usize > CHAIN_MAX || d.len % 16 != 0 {
+            if d.flags & NEXT != 0 || count == 0 || count as usize > CHAIN_MAX || !d.len.is_multiple_of(16) {
                 return Err(RingError::Chain);
             }
             let t = memory.translate(d.addr, d.len.into()).ok_or(RingError::Address)?;

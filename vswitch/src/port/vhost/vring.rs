@@ -121,7 +121,9 @@ impl Vring {
             used: m.translate_user(a.used, used)?,
             used_log: a.log.then_some(a.used_guest),
         };
-        let aligned = at.desc as usize % 16 == 0 && at.avail as usize % 2 == 0 && at.used as usize % 4 == 0;
+        let aligned = (at.desc as usize).is_multiple_of(16)
+            && (at.avail as usize).is_multiple_of(2)
+            && (at.used as usize).is_multiple_of(4);
         aligned.then_some(at)
     }
 

@@ -1,0 +1,316 @@
+//! The declarative configuration: what a switch should be, as one JSON document. Applying it changes only what
+//! differs from what is there, or nothing at all when any part of it is wrong.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Clock;
+use crate::error::{Error, Result};
+use crate::port::{
+    NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort, VhostUserOptions, VhostUserPort,
+};
+use crate::port_config::{PortConfig, VLAN_MAX, VlanMode};
+use crate::security::{Remote, SecurityGroup};
+use crate::service::{GatewayConfig, GatewayPort};
+
+/// A whole switch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SwitchConfig {
+    /// Seconds after which an unseen MAC address is forgotten; zero: never.
+    pub mac_ageing: u64,
+    /// Most tracked connections.
+    pub connection_limit: usize,
+    /// Named sets of properties that ports share. A change reaches all their ports at once.
+    pub port_groups: BTreeMap<String, PortConfig>,
+    /// The ports by name.
+    pub ports: BTreeMap<String, PortSpec>,
+    /// Security groups by name.
+    pub security_groups: BTreeMap<String, SecurityGroup>,
+    /// Mirrors by name.
+    pub mirrors: BTreeMap<String, MirrorConfig>,
+}
+
+impl Default for SwitchConfig {
+    fn default() -> Self {
+        Self {
+            mac_ageing: 300,
+            connection_limit: 1_000_000,
+            port_groups: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            security_groups: BTreeMap::new(),
+            mirrors: BTreeMap::new(),
+        }
+    }
+}
+
+/// One port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortSpec {
+    /// What the port is.
+    pub kind: PortKind,
+    /// Its number; absent: the lowest free one.
+    #[serde(default)]
+    pub number: Option<PortId>,
+    /// Port group that its properties come from.
+    #[serde(default)]
+    pub group: Option<String>,
+    /// Its own properties, instead of a group's.
+    #[serde(default)]
+    pub config: Option<PortConfig>,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// Kinds of ports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum PortKind {
+    /// vhost-user back-end.
+    VhostUser {
+        /// The socket.
+        socket: PathBuf,
+        /// Which side waits.
+        #[serde(default)]
+        mode: StreamMode,
+        /// Pairs of queues.
+        #[serde(default = "one")]
+        queue_pairs: usize,
+    },
+    /// Unix stream with QEMU's and passt's framing.
+    UnixStream {
+        /// The socket.
+        socket: PathBuf,
+        /// Which side waits.
+        #[serde(default)]
+        mode: StreamMode,
+    },
+    /// Tap interface.
+    Tap {
+        /// Name of the interface.
+        interface: String,
+        /// Queues.
+        #[serde(default = "one")]
+        queues: usize,
+    },
+    /// An existing interface.
+    Uplink {
+        /// Name of the interface.
+        interface: String,
+    },
+    /// DHCP server and gateway address.
+    Gateway(GatewayConfig),
+}
+
+impl PortKind {
+    /// Opens the port.
+    pub fn open(&self, clock: &Clock) -> Result<Arc<dyn Port>> {
+        Ok(match self {
+            PortKind::VhostUser { socket, mode, queue_pairs } => {
+                let o =
+                    VhostUserOptions { queue_pairs: *queue_pairs, ..VhostUserOptions::new(socket, *mode) };
+                Arc::new(VhostUserPort::new(&o)?)
+            }
+            PortKind::UnixStream { socket, mode } => Arc::new(StreamPort::new(socket, *mode)?),
+            PortKind::Tap { interface, queues } => Arc::new(NetdevPort::tap(interface, *queues)?),
+            PortKind::Uplink { interface } => Arc::new(NetdevPort::uplink(interface)?),
+            PortKind::Gateway(g) => Arc::new(GatewayPort::new(g.clone(), clock.clone())?),
+        })
+    }
+}
+
+/// Copies the frames of some ports to another, which takes no other frames.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MirrorConfig {
+    /// Ports whose incoming frames are copied.
+    #[serde(default)]
+    pub from: BTreeSet<String>,
+    /// Ports whose outgoing frames are copied.
+    #[serde(default)]
+    pub towards: BTreeSet<String>,
+    /// Port that gets the copies.
+    pub to: String,
+    /// VLAN whose tag the copies get (RSPAN).
+    #[serde(default)]
+    pub vlan: Option<u16>,
+}
+
+impl SwitchConfig {
+    /// Reads and checks a document. The error names the wrong field.
+    pub fn parse(json: &str) -> Result<Self> {
+        let mut d = serde_json::Deserializer::from_str(json);
+        let config: Self = serde_path_to_error::deserialize(&mut d)
+            .map_err(|e| Error::config(e.path().to_string(), e.inner().to_string()))?;
+        d.end().map_err(|e| Error::config(".", e.to_string()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The schema of the document.
+    pub fn schema() -> serde_json::Value {
+        schemars::schema_for!(SwitchConfig).to_value()
+    }
+
+    /// Checks everything that can be checked without opening a port.
+    pub fn check(&self) -> Result<()> {
+        for (name, c) in &self.port_groups {
+            self.check_port_config(&format!("port_groups.{name}"), c)?;
+        }
+        let mut numbers = BTreeSet::new();
+        for (name, p) in &self.ports {
+            let path = format!("ports.{name}");
+            if let Some(n) = p.number
+                && (!(1..=PORT_MAX).contains(&n) || !numbers.insert(n))
+            {
+                let reason = format!("{n} is not within 1 to {PORT_MAX}, or another port has it");
+                return Err(Error::config(format!("{path}.number"), reason));
+            }
+            match (&p.group, &p.config) {
+                (Some(_), Some(_)) => {
+                    return Err(Error::config(
+                        format!("{path}.config"),
+                        "a port of a group has no properties of its own",
+                    ));
+                }
+                (Some(g), None) if !self.port_groups.contains_key(g) => {
+                    return Err(Error::config(
+                        format!("{path}.group"),
+                        format!("there is no port group \"{g}\""),
+                    ));
+                }
+                (None, Some(c)) => self.check_port_config(&format!("{path}.config"), c)?,
+                _ => {}
+            }
+            if let PortKind::Gateway(g) = &p.kind {
+                g.check(&format!("{path}.kind.gateway."))?;
+            }
+        }
+        for (name, g) in &self.security_groups {
+            for (i, r) in g.rules.iter().enumerate() {
+                let path = format!("security_groups.{name}.rules[{i}]");
+                if r.ports.is_some_and(|(a, b)| a > b) {
+                    return Err(Error::config(format!("{path}.ports"), "the first port is above the last"));
+                }
+                if let Some(Remote::Group(g)) = &r.remote
+                    && !self.security_groups.contains_key(g)
+                {
+                    return Err(Error::config(
+                        format!("{path}.remote"),
+                        format!("there is no security group \"{g}\""),
+                    ));
+                }
+            }
+        }
+        self.check_mirrors()
+    }
+
+    fn check_mirrors(&self) -> Result<()> {
+        for (name, m) in &self.mirrors {
+            let path = format!("mirrors.{name}");
+            let known = |field: &str, port: &String| {
+                let reason = format!("there is no port \"{port}\"");
+                self.ports.get(port).map(drop).ok_or_else(|| Error::config(format!("{path}.{field}"), reason))
+            };
+            m.from.iter().try_for_each(|p| known("from", p))?;
+            m.towards.iter().try_for_each(|p| known("towards", p))?;
+            known("to", &m.to)?;
+            if m.from.contains(&m.to) || m.towards.contains(&m.to) {
+                return Err(Error::config(format!("{path}.to"), "a port cannot be mirrored to itself"));
+            }
+            check_vlan(&format!("{path}.vlan"), m.vlan.unwrap_or(0))?;
+        }
+        Ok(())
+    }
+
+    fn check_port_config(&self, path: &str, c: &PortConfig) -> Result<()> {
+        let vlan = match &c.vlan {
+            VlanMode::Access(v) | VlanMode::Tunnel(v) | VlanMode::Trunk { native: v, .. } => *v,
+        };
+        check_vlan(&format!("{path}.vlan"), vlan)?;
+        for (i, g) in c.security_groups.iter().enumerate() {
+            if !self.security_groups.contains_key(g) {
+                let reason = format!("there is no security group \"{g}\"");
+                return Err(Error::config(format!("{path}.security_groups[{i}]"), reason));
+            }
+        }
+        for (i, b) in c.bindings.iter().enumerate() {
+            if b.mac.0[0] & 1 != 0 {
+                return Err(Error::config(format!("{path}.bindings[{i}].mac"), "this is a group address"));
+            }
+        }
+        if (c.anti_spoof || c.source_guard) && c.bindings.is_empty() {
+            return Err(Error::config(
+                format!("{path}.bindings"),
+                "the guards need at least one bound address",
+            ));
+        }
+        for (name, m) in [("ingress", c.ingress), ("egress", c.egress)] {
+            if m.is_some_and(|m| m.kbps == Some(0) || m.pps == Some(0)) {
+                return Err(Error::config(format!("{path}.{name}"), "a rate of zero would stop the port"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The properties of a port: its own or its group's.
+    pub fn port_config(&self, port: &PortSpec) -> PortConfig {
+        let group = port.group.as_ref().and_then(|g| self.port_groups.get(g));
+        port.config.as_ref().or(group).cloned().unwrap_or_default()
+    }
+}
+
+fn check_vlan(path: &str, vlan: u16) -> Result<()> {
+    if vlan > VLAN_MAX {
+        return Err(Error::config(path, format!("{vlan} is not a VLAN; use 0 to {VLAN_MAX}")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_documents_are_refused_with_the_path() {
+        for (json, path) in [
+            (r#"{"ports":{"a":{"kind":{"tap":{"interface":5}}}}}"#, "ports.a.kind.tap.interface"),
+            (r#"{"mac_aging":5}"#, "mac_aging"),
+            (r#"{"ports":{"a":{"kind":{"tap":{"interface":"t"}},"group":"x"}}}"#, "ports.a.group"),
+            (
+                r#"{"ports":{"a":{"kind":{"tap":{"interface":"t"}},"config":{"vlan":{"access":5000}}}}}"#,
+                "ports.a.config.vlan",
+            ),
+            (
+                r#"{"ports":{"a":{"kind":{"tap":{"interface":"t"}},"config":{"vlan":{"trunk":{"allowed":"9-1"}}}}}}"#,
+                "ports.a.config.vlan.trunk.allowed",
+            ),
+            (r#"{"port_groups":{"g":{"security_groups":["no"]}}}"#, "port_groups.g.security_groups[0]"),
+            (r#"{"mirrors":{"m":{"to":"p"}}}"#, "mirrors.m.to"),
+            (
+                r#"{"security_groups":{"s":{"rules":[{"direction":"in"}]}}}"#,
+                "security_groups.s.rules[0].direction",
+            ),
+        ] {
+            match SwitchConfig::parse(json) {
+                Err(Error::Config { path: p, .. }) => assert_eq!(p, path, "{json}"),
+                r => panic!("{json}: {r:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_schema_names_every_section() {
+        let schema = SwitchConfig::schema();
+        for section in ["ports", "port_groups", "security_groups", "mirrors", "mac_ageing"] {
+            assert!(schema["properties"][section].is_object(), "{section}");
+        }
+    }
+}
