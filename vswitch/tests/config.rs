@@ -1,4 +1,5 @@
 //! Declarative configuration, policies by configuration, and moving a port between switches.
+#![expect(clippy::unwrap_used, reason = "a test ends where a step fails")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Learning, flooding and VLANs through in-process and stream ports.
+#![expect(clippy::unwrap_used, reason = "a test ends where a step fails")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

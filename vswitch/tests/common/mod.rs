@@ -1,5 +1,5 @@
 //! Helpers that several tests share.
-#![allow(dead_code, reason = "each test uses some of them")]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test uses some of them, and ends where a step fails")]
 
 use vswitch::{Clock, Endpoint, OffloadCaps, PortConfig, PortId, Switch};
 
