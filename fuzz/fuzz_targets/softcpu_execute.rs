@@ -1,0 +1,111 @@
+//! Any bytes as code and state of the software CPU: decoding and executing them ends, in every mode.
+#![no_main]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::sync::Arc;
+
+use libfuzzer_sys::fuzz_target;
+use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, GuestMemory, Local, MsrFault, Segment, SegmentAttributes};
+
+struct Nothing;
+
+impl Bus for Nothing {
+    fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
+    fn io_read(&self, _: u32, _: u16, data: &mut [u8]) {
+        data.fill(0x5a);
+    }
+    fn io_write(&self, _: u32, _: u16, _: &[u8]) {}
+}
+
+impl Local for Nothing {
+    fn pending(&mut self) -> bool {
+        false
+    }
+    fn acknowledge(&mut self) -> Option<u8> {
+        None
+    }
+    fn read_msr(&mut self, _: u32, _: u64) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
+    fn write_msr(&mut self, _: u32, _: u64, _: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
+    fn cr8(&mut self) -> u8 {
+        0
+    }
+    fn set_cr8(&mut self, _: u8) {}
+    fn mmio_page(&self) -> Option<u64> {
+        None
+    }
+    fn mmio_read(&mut self, _: u32, _: &mut [u8], _: u64) {}
+    fn mmio_write(&mut self, _: u32, _: &[u8], _: u64) {}
+    fn deadline(&mut self) -> Option<u64> {
+        None
+    }
+    fn timer(&mut self, _: u64) {}
+    fn init(&mut self) {}
+}
+
+const RAM: usize = 1 << 20;
+const CODE: u64 = 0x8000;
+const PML4: u64 = 0x1000;
+/// Index of CS among the segment registers.
+const CS: usize = 1;
+
+fuzz_target!(|data: &[u8]| {
+    let [mode, data @ ..] = data else { return };
+    let layout = Layout::from_size_align(RAM, 4096).expect("layout");
+    // SAFETY: the layout is not empty; the allocation is freed below, after the processor is gone.
+    let ram = unsafe { alloc_zeroed(layout) };
+    let memory = Arc::new(GuestMemory::new());
+    // SAFETY: the allocation has the length given and outlives `memory`'s users.
+    unsafe { memory.add_region(0, RAM as u64, ram, false) }.expect("region");
+    {
+        let mut config = CpuConfig::new(Arc::new(Clock::deterministic(1_000_000)));
+        config.seed = Some(1);
+        let mut cpu = Cpu::new(config, memory.clone(), Arc::new(Nothing), Box::new(Nothing));
+        memory.write(CODE, &data[..data.len().min(RAM - CODE as usize)]).expect("code");
+        // One 1 GiB page, identity-mapped for everybody.
+        memory.write(PML4, &0x2007u64.to_le_bytes()).expect("table");
+        memory.write(0x2000, &0x87u64.to_le_bytes()).expect("table");
+        let mut state = cpu.state();
+        for (i, register) in state.gpr.iter_mut().enumerate() {
+            *register = 0x1_0000 + 0x1111 * i as u64;
+        }
+        state.rip = CODE;
+        state.segments[CS].base = 0;
+        let flat = |selector: u16, bits: u16| Segment {
+            selector,
+            base: 0,
+            limit: u32::MAX,
+            attributes: SegmentAttributes(bits),
+        };
+        match mode % 3 {
+            0 => {}
+            1 => {
+                state.cr0 |= 1;
+                state.segments = [flat(16, 0xc093); 6];
+                state.segments[CS] = flat(8, 0xc09b);
+            }
+            _ => {
+                state.cr4 |= 0x620;
+                state.cr3 = PML4;
+                state.msrs.efer = 0xd01;
+                state.cr0 |= 0x8000_0001;
+                state.segments = [flat(16, 0xc093); 6];
+                state.segments[CS] = flat(8, 0xa09b);
+            }
+        }
+        cpu.set_state(&state);
+        for _ in 0..20 {
+            cpu.run(Budget::instructions(100));
+        }
+        let _ = cpu.state();
+    }
+    drop(memory);
+    // SAFETY: allocated above with the same layout; nothing refers to it any more.
+    unsafe { dealloc(ram, layout) };
+});
