@@ -1,5 +1,5 @@
 //! The long run of the differential test against the host's processor:
-//! `difftest [--cases N] [--seed S] [--bits 64|32] [--only MNEMONIC] [--jobs J]`.
+//! `difftest [--cases N] [--seed S] [--bits 64|32|16] [--only MNEMONIC] [--jobs J]`.
 //!
 //! Jobs are processes with consecutive seeds that share the cases. Exits with 1 if anything differs.
 
@@ -23,6 +23,7 @@ fn main() -> std::process::ExitCode {
                 options.mode = Some(match number() {
                     64 => difftest::Mode::Long,
                     32 => difftest::Mode::Compat,
+                    16 => difftest::Mode::Sixteen,
                     bits => panic!("no {bits}-bit mode"),
                 });
             }

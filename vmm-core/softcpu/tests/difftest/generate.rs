@@ -58,7 +58,7 @@ pub fn encoding_at(
     }
     let offsets = decoder.get_constant_offsets(&instruction);
     bytes.truncate(instruction.len());
-    patch_constants(&mut bytes, &instruction, offsets, addressing, random);
+    patch_constants(mode, &mut bytes, &instruction, offsets, addressing, random);
     let instruction = Decoder::with_ip(mode.bits(), &bytes, address, options).decode();
     if instruction.is_invalid() || !is_testable(&instruction) || !is_safe(&instruction) {
         return None;
@@ -135,6 +135,7 @@ fn push_address(modrm: u8, bytes: &mut Vec<u8>, random: &mut Random) {
 
 /// Replaces displacements and branch targets that would lead out of the windows.
 fn patch_constants(
+    mode: Mode,
     bytes: &mut [u8],
     instruction: &Instruction,
     offsets: ConstantOffsets,
@@ -158,7 +159,7 @@ fn patch_constants(
     if !memory || !offsets.has_displacement() {
         return;
     }
-    let segment = if instruction.memory_segment() == Register::GS { GS_BASE } else { 0 };
+    let segment = segment_base(mode, instruction);
     let inside = DATA + 64 + random.below(DATA_WRITABLE - 1024);
     let target = match addressing {
         _ if instruction.flow_control() != FlowControl::Next => inside,
@@ -177,6 +178,12 @@ fn patch_constants(
         (Register::None, _) => put(offsets.displacement_offset(), size, target.wrapping_sub(256)),
         _ => {}
     }
+}
+
+/// Linear address of offset 0 in the segment of the memory operand.
+fn segment_base(mode: Mode, instruction: &Instruction) -> u64 {
+    let gs = mode == Mode::Long && instruction.memory_segment() == Register::GS;
+    if gs { GS_BASE } else { mode.data_base() }
 }
 
 /// Rejects encodings whose addresses cannot be kept within the windows.
@@ -255,8 +262,8 @@ pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) ->
     let instruction = &encoding.instruction;
     let mut state = registers(encoding.fpu, random);
     patches.clear();
-    stack(instruction, &mut state, random, patches);
-    implicit_addresses(instruction, &mut state, random);
+    stack(encoding, &mut state, random, patches);
+    implicit_addresses(encoding, &mut state, random);
     let size = (instruction.memory_size().size() as u64).max(1);
     match instruction.mnemonic() {
         M::Div | M::Idiv if random.percent(70) => {
@@ -272,10 +279,10 @@ pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) ->
         }
         _ => {}
     }
-    if let Some(address) = explicit_address(instruction, &mut state, random, size) {
+    if let Some(address) = explicit_address(encoding, &mut state, random, size) {
         let content = match (instruction.mnemonic(), instruction.flow_control()) {
             (_, FlowControl::IndirectBranch | FlowControl::IndirectCall) => {
-                branch_target(random).to_le_bytes().to_vec()
+                (branch_target(random) - encoding.mode.code_base()).to_le_bytes().to_vec()
             }
             (M::Ldmxcsr, _) if random.percent(80) => mxcsr(random).to_le_bytes().to_vec(),
             (M::Fxrstor | M::Fxrstor64, _) => fpu_area(random),
@@ -287,7 +294,8 @@ pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) ->
     if instruction.op0_kind() == OpKind::Register
         && matches!(instruction.flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall)
     {
-        state.gpr[instruction.op0_register().full_register().number()] = branch_target(random);
+        let number = instruction.op0_register().full_register().number();
+        state.gpr[number] = branch_target(random) - encoding.mode.code_base();
     }
     for register in &mut state.gpr {
         *register &= encoding.mode.mask();
@@ -302,7 +310,8 @@ pub fn input(encoding: &Encoding, random: &mut Random, patches: &mut Patches) ->
 }
 
 /// RSP, RBP and what the stack's top holds.
-fn stack(instruction: &Instruction, state: &mut State, random: &mut Random, patches: &mut Patches) {
+fn stack(encoding: &Encoding, state: &mut State, random: &mut Random, patches: &mut Patches) {
+    let (instruction, mode) = (&encoding.instruction, encoding.mode);
     let returns = instruction.flow_control() == FlowControl::Return;
     let flags = matches!(instruction.mnemonic(), M::Popf | M::Popfd | M::Popfq);
     let middle = DATA + 1024 + random.below(DATA_WRITABLE - 2048);
@@ -320,10 +329,10 @@ fn stack(instruction: &Instruction, state: &mut State, random: &mut Random, patc
         ])
     };
     if matches!(instruction.mnemonic(), M::Enter | M::Leave) {
-        state.gpr[RBP] = DATA + 1024 + random.below(DATA_WRITABLE - 2048);
+        state.gpr[RBP] = DATA + 1024 + random.below(DATA_WRITABLE - 2048) - mode.data_base();
     }
     let top = if returns {
-        branch_target(random)
+        branch_target(random) - mode.code_base()
     } else if flags {
         // TF and AC would hit the code that follows; NT is the kernel's business.
         random.next() & !(1 << 8 | 1 << 18 | 1 << 14)
@@ -331,12 +340,15 @@ fn stack(instruction: &Instruction, state: &mut State, random: &mut Random, patc
         random.integer()
     };
     patches.push((state.gpr[RSP], top.to_le_bytes().to_vec()));
+    state.gpr[RSP] -= mode.data_base();
 }
 
 /// RSI, RDI, RBX and RCX of instructions that address memory through them.
-fn implicit_addresses(instruction: &Instruction, state: &mut State, random: &mut Random) {
+fn implicit_addresses(encoding: &Encoding, state: &mut State, random: &mut Random) {
+    let (instruction, mode) = (&encoding.instruction, encoding.mode);
     let size = (instruction.memory_size().size() as u64).max(1);
     let mut short = false;
+    let mut bits16 = false;
     for operand in 0..instruction.op_count() {
         let register = match instruction.op_kind(operand) {
             OpKind::MemorySegRSI => RSI,
@@ -349,13 +361,26 @@ fn implicit_addresses(instruction: &Instruction, state: &mut State, random: &mut
                 short = true;
                 RDI
             }
+            OpKind::MemorySegSI => {
+                bits16 = true;
+                RSI
+            }
+            OpKind::MemorySegDI | OpKind::MemoryESDI => {
+                bits16 = true;
+                RDI
+            }
             _ => continue,
         };
         let mut target = data_target(random, size);
-        if register == RSI && instruction.memory_segment() == Register::GS {
-            target = target.wrapping_sub(GS_BASE);
-        }
-        state.gpr[register] = if short { short_address(target, random) } else { target };
+        let base = if register == RSI { segment_base(mode, instruction) } else { mode.data_base() };
+        target = target.wrapping_sub(base);
+        state.gpr[register] = if bits16 {
+            target & 0xffff | random.next() << 16
+        } else if short {
+            short_address(mode, target, random)
+        } else {
+            target
+        };
     }
     if instruction.is_string_instruction() {
         let count = match random.below(10) {
@@ -363,13 +388,20 @@ fn implicit_addresses(instruction: &Instruction, state: &mut State, random: &mut
             6..9 => random.below(200),
             _ => random.integer(),
         };
-        state.gpr[1] = if short { count & 0xffff_ffff | random.next() << 32 } else { count };
+        state.gpr[1] = if bits16 {
+            count & 0xffff | random.next() << 16
+        } else if short {
+            count & 0xffff_ffff | random.next() << 32
+        } else {
+            count
+        };
     }
 }
 
 /// A register value of which 32-bit addressing uses the low half.
-fn short_address(target: u64, random: &mut Random) -> u64 {
-    let target = if target >> 32 == 0 { target } else { DATA + random.below(PAGE) };
+fn short_address(mode: Mode, target: u64, random: &mut Random) -> u64 {
+    let inside = DATA + random.below(PAGE) - mode.data_base();
+    let target = if target >> 32 == 0 { target } else { inside };
     target | random.integer() << 32
 }
 
@@ -383,12 +415,8 @@ fn bit_offset(instruction: &Instruction, random: &mut Random) -> u64 {
 }
 
 /// Sets the base register so that the memory operand lies in the data window, and returns its address.
-fn explicit_address(
-    instruction: &Instruction,
-    state: &mut State,
-    random: &mut Random,
-    size: u64,
-) -> Option<u64> {
+fn explicit_address(encoding: &Encoding, state: &mut State, random: &mut Random, size: u64) -> Option<u64> {
+    let (instruction, mode) = (&encoding.instruction, encoding.mode);
     (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory)?;
     let (base, index) = (instruction.memory_base(), instruction.memory_index());
     let branch = instruction.flow_control() != FlowControl::Next;
@@ -396,7 +424,7 @@ fn explicit_address(
     if branch || instruction.mnemonic() == M::Xlatb {
         target = DATA + 64 + random.below(DATA_WRITABLE - 512);
     }
-    let segment = if instruction.memory_segment() == Register::GS { GS_BASE } else { 0 };
+    let segment = segment_base(mode, instruction);
     let short = matches!(base.size(), 2 | 4) && base != Register::EIP || matches!(index.size(), 2 | 4);
     if index != Register::None && base == Register::None {
         let value = random.below(64);

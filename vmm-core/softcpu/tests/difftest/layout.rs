@@ -28,13 +28,23 @@ pub enum Mode {
     Long,
     /// 32-bit code under a 64-bit kernel. DS and ES are loaded as a 32-bit program has them.
     Compat,
+    /// 16-bit code and data segments of a local descriptor table.
+    Sixteen,
 }
+
+/// The 16-bit code segment covers the code window.
+pub const LDT_CS: u16 = 0x07;
+/// The 16-bit data segment starts a page before the data window and ends behind it.
+pub const LDT_DS: u16 = 0x0f;
+pub const LDT_DS_BASE: u64 = DATA - PAGE;
+pub const LDT_DS_LIMIT: u32 = 0x5fff;
 
 impl Mode {
     pub fn bits(self) -> u32 {
         match self {
             Self::Long => 64,
             Self::Compat => 32,
+            Self::Sixteen => 16,
         }
     }
 
@@ -42,7 +52,7 @@ impl Mode {
     pub fn registers(self) -> usize {
         match self {
             Self::Long => 16,
-            Self::Compat => 8,
+            Self::Compat | Self::Sixteen => 8,
         }
     }
 
@@ -50,7 +60,19 @@ impl Mode {
     pub fn mask(self) -> u64 {
         match self {
             Self::Long => u64::MAX,
-            Self::Compat => 0xffff_ffff,
+            Self::Compat | Self::Sixteen => 0xffff_ffff,
         }
     }
+
+    /// Linear address of offset 0 in the code segment.
+    pub fn code_base(self) -> u64 {
+        if self == Self::Sixteen { CODE } else { 0 }
+    }
+
+    /// Linear address of offset 0 in the data and stack segments.
+    pub fn data_base(self) -> u64 {
+        if self == Self::Sixteen { LDT_DS_BASE } else { 0 }
+    }
+
+    pub const ALL: [Self; 3] = [Self::Long, Self::Compat, Self::Sixteen];
 }

@@ -58,7 +58,7 @@ pub struct Summary {
 
 /// Runs `options.cases` cases.
 pub fn run(options: &Options) -> Summary {
-    let forms: Vec<(Mode, Form)> = [Mode::Long, Mode::Compat]
+    let forms: Vec<(Mode, Form)> = Mode::ALL
         .into_iter()
         .filter(|&mode| options.mode.is_none_or(|only| only == mode))
         .flat_map(|mode| forms::all(mode, options.only.as_deref()).into_iter().map(move |form| (mode, form)))

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use iced_x86::code_asm::{self as asm, CodeAssembler};
 
 use super::layout::{
-    CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE, USER_CS32,
-    USER_CS64, USER_DS,
+    CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, LDT_CS, LDT_DS, LDT_DS_BASE,
+    LDT_DS_LIMIT, Mode, PAGE, USER_CS32, USER_CS64, USER_DS,
 };
 use softcpu::FpuState;
 
@@ -61,9 +61,9 @@ static RESUME: AtomicPtr<u8> = AtomicPtr::new(ptr::null_mut());
 /// The host's processor. One can exist in a process: the addresses are fixed.
 pub struct Native {
     /// By mode, then without and with x87 and SSE state.
-    run: [[extern "sysv64" fn(); 2]; 2],
-    epilogue: [[u64; 2]; 2],
-    epilogue_taken: [[u64; 2]; 2],
+    run: [[extern "sysv64" fn(); 2]; 3],
+    epilogue: [[u64; 2]; 3],
+    epilogue_taken: [[u64; 2]; 3],
     exchange: &'static UnsafeCell<Exchange>,
     /// Length of the placed instructions.
     placed: u64,
@@ -90,8 +90,7 @@ impl Native {
             assert!(at < TRAMPOLINE + PAGE);
             start
         };
-        let modes = [Mode::Long, Mode::Compat];
-        let entries = modes.map(|mode| [false, true].map(|fpu| emit(64, &|a| entry(a, mode, fpu))));
+        let entries = Mode::ALL.map(|mode| [false, true].map(|fpu| emit(64, &|a| entry(a, mode, fpu))));
         let long = [false, true].map(|fpu| emit(64, &|a| epilogue(a, fpu)));
         let compat = long.map(|at| emit(32, &|a| a.db(&far_jump(at))));
         let mut taken = |bits, at: u64| {
@@ -100,14 +99,15 @@ impl Native {
                 a.jmp(at)
             })
         };
-        let epilogue = [long, compat];
-        let epilogue_taken = [long.map(|at| taken(64, at)), compat.map(|at| taken(32, at))];
+        // 16-bit code jumps far to the 64-bit epilogue itself.
+        let epilogue = [long, compat, long];
+        let epilogue_taken = [long.map(|at| taken(64, at)), compat.map(|at| taken(32, at)), long];
         let resume = emit(64, &leave);
         protect(TRAMPOLINE, PAGE, libc::PROT_READ | libc::PROT_EXEC);
         RESUME.store(resume as *mut u8, Ordering::SeqCst);
         install_handler();
-        // SAFETY: 64-bit code does not use DS and ES; they hold what 32-bit programs have in them.
-        unsafe { std::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) u32::from(USER_DS)) };
+        make_segments();
+        load_segments(USER_DS);
         // SAFETY: GS is not used by Rust or the C library on x86-64 Linux.
         let result = unsafe { libc::syscall(libc::SYS_arch_prctl, 0x1001, GS_BASE) };
         assert_eq!(result, 0, "arch_prctl(ARCH_SET_GS)");
@@ -137,6 +137,12 @@ impl Native {
             code[at + 1..at + 5].copy_from_slice(&displacement.to_le_bytes());
             at += JUMP as usize;
         }
+        if mode == Mode::Sixteen {
+            // JMP USER_CS64:epilogue with a 32-bit offset.
+            let target = self.epilogue[mode as usize][usize::from(fpu)];
+            code[bytes.len()] = 0x66;
+            code[bytes.len() + 1..bytes.len() + 8].copy_from_slice(&far_jump(target));
+        }
         self.placed = bytes.len() as u64;
         // SAFETY: the code window is mapped writable and executable; nothing in it is running.
         unsafe { ptr::copy_nonoverlapping(code.as_ptr(), INSTRUCTION as *mut u8, code.len()) };
@@ -164,14 +170,17 @@ impl Native {
             (*exchange).gpr_in = input.gpr;
             (*exchange).flags_in = input.rflags;
             (*exchange).target = INSTRUCTION;
-            (*exchange).target_far = INSTRUCTION as u32;
-            (*exchange).target_selector = USER_CS32;
+            (*exchange).target_far = (INSTRUCTION - mode.code_base()) as u32;
+            (*exchange).target_selector = if mode == Mode::Sixteen { LDT_CS } else { USER_CS32 };
             (*exchange).trap = 0;
             (*exchange).taken = 0;
             if fpu {
                 (*exchange).fx_in = input.fx;
             }
             (self.run[mode as usize][usize::from(fpu)])();
+            if mode == Mode::Sixteen {
+                load_segments(USER_DS);
+            }
             &*exchange
         };
         let mut state = State {
@@ -217,6 +226,12 @@ fn entry(a: &mut CodeAssembler, mode: Mode, fpu: bool) -> Result<(), iced_x86::I
     if fpu {
         a.fxrstor64(asm::ptr(field!(fx_in)))?;
     }
+    if mode == Mode::Sixteen {
+        a.mov(asm::eax, u32::from(LDT_DS))?;
+        a.mov(asm::ds, asm::eax)?;
+        a.mov(asm::es, asm::eax)?;
+        a.mov(asm::ss, asm::eax)?;
+    }
     a.mov(asm::rsp, field!(flags_in))?;
     a.popfq()?;
     for (index, register) in GPRS.into_iter().enumerate() {
@@ -224,7 +239,7 @@ fn entry(a: &mut CodeAssembler, mode: Mode, fpu: bool) -> Result<(), iced_x86::I
     }
     match mode {
         Mode::Long => a.jmp(asm::qword_ptr(field!(target))),
-        Mode::Compat => a.jmp(asm::fword_ptr(field!(target_far))),
+        Mode::Compat | Mode::Sixteen => a.jmp(asm::fword_ptr(field!(target_far))),
     }
 }
 
@@ -306,7 +321,9 @@ extern "C" fn on_signal(_signal: i32, _info: *mut libc::siginfo_t, context: *mut
     unsafe {
         let machine = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext;
         let exchange = &mut *(EXCHANGE as *mut Exchange);
-        let rip = machine.gregs[libc::REG_RIP as usize] as u64;
+        let segments = machine.gregs[libc::REG_CSGSFS as usize];
+        let base = if segments as u16 == LDT_CS { CODE } else { 0 };
+        let rip = base + machine.gregs[libc::REG_RIP as usize] as u64;
         if exchange.trap != 0 || (TRAMPOLINE..TRAMPOLINE + PAGE).contains(&rip) || exchange.target == 0 {
             // Not caused by a tested instruction: die by the default action when it repeats.
             for signal in SIGNALS {
@@ -327,7 +344,8 @@ extern "C" fn on_signal(_signal: i32, _info: *mut libc::siginfo_t, context: *mut
         machine.gregs[libc::REG_RSP as usize] = exchange.host_rsp as i64;
         machine.gregs[libc::REG_EFL as usize] = 0x202;
         let segments = &mut machine.gregs[libc::REG_CSGSFS as usize];
-        *segments = *segments & !0xffff | i64::from(USER_CS64);
+        // CS in the lowest 16 bits, SS in the highest.
+        *segments = *segments & 0xffff_ffff_0000 | i64::from(USER_CS64) | i64::from(USER_DS) << 48;
     }
 }
 
@@ -346,6 +364,30 @@ fn install_handler() {
         for signal in SIGNALS {
             assert_eq!(libc::sigaction(signal, &raw const action, ptr::null_mut()), 0, "sigaction");
         }
+    }
+}
+
+/// Loads DS, ES and SS.
+fn load_segments(selector: u16) {
+    // SAFETY: 64-bit code does not use their bases and limits.
+    unsafe {
+        std::arch::asm!("mov ds, {0:e}", "mov es, {0:e}", "mov ss, {0:e}", in(reg) u32::from(selector));
+    }
+}
+
+/// Makes the segments of 16-bit code.
+fn make_segments() {
+    /// Bit 6: usable; bits 2:1: contents (0 data, 2 code).
+    const USABLE: u32 = 1 << 6;
+    const CODE_SEGMENT: u32 = 2 << 1;
+    let descriptors: [[u32; 4]; 2] = [
+        [u32::from(LDT_CS >> 3), CODE as u32, 0xffff, USABLE | CODE_SEGMENT],
+        [u32::from(LDT_DS >> 3), LDT_DS_BASE as u32, LDT_DS_LIMIT, USABLE],
+    ];
+    for descriptor in &descriptors {
+        // SAFETY: the kernel reads a `user_desc` of 16 bytes.
+        let result = unsafe { libc::syscall(libc::SYS_modify_ldt, 0x11, descriptor.as_ptr(), 16) };
+        assert_eq!(result, 0, "modify_ldt");
     }
 }
 

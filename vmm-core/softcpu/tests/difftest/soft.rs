@@ -12,8 +12,8 @@ use softcpu::{
 };
 
 use super::layout::{
-    CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE, USER_CS32,
-    USER_CS64, USER_DS,
+    CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, LDT_CS, LDT_DS, LDT_DS_BASE,
+    LDT_DS_LIMIT, Mode, PAGE, USER_CS32, USER_CS64, USER_DS,
 };
 use super::state::{Exception, Outcome, RFLAGS_RF, State};
 
@@ -117,6 +117,7 @@ impl Soft {
         let cpu = Cpu::new(config, memory.clone(), Arc::new(NoDevices), Box::new(NoApic));
         let mut soft = Self { cpu, memory, ram, base: CpuState::reset() };
         soft.build_tables();
+        soft.memory.write(CODE_GPA, &[0xcc; CODE_LENGTH as usize]).expect("RAM");
         soft.base = user_state(&soft.base);
         soft
     }
@@ -185,10 +186,28 @@ impl Soft {
         (code.selector, code.attributes) = match mode {
             Mode::Long => (USER_CS64, SegmentAttributes(0xa0fb)),
             Mode::Compat => (USER_CS32, SegmentAttributes(0xc0fb)),
+            Mode::Sixteen => (LDT_CS, SegmentAttributes(0xfb)),
         };
+        code.base = mode.code_base();
+        code.limit = if mode == Mode::Sixteen { 0xffff } else { u32::MAX };
+        let data = match mode {
+            Mode::Sixteen => Segment {
+                selector: LDT_DS,
+                attributes: SegmentAttributes(0xf3),
+                limit: LDT_DS_LIMIT,
+                base: LDT_DS_BASE,
+            },
+            _ => {
+                Segment { selector: USER_DS, attributes: SegmentAttributes(0xc0f3), limit: u32::MAX, base: 0 }
+            }
+        };
+        for register in [0, 2, 3] {
+            self.base.segments[register] = data;
+        }
+        let start = input.rip - mode.code_base();
         self.base.gpr = input.gpr;
         self.base.rflags = input.rflags;
-        self.base.rip = input.rip;
+        self.base.rip = start;
         self.base.fpu = input.fx;
         self.cpu.set_state(&self.base);
         let mut after;
@@ -198,11 +217,12 @@ impl Soft {
             after = self.cpu.state();
             // A repeated string instruction may take several rounds.
             steps += 1;
-            if after.rip != INSTRUCTION || after.segments[1].selector == KERNEL_CS || steps > 1_000_000 {
+            if after.rip != start || after.segments[1].selector == KERNEL_CS || steps > 1_000_000 {
                 break;
             }
         }
-        let mut state = State { gpr: after.gpr, rflags: after.rflags, rip: after.rip, fx: after.fpu };
+        let rip = after.rip.wrapping_add(mode.code_base());
+        let mut state = State { gpr: after.gpr, rflags: after.rflags, rip, fx: after.fpu };
         let mut exception = None;
         if after.segments[1].selector == KERNEL_CS {
             let vector = ((after.rip - SYSTEM - HANDLERS) / 16) as u8;
@@ -214,7 +234,7 @@ impl Soft {
                 u64::from_le_bytes(bytes)
             };
             let saved = u64::from(has_error);
-            state.rip = word(saved);
+            state.rip = word(saved) + mode.code_base();
             state.rflags = word(saved + 2);
             state.gpr[4] = word(saved + 3);
             exception = Some(Exception {
