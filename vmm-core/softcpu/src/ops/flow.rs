@@ -3,8 +3,8 @@
 use super::ea::Ea;
 use super::width::Width;
 use crate::block::op::{BlockPtr, OpPtr, RIP, check, dispatch, enter, go};
-use crate::cpu::Cpu;
 use crate::cpu::segment::canonical;
+use crate::cpu::{Cpu, seg};
 
 /// Goes to a block in the same page: directly if the operation is linked already.
 macro_rules! follow {
@@ -62,7 +62,7 @@ pub(crate) fn jump_near<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 /// JMP to another page: `disp` is relative to the following instruction.
 pub(crate) fn jump_far<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let target = return_address(cpu, op).wrapping_add(op.disp as i64 as u64) & mask::<T>();
-    if T::BITS == 64 && !canonical(target) {
+    if out_of_reach::<T>(cpu, target) {
         return not_canonical(cpu, op);
     }
     cpu.regs[usize::from(RIP)] = target;
@@ -90,6 +90,16 @@ pub(crate) fn jcc_far<T: Width, const C: u8>(cpu: &mut Cpu, op: OpPtr) -> OpPtr 
 fn not_canonical(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     cpu.gp();
     crate::block::op::fault(cpu, op)
+}
+
+/// Whether a near branch to `target` faults: the address is not canonical, or beyond the limit of CS.
+#[inline(always)]
+fn out_of_reach<T: Width>(cpu: &Cpu, target: u64) -> bool {
+    if T::BITS == 64 {
+        !canonical(target)
+    } else {
+        !cpu.code64 && target > u64::from(cpu.segs[seg::CS].limit)
+    }
 }
 
 #[inline(always)]
@@ -151,7 +161,12 @@ pub(crate) fn ret64(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 
 /// RET otherwise.
 pub(crate) fn ret_legacy<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    let before = cpu.regs[4];
     let target = check!(cpu, op, cpu.pop::<T>());
+    if out_of_reach::<T>(cpu, target) {
+        cpu.regs[4] = before;
+        return not_canonical(cpu, op);
+    }
     let sp = cpu.regs[4].wrapping_add(op.imm.get());
     cpu.set_sp(sp);
     cpu.regs[usize::from(RIP)] = target;
@@ -161,7 +176,7 @@ pub(crate) fn ret_legacy<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 /// JMP to an address in a register.
 pub(crate) fn jump_reg<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let target = T::get(cpu, op.r1);
-    if T::BITS == 64 && !canonical(target) {
+    if out_of_reach::<T>(cpu, target) {
         return not_canonical(cpu, op);
     }
     cpu.regs[usize::from(RIP)] = target;
@@ -172,7 +187,7 @@ pub(crate) fn jump_reg<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 pub(crate) fn jump_mem<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
     let target = check!(cpu, op, cpu.ld::<T>(address));
-    if T::BITS == 64 && !canonical(target) {
+    if out_of_reach::<T>(cpu, target) {
         return not_canonical(cpu, op);
     }
     cpu.regs[usize::from(RIP)] = target;
@@ -183,7 +198,7 @@ pub(crate) fn jump_mem<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 pub(crate) fn call_reg<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let target = T::get(cpu, op.r1);
     let back = return_address(cpu, op);
-    if T::BITS == 64 && !canonical(target) {
+    if out_of_reach::<T>(cpu, target) {
         return not_canonical(cpu, op);
     }
     check!(cpu, op, cpu.push::<T>(back));
@@ -196,7 +211,7 @@ pub(crate) fn call_mem<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
     let target = check!(cpu, op, cpu.ld::<T>(address));
     let back = return_address(cpu, op);
-    if T::BITS == 64 && !canonical(target) {
+    if out_of_reach::<T>(cpu, target) {
         return not_canonical(cpu, op);
     }
     check!(cpu, op, cpu.push::<T>(back));

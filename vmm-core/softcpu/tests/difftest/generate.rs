@@ -203,6 +203,8 @@ fn is_safe(instruction: &Instruction) -> bool {
         M::Bt | M::Bts | M::Btr | M::Btc if memory => {
             register(1).is_none_or(|bits| bits != base && bits != index)
         }
+        // A 16-bit code segment has no targets in it.
+        M::Jmp | M::Call if memory && instruction.segment_prefix() == Register::CS => false,
         M::Jmp | M::Call => register(0) != Some(Register::RSP),
         // AMD processors let a repeat prefix override which value of ZF ends the loop.
         M::Loope | M::Loopne => !instruction.has_rep_prefix() && !instruction.has_repne_prefix(),
