@@ -46,6 +46,8 @@ pub enum DebugEvent {
     Step,
     /// The instruction at this linear address is about to execute.
     Breakpoint(u64),
+    /// An instruction accessed what the watchpoint at this linear address covers; it has completed.
+    Watchpoint(u64),
     /// An `INT3` instruction is about to execute at this linear address.
     Int3(u64),
 }
@@ -60,4 +62,19 @@ pub struct DebugControl {
     /// Stop before the instruction at any of these linear addresses. A run that starts at such an address
     /// executes that instruction first.
     pub breakpoints: Vec<u64>,
+    /// Stop after an instruction that accesses any of these.
+    pub watchpoints: Vec<Watchpoint>,
+}
+
+/// A range of linear addresses whose data accesses a debugger wants to see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Watchpoint {
+    /// First linear address.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Stop after reads.
+    pub read: bool,
+    /// Stop after writes.
+    pub write: bool,
 }

@@ -32,7 +32,7 @@ pub use bus::{Bus, Local, MsrFault};
 pub use clock::Clock;
 pub use config::{CpuConfig, CpuModel, CpuidEntry};
 pub use cpu::Cpu;
-pub use exit::{Budget, DebugControl, DebugEvent, Exit};
+pub use exit::{Budget, DebugControl, DebugEvent, Exit, Watchpoint};
 pub use handle::CpuHandle;
 pub use memory::{GuestMemory, MemoryError, PAGE_SIZE};
 pub use state::{CpuState, DescriptorTable, FpuState, MpState, Msrs, Segment, SegmentAttributes};

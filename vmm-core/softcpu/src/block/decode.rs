@@ -43,6 +43,10 @@ impl Cpu {
             Some(block) if block.second_page.is_none() => Some(block),
             Some(block) => {
                 let next = self.second_page(linear, user)?;
+                if block.second_page != next {
+                    // The next page is mapped to something else now.
+                    self.blocks.invalidate_page(block.gpa & !(PAGE_SIZE - 1));
+                }
                 (block.second_page == next).then_some(block)
             }
             None => None,

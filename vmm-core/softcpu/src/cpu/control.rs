@@ -152,6 +152,7 @@ impl Cpu {
             7 => value & 0xffff_2bff | 0x400,
             _ => value,
         };
+        self.update_mode();
         Ok(())
     }
 }

@@ -112,6 +112,12 @@ pub struct Cpu {
     pub(crate) tlb: Tlb,
     /// The table of the TLB for the current privilege level.
     pub(crate) table: *const Entry,
+    /// Data accesses are compared with breakpoints.
+    pub(crate) watching: bool,
+    /// Data breakpoints (bits of DR6) that the current instruction hit.
+    pub(crate) data_hits: u64,
+    /// The debugger's watchpoint that the current instruction hit.
+    pub(crate) watched: Option<u64>,
     /// Misaligned accesses raise `#AC`.
     pub(crate) alignment: bool,
     /// 1 at CPL 3, otherwise 0.
@@ -220,6 +226,9 @@ impl Cpu {
             tlb: Tlb::new(),
             table: &raw const NO_ENTRIES[0],
             alignment: false,
+            watching: false,
+            data_hits: 0,
+            watched: None,
             user: 0,
             flags: 2,
             blocks: BlockCache::new(),
@@ -309,6 +318,7 @@ impl Cpu {
     /// Sets what the debugger wants to stop at.
     pub fn set_debug(&mut self, debug: DebugControl) {
         self.debug = debug;
+        self.update_mode();
     }
 
     /// The processor's state. Meaningful between two runs.
@@ -469,8 +479,9 @@ impl Cpu {
         self.code64 = self.long_mode() && cs.long();
         self.user = usize::from(self.cpl == 3);
         self.alignment = self.user != 0 && self.cr0 & CR0_AM != 0 && self.flags & flags::AC != 0;
-        self.table = if self.alignment {
-            // Alignment checks are in the slow path.
+        self.watching = self.watches_data();
+        self.table = if self.alignment || self.watching {
+            // The checks are in the slow path.
             &raw const NO_ENTRIES[0]
         } else {
             &raw const self.tlb.entries[self.user * ENTRIES]

@@ -4,7 +4,7 @@ use super::flags::{IF, TF};
 use super::{Cpu, Exception, mode, vector};
 use crate::block::op::execute;
 use crate::config::CpuConfig;
-use crate::exit::{Budget, DebugEvent, Exit};
+use crate::exit::{Budget, DebugEvent, Exit, Watchpoint};
 use crate::handle::{INIT, INTERRUPT, KICK, NMI, SIPI};
 use crate::state::{CpuState, MpState, Segment};
 
@@ -40,7 +40,9 @@ impl Cpu {
                 continue;
             }
             let allowed = SLICE.min(end - self.executed).min(self.until_deadline());
-            let traced = self.debug.single_step || !self.debug.breakpoints.is_empty();
+            let traced = self.debug.single_step
+                || !self.debug.breakpoints.is_empty()
+                || !self.debug.watchpoints.is_empty();
             let alone = self.shadow
                 || self.restarting
                 || self.flags & TF != 0
@@ -57,6 +59,9 @@ impl Cpu {
                 let before = self.executed;
                 if let Some(exit) = self.run_alone() {
                     return exit;
+                }
+                if let Some(address) = self.watched.take() {
+                    return Exit::Debug(DebugEvent::Watchpoint(address));
                 }
                 if self.debug.single_step && self.executed != before {
                     return Exit::Debug(DebugEvent::Step);
@@ -110,8 +115,10 @@ impl Cpu {
             self.shadow = false;
         }
         self.update_mode();
-        if exit.is_none() && trap && self.executed != before && self.flags & TF != 0 {
-            self.dr[6] |= DR6_BS;
+        let hits = std::mem::take(&mut self.data_hits);
+        let step = trap && self.executed != before && self.flags & TF != 0;
+        if exit.is_none() && (step || hits != 0) {
+            self.dr[6] |= hits | if step { DR6_BS } else { 0 };
             self.raise(vector::DB, None);
             return self.deliver_pending();
         }
@@ -128,6 +135,39 @@ impl Cpu {
             self.rip()
         } else {
             self.segs[super::seg::CS].base.wrapping_add(self.rip()) & 0xffff_ffff
+        }
+    }
+
+    /// Whether data accesses have to be compared with breakpoints.
+    pub(crate) fn watches_data(&self) -> bool {
+        let enabled = (0..4).any(|n| self.data_breakpoint(n).is_some());
+        enabled || !self.debug.watchpoints.is_empty()
+    }
+
+    /// The data breakpoint in one of DR0 to DR3: address, length, and whether reads count.
+    fn data_breakpoint(&self, n: usize) -> Option<(u64, u64, bool)> {
+        let enabled = self.dr[7] >> (2 * n) & 3 != 0;
+        let kind = self.dr[7] >> (16 + 4 * n) & 3;
+        let len = [1, 2, 8, 4][(self.dr[7] >> (18 + 4 * n) & 3) as usize];
+        (enabled && kind & 1 != 0).then(|| (self.dr[n] & !(len - 1), len, kind == 3))
+    }
+
+    /// Compares a data access with the breakpoints of the guest and of the debugger.
+    #[cold]
+    pub(crate) fn watch(&mut self, address: u64, size: u64, write: bool) {
+        let touches =
+            |at: u64, len: u64| address < at.saturating_add(len) && at < address.saturating_add(size);
+        for n in 0..4 {
+            if let Some((at, len, reads)) = self.data_breakpoint(n)
+                && (write || reads)
+                && touches(at, len)
+            {
+                self.data_hits |= 1 << n;
+            }
+        }
+        let hit = |w: &&Watchpoint| (if write { w.write } else { w.read }) && touches(w.address, w.len);
+        if let Some(hit) = self.debug.watchpoints.iter().find(hit) {
+            self.watched = Some(hit.address);
         }
     }
 
@@ -268,10 +308,12 @@ impl Cpu {
             MpState::Shutdown => return Some(Exit::TripleFault),
             MpState::WaitForSipi => return self.idle(wait),
             MpState::Halted => {
-                let wake = self.nmi_pending && !self.nmi_blocked
-                    || self.flags & IF != 0 && self.ask_local && self.local.pending();
+                let mut wake = self.nmi_pending && !self.nmi_blocked;
+                if self.flags & IF != 0 && self.ask_local {
+                    self.ask_local = self.local.pending();
+                    wake |= self.ask_local;
+                }
                 if !wake {
-                    self.ask_local = false;
                     return self.idle(wait);
                 }
                 self.mp_state = MpState::Running;

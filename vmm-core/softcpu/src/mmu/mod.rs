@@ -84,6 +84,9 @@ impl Cpu {
     pub(crate) fn load_slow(&mut self, address: u64, size: u64, user: bool) -> Result<u64, Fault> {
         let address = self.wrap(address);
         self.check_alignment(address, size, user)?;
+        if self.watching {
+            self.watch(address, size, false);
+        }
         let first = PAGE_SIZE - (address & OFFSET);
         if first >= size {
             let target = self.translate(address, size, Access::Read, user)?;
@@ -109,11 +112,17 @@ impl Cpu {
         let first = PAGE_SIZE - (address & OFFSET);
         if first >= size {
             let target = self.translate(address, size, Access::Write, user)?;
+            if self.watching {
+                self.watch(address, size, true);
+            }
             self.write_target(target, size, value);
             return Ok(());
         }
         let low = self.translate(address, first, Access::Write, user)?;
         let high = self.translate(self.wrap(address + first), size - first, Access::Write, user)?;
+        if self.watching {
+            self.watch(address, size, true);
+        }
         self.write_pieces(low, first, value);
         self.write_pieces(high, size - first, value >> (8 * first));
         Ok(())
@@ -336,7 +345,11 @@ impl Cpu {
             self.probe_write(address, size)?;
             return Ok(None);
         }
-        match self.translate(address, size, Access::Write, self.user != 0)? {
+        let target = self.translate(address, size, Access::Write, self.user != 0)?;
+        if self.watching {
+            self.watch(address, size, true);
+        }
+        match target {
             Target::Host(host) => Ok(Some(host)),
             Target::Device(_) => Ok(None),
         }

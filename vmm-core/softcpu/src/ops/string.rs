@@ -92,7 +92,7 @@ impl Shape {
 
     /// Elements that can be processed at once: upwards, within the page and segment of each address.
     fn bulk(&self, cpu: &mut Cpu, count: u64, addresses: &[(usize, usize, bool)]) -> u64 {
-        if self.step != self.size {
+        if self.step != self.size || cpu.watching {
             return 0;
         }
         let mut n = count;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use iced_x86::code_asm::*;
 
 use super::rig::*;
-use softcpu::{Budget, Clock, CpuState, DebugControl, DebugEvent, Exit};
+use softcpu::{Budget, Clock, CpuState, DebugControl, DebugEvent, Exit, Watchpoint};
 
 fn program(a: &mut CodeAssembler) {
     a.mov(eax, 5).unwrap(); // 0, 5 bytes
@@ -84,6 +84,44 @@ fn instruction_breakpoints_fault_once() {
     s.dr[7] = 0x402;
     let end = rig.execute(&s, program);
     assert_eq!((end.gpr[7], end.gpr[1], end.dr[6] & 1), (1, 1, 1));
+}
+
+#[test]
+fn data_breakpoints_trap_behind_the_access() {
+    let mut rig = Rig::new();
+    let code = |a: &mut CodeAssembler| {
+        a.mov(rax, qword_ptr(rbx)).unwrap(); // 0, 3 bytes
+        a.mov(byte_ptr(rbx + 5), al).unwrap(); // 3, 3 bytes
+        a.mov(rax, qword_ptr(rbx + 8)).unwrap(); // 6
+        a.hlt().unwrap();
+    };
+    let mut s = Rig::long_mode();
+    (s.gpr[3], s.dr[1]) = (WINDOW_RAM, WINDOW_RAM + 4);
+    // Four bytes at DR1: on writes, on reads and writes, not at all.
+    for (kind, hit) in [(1, Some((1, None, 6))), (3, Some((1, None, 3))), (0, None)] {
+        s.dr[7] = 0x400 | if kind != 0 { 0x8 } else { 0 } | (kind | 0xc) << 20;
+        assert_eq!(rig.fault(&s, code), hit);
+        assert_eq!(rig.cpu.state().dr[6] & 0xf, if hit.is_some() { 2 } else { 0 });
+        s.dr[6] = 0;
+    }
+}
+
+#[test]
+fn watchpoints_stop_after_the_access() {
+    let mut rig = Rig::new();
+    rig.code(|a| {
+        a.mov(edi, WINDOW_RAM as u32).unwrap();
+        a.mov(ecx, 100).unwrap();
+        a.rep().stosd().unwrap();
+        a.hlt().unwrap();
+    });
+    rig.cpu.set_state(&Rig::long_mode());
+    let watchpoint = Watchpoint { address: WINDOW_RAM + 0x21, len: 1, read: false, write: true };
+    rig.cpu.set_debug(DebugControl { watchpoints: vec![watchpoint], ..DebugControl::default() });
+    assert_eq!(rig.cpu.run(Budget::UNLIMITED), Exit::Debug(DebugEvent::Watchpoint(WINDOW_RAM + 0x21)));
+    rig.cpu.set_debug(DebugControl::default());
+    assert_eq!(rig.run().gpr[1], 0);
+    assert_eq!(rig.cpu.unimplemented(), 0);
 }
 
 #[test]

@@ -7,7 +7,9 @@ use softcpu::{Budget, Cpu, CpuConfig, CpuHandle, DebugEvent, Exit};
 use super::bus::SoftBus;
 use super::lapic::{Apics, Lapic, LocalApic};
 use super::walk;
-use crate::accel::{AccelError, BreakKind, CpuState, DebugControl, DebugExit, Vcpu, VcpuExit, VcpuHandle};
+use crate::accel::{
+    AccelError, BreakKind, CpuState, DebugControl, DebugExit, HardwareBreakpoint, Vcpu, VcpuExit, VcpuHandle,
+};
 use crate::memory::GuestMemory;
 
 /// DR6: a single step.
@@ -48,9 +50,9 @@ impl Vcpu for SoftVcpu {
                         DebugExit { rip: self.cpu.state().rip, dr6: DR6_STEP, software: false }
                     }
                     DebugEvent::Int3(rip) => DebugExit { rip, dr6: 0, software: true },
-                    DebugEvent::Breakpoint(rip) => {
-                        let hit = self.breakpoints.iter().position(|&at| at == rip).unwrap_or(0);
-                        DebugExit { rip, dr6: 1 << hit, software: false }
+                    DebugEvent::Breakpoint(at) | DebugEvent::Watchpoint(at) => {
+                        let hit = self.breakpoints.iter().position(|&b| b == at).unwrap_or(0);
+                        DebugExit { rip: self.cpu.state().rip, dr6: 1 << hit, software: false }
                     }
                     _ => DebugExit { rip: self.cpu.state().rip, dr6: 0, software: false },
                 }),
@@ -74,14 +76,20 @@ impl Vcpu for SoftVcpu {
     }
 
     fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {
-        if control.hardware.iter().any(|b| b.kind != BreakKind::Execute) {
-            return Err(AccelError::Unsupported("watchpoints on the software CPU; use breakpoints".into()));
-        }
         self.breakpoints = control.hardware.iter().map(|b| b.address).collect();
+        let (execute, data): (Vec<HardwareBreakpoint>, Vec<_>) =
+            control.hardware.iter().copied().partition(|b| b.kind == BreakKind::Execute);
+        let watchpoint = |b: HardwareBreakpoint| softcpu::Watchpoint {
+            address: b.address,
+            len: b.len.into(),
+            read: b.kind == BreakKind::Access,
+            write: true,
+        };
         self.cpu.set_debug(softcpu::DebugControl {
             single_step: control.single_step,
             trap_int3: control.software_breakpoints,
-            breakpoints: self.breakpoints.clone(),
+            breakpoints: execute.iter().map(|b| b.address).collect(),
+            watchpoints: data.into_iter().map(watchpoint).collect(),
         });
         Ok(())
     }
