@@ -6,9 +6,13 @@
 #![deny(unsafe_code)]
 
 pub mod fence;
+pub mod ha;
 pub mod lease;
 pub mod lock;
 pub mod membership;
 pub mod mutants;
+pub mod node;
 pub mod ondisk;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod types;

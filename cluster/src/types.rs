@@ -91,6 +91,35 @@ pub struct Token {
     pub owner: Incarnation,
 }
 
+/// Processor and memory, of a host's capacity or of a VM's demand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Resources {
+    /// Processor in MHz.
+    pub cpu: u64,
+    /// Memory in MiB.
+    pub memory: u64,
+}
+
+impl Resources {
+    /// Whether `demand` fits into `self`.
+    pub fn fits(self, demand: Resources) -> bool {
+        demand.cpu <= self.cpu && demand.memory <= self.memory
+    }
+
+    /// `self` without `used`; zero where `used` is more.
+    pub fn minus(self, used: Resources) -> Resources {
+        Resources { cpu: self.cpu.saturating_sub(used.cpu), memory: self.memory.saturating_sub(used.memory) }
+    }
+
+    /// The sum of both.
+    pub fn plus(self, other: Resources) -> Resources {
+        Resources {
+            cpu: self.cpu.saturating_add(other.cpu),
+            memory: self.memory.saturating_add(other.memory),
+        }
+    }
+}
+
 /// A small set of hosts, numbered from 1; a bit a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostSet {

@@ -83,7 +83,8 @@ impl LeaseObserver {
             return DiskLife::Unknown;
         };
         if seen.record.is_free() {
-            return DiskLife::Free;
+            // A sector that was never used says nothing about its host.
+            return if seen.record.generation == 0 { DiskLife::Unknown } else { DiskLife::Free };
         }
         let timing = Timing { io_timeout: seen.record.io_timeout.max(1), ..self.timing };
         let unchanged = seen.checked.since(seen.changed);

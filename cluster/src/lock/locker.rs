@@ -282,7 +282,22 @@ impl Locker {
                     self.quarantine = now + self.timing.drain();
                 }
                 self.pending = None;
-                self.phase = Phase::Idle;
+                match self.phase {
+                    Phase::Idle | Phase::Held { .. } => self.phase = Phase::Idle,
+                    Phase::ReleaseBlock { .. }
+                    | Phase::ReleaseLeader { .. }
+                    | Phase::ReleaseWait { .. }
+                    | Phase::Mark { .. }
+                    | Phase::Free { .. } => {
+                        self.phase = Phase::Idle;
+                        out.push(LockOutput::Denied(DenyReason::NoLease));
+                    }
+                    _ => {
+                        self.fail(DenyReason::NoLease, out);
+                        // Whatever a hand-over left of it: without a lease there is no lock.
+                        self.phase = Phase::Idle;
+                    }
+                }
             }
             LockInput::LeaderRead { op, result } if self.answers(op) => match result {
                 Ok(leader) => self.on_leader(now, leader, ctx, out),

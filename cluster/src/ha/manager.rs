@@ -1,0 +1,700 @@
+//! The coordinator's decisions.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::admission::{self, AdmissionPolicy, HostCapacity, Refusal};
+use super::records::{
+    ClusterState, Command, Evidences, HostRecord, Report, Update, VmPhase, VmRecord, VmSpec, VmStatus,
+};
+use super::restart::{RestartConfig, RestartHistory};
+use crate::lease::OpId;
+use crate::membership::Verdict;
+use crate::mutants::{self, Mutant};
+use crate::types::{HostId, Incarnation, LockspaceId, Millis, Time, VmId};
+
+/// Limits and timers of the manager.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HaConfig {
+    /// Restart limits.
+    pub restart: RestartConfig,
+    /// Reserve for failed hosts.
+    pub admission: AdmissionPolicy,
+    /// How long an isolated host may keep its VMs before it is fenced.
+    pub isolation: Millis,
+    /// Commands are repeated this often.
+    pub repeat: Millis,
+    /// How long a start or a move may take before it counts as failed.
+    pub patience: Millis,
+    /// How long a store write may take.
+    pub deadline: Millis,
+}
+
+impl Default for HaConfig {
+    fn default() -> Self {
+        HaConfig {
+            restart: RestartConfig::default(),
+            admission: AdmissionPolicy::Hosts { failures: 1 },
+            isolation: 180_000,
+            repeat: 3000,
+            patience: 180_000,
+            deadline: 1000,
+        }
+    }
+}
+
+/// What the manager needs to know of the hosts.
+pub trait ClusterView {
+    /// The verdict on a host.
+    fn verdict(&self, host: HostId) -> Verdict;
+    /// The latest known boot number of a host; zero when never heard.
+    fn boot(&self, host: HostId) -> u64;
+    /// Whether the own partition is quorate.
+    fn is_quorate(&self) -> bool;
+}
+
+/// A wish of an operator or of the balancer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Start a VM (and keep it running).
+    Start(Arc<VmSpec>),
+    /// Stop a VM, and do not restart it.
+    Stop(VmId),
+    /// Stop a VM and forget it.
+    Remove(VmId),
+    /// Move a VM while it runs.
+    Move(VmId, HostId),
+    /// Empty a host, or take it back into service.
+    Maintenance(HostId, bool),
+    /// Try a VM again that was given up.
+    Retry(VmId),
+}
+
+/// Why a request was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    /// This host does not coordinate, or does not know the state yet.
+    #[error("This host does not coordinate now; ask the coordinator")]
+    NotCoordinator,
+    /// The VM does not exist, or is not in the state that the request needs.
+    #[error("VM {} is not in a state for this; look at `nacre cluster vms`", .0.0)]
+    BadVm(VmId),
+    /// The host does not exist or is not online.
+    #[error("Host {} is not available; look at `nacre cluster hosts`", .0.0)]
+    BadHost(HostId),
+    /// Admission control said no.
+    #[error("VM was not admitted")]
+    Refused(#[source] Refusal),
+}
+
+/// How a store write ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteResult {
+    /// It is stored.
+    Done,
+    /// The token is no longer valid.
+    Outdated,
+    /// Nobody knows.
+    Unknown,
+}
+
+/// What happens to a [`HaManager`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HaInput {
+    /// This host was elected.
+    Elected {
+        /// Its token.
+        token: u64,
+    },
+    /// This host no longer coordinates.
+    SteppedDown,
+    /// The state was read.
+    Loaded {
+        /// The request.
+        op: OpId,
+        /// The state; `None` when the store did not answer.
+        state: Option<ClusterState>,
+    },
+    /// A write ended.
+    Written {
+        /// The request.
+        op: OpId,
+        /// How.
+        result: WriteResult,
+    },
+    /// A host reported.
+    Report(Report),
+    /// A life of a host is over; the generations of its leases that are over with it.
+    Gone {
+        /// The life.
+        target: Incarnation,
+        /// For each lockspace the highest generation that is over.
+        generations: Vec<u64>,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// What a [`HaManager`] asks for or announces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HaOutput {
+    /// Read the state.
+    Load {
+        /// Names the request.
+        op: OpId,
+    },
+    /// Write the state, guarded by the token.
+    Write {
+        /// Names the request.
+        op: OpId,
+        /// The coordinator's token.
+        token: u64,
+        /// What to write, all or nothing.
+        updates: Vec<Update>,
+    },
+    /// Make sure that this life is over.
+    Fence(Incarnation),
+    /// This life need not be fenced any more.
+    CancelFence(HostId),
+    /// Tell a host.
+    Send(HostId, Command),
+    /// A VM was given up.
+    GaveUp(VmId),
+}
+
+#[derive(Clone, Debug)]
+struct HostInfo {
+    report: Report,
+    at: Time,
+}
+
+/// Keeps every VM that should run running, on the coordinator.
+#[derive(Clone, Debug)]
+pub struct HaManager {
+    pub(super) config: HaConfig,
+    token: Option<u64>,
+    pub(super) state: ClusterState,
+    loaded: bool,
+    since: Time,
+    op: OpId,
+    pending: Option<(OpId, Time, Vec<Update>)>,
+    dirty: Vec<Update>,
+    reports: BTreeMap<HostId, HostInfo>,
+    history: RestartHistory,
+    isolated_since: BTreeMap<HostId, Time>,
+    sent: BTreeMap<VmId, Time>,
+    changed: BTreeMap<VmId, Time>,
+    avoid: BTreeMap<VmId, (HostId, Time)>,
+    /// Moves whose source has nothing left while the target still waits.
+    orphaned: BTreeMap<VmId, Time>,
+}
+
+impl HaManager {
+    /// A manager that does nothing until it is elected.
+    pub fn new(config: HaConfig) -> Self {
+        HaManager {
+            config,
+            token: None,
+            state: ClusterState::default(),
+            loaded: false,
+            since: Time(0),
+            op: 0,
+            pending: None,
+            dirty: Vec::new(),
+            reports: BTreeMap::new(),
+            history: RestartHistory::default(),
+            isolated_since: BTreeMap::new(),
+            sent: BTreeMap::new(),
+            changed: BTreeMap::new(),
+            avoid: BTreeMap::new(),
+            orphaned: BTreeMap::new(),
+        }
+    }
+
+    /// The state as last written, while this host coordinates.
+    pub fn state(&self) -> Option<&ClusterState> {
+        self.loaded.then_some(&self.state)
+    }
+
+    /// Advances by one input.
+    pub fn step(&mut self, now: Time, input: HaInput, view: &dyn ClusterView, out: &mut Vec<HaOutput>) {
+        match input {
+            HaInput::Elected { token } => {
+                *self = HaManager { op: self.op, ..HaManager::new(self.config.clone()) };
+                self.token = Some(token);
+                self.since = now;
+                self.load(now, out);
+            }
+            HaInput::SteppedDown => {
+                self.token = None;
+                self.loaded = false;
+            }
+            HaInput::Loaded { op, state } if self.awaits(op) => {
+                if let Some(state) = state {
+                    self.pending = None;
+                    self.state = state;
+                    self.loaded = true;
+                }
+            }
+            HaInput::Written { op, result } if self.awaits(op) => match (result, self.pending.take()) {
+                (WriteResult::Done, Some((_, _, updates))) => {
+                    for u in updates {
+                        self.state.apply(u);
+                    }
+                }
+                (WriteResult::Outdated, _) => {
+                    self.token = None;
+                    self.loaded = false;
+                }
+                _ => self.load(now, out),
+            },
+            HaInput::Report(report) => self.on_report(now, report),
+            HaInput::Gone { target, generations } => self.on_gone(target, &generations),
+            HaInput::Loaded { .. } | HaInput::Written { .. } | HaInput::Tick => {}
+        }
+        let Some(token) = self.token else { return };
+        if let Some((_, at, _)) = &self.pending {
+            if now >= *at + self.config.deadline {
+                self.load(now, out);
+            }
+            return;
+        }
+        if !self.loaded {
+            return;
+        }
+        self.judge_hosts(now, view, out);
+        self.judge_vms(now, view, out);
+        self.place_waiting(now, view);
+        self.evacuate(now, view);
+        if !self.dirty.is_empty() {
+            let updates = core::mem::take(&mut self.dirty);
+            self.op += 1;
+            self.pending = Some((self.op, now, updates.clone()));
+            out.push(HaOutput::Write { op: self.op, token, updates });
+        }
+    }
+
+    fn awaits(&self, op: OpId) -> bool {
+        self.token.is_some() && self.pending.as_ref().is_some_and(|p| p.0 == op)
+    }
+
+    /// Reads the state anew; what was not written is decided again.
+    fn load(&mut self, now: Time, out: &mut Vec<HaOutput>) {
+        self.op += 1;
+        self.loaded = false;
+        self.dirty.clear();
+        self.pending = Some((self.op, now, Vec::new()));
+        out.push(HaOutput::Load { op: self.op });
+    }
+
+    fn on_report(&mut self, now: Time, report: Report) {
+        let host = report.from.host;
+        let known = self.reports.get(&host).map(|i| (i.report.from.generation, i.report.seq));
+        if known.is_some_and(|known| (report.from.generation, report.seq) <= known) {
+            return;
+        }
+        if self.loaded && self.pending.is_none() {
+            let record = self.host_mut(host);
+            if (record.boot, record.capacity, record.watchdog)
+                != (report.from.generation, report.capacity, report.watchdog)
+            {
+                let mut new = record.clone();
+                new.boot = report.from.generation;
+                new.capacity = report.capacity;
+                new.watchdog = report.watchdog;
+                self.write_host(host, new);
+            }
+        }
+        self.reports.insert(host, HostInfo { report, at: now });
+    }
+
+    fn on_gone(&mut self, target: Incarnation, generations: &[u64]) {
+        if !self.loaded {
+            return;
+        }
+        let mut record = self.host_mut(target.host).clone();
+        record.gone_boot = record.gone_boot.max(target.generation);
+        if record.gone.len() < generations.len() {
+            record.gone.resize(generations.len(), 0);
+        }
+        for (old, new) in record.gone.iter_mut().zip(generations) {
+            *old = (*old).max(*new);
+        }
+        self.write_host(target.host, record);
+    }
+
+    fn host_mut(&mut self, host: HostId) -> &mut HostRecord {
+        self.state.hosts.entry(host).or_default()
+    }
+
+    pub(super) fn write_host(&mut self, host: HostId, record: HostRecord) {
+        self.state.hosts.insert(host, record.clone());
+        self.dirty.push(Update::Host(host, record));
+    }
+
+    pub(super) fn write_vm(&mut self, now: Time, record: VmRecord) {
+        let id = record.spec.id;
+        self.changed.insert(id, now);
+        self.sent.remove(&id);
+        self.state.vms.insert(id, record.clone());
+        self.dirty.push(Update::Vm(record));
+    }
+
+    /// Asks for fencing where a host with VMs is lost.
+    fn judge_hosts(&mut self, now: Time, view: &dyn ClusterView, out: &mut Vec<HaOutput>) {
+        if mutants::active(Mutant::FailureIgnored) {
+            return;
+        }
+        let may_fence = view.is_quorate() || mutants::active(Mutant::FenceWithoutQuorum);
+        let hosts: Vec<HostId> = self.state.hosts.keys().copied().collect();
+        for host in hosts {
+            let verdict = view.verdict(host);
+            let isolated_for = if verdict == Verdict::Isolated {
+                now.since(*self.isolated_since.entry(host).or_insert(now))
+            } else {
+                self.isolated_since.remove(&host);
+                0
+            };
+            let record = &self.state.hosts[&host];
+            let lost = match verdict {
+                Verdict::Suspect | Verdict::Dead => true,
+                Verdict::Isolated => isolated_for >= self.config.isolation,
+                _ => false,
+            };
+            let boot = record.boot.max(view.boot(host));
+            let over = record.gone_boot >= boot;
+            let concerned = self.state.vms.values().any(|v| involves(v, host));
+            if lost && !over && concerned && may_fence {
+                out.push(HaOutput::Fence(Incarnation { host, generation: boot }));
+            } else if !lost {
+                out.push(HaOutput::CancelFence(host));
+            }
+        }
+    }
+
+    /// Whether the life that a VM was given to is over.
+    fn life_over(&self, place: Incarnation, view: &dyn ClusterView) -> bool {
+        if mutants::active(Mutant::FailureIgnored) {
+            return false;
+        }
+        let gone = self.state.hosts.get(&place.host).is_some_and(|h| h.gone_boot >= place.generation);
+        gone || view.boot(place.host) > place.generation
+            || self.state.hosts.get(&place.host).is_some_and(|h| h.boot > place.generation)
+            || view.verdict(place.host) == Verdict::Left
+    }
+
+    fn reported(&self, place: Incarnation, vm: VmId, epoch: u64) -> Option<Option<VmStatus>> {
+        let info = self.reports.get(&place.host).filter(|i| i.report.from == place)?;
+        Some(info.report.vms.iter().find(|r| r.vm == vm && r.epoch == epoch).map(|r| r.status))
+    }
+
+    fn judge_vms(&mut self, now: Time, view: &dyn ClusterView, out: &mut Vec<HaOutput>) {
+        let ids: Vec<VmId> =
+            self.state.vms.iter().filter(|(_, v)| v.place.is_some()).map(|(id, _)| *id).collect();
+        for id in ids {
+            let record = self.state.vms[&id].clone();
+            let Some(place) = record.place else { continue };
+            if let VmPhase::Moving { to } = record.phase {
+                self.judge_move(now, &record, place, to, view, out);
+                continue;
+            }
+            if self.life_over(place, view) {
+                self.lost(now, record, out);
+                continue;
+            }
+            let status = self.reported(place, id, record.epoch);
+            let since = now.since(*self.changed.entry(id).or_insert(now));
+            match (record.wanted, record.phase, status) {
+                // Stopping: repeat until the host has nothing of it.
+                (false, _, Some(None | Some(VmStatus::Refused))) if since > self.config.repeat => {
+                    let phase = VmPhase::Waiting;
+                    self.write_vm(now, VmRecord { place: None, phase, ..record });
+                }
+                (false, ..) => {
+                    let epoch = record.epoch;
+                    self.send(now, id, place.host, Command::Stop { vm: id, epoch }, out);
+                }
+                (true, VmPhase::Starting, Some(Some(VmStatus::Running))) => {
+                    self.write_vm(now, VmRecord { phase: VmPhase::Running, ..record });
+                }
+                (true, _, Some(Some(VmStatus::Refused))) => {
+                    self.avoid.insert(id, (place.host, now + 30_000));
+                    let phase = VmPhase::Waiting;
+                    self.write_vm(now, VmRecord { place: None, phase, ..record });
+                }
+                (true, VmPhase::Starting, None | Some(None)) => {
+                    let command = Command::Start {
+                        spec: record.spec.clone(),
+                        epoch: record.epoch,
+                        gone: self.evidences(),
+                    };
+                    self.send(now, id, place.host, command, out);
+                }
+                // The host has no trace of a VM that ran there: it failed.
+                (true, VmPhase::Running, Some(None)) if since > self.config.repeat => {
+                    self.lost(now, record, out);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn judge_move(
+        &mut self,
+        now: Time,
+        record: &VmRecord,
+        from: Incarnation,
+        to: Incarnation,
+        view: &dyn ClusterView,
+        out: &mut Vec<HaOutput>,
+    ) {
+        let (id, epoch) = (record.spec.id, record.epoch);
+        let at_source = self.reported(from, id, epoch).flatten();
+        let at_target = self.reported(to, id, epoch + 1).flatten();
+        let source_over = self.life_over(from, view);
+        let target_over = self.life_over(to, view);
+        let since = now.since(*self.changed.entry(id).or_insert(now));
+        let arrived = VmRecord { place: Some(to), epoch: epoch + 1, ..record.clone() };
+        if at_target == Some(VmStatus::Running) && !target_over {
+            self.write_vm(now, VmRecord { phase: VmPhase::Running, ..arrived });
+        } else if source_over && target_over {
+            self.lost(now, record.clone(), out);
+        } else if source_over {
+            // Whatever the target holds has to go before the VM starts anew.
+            self.write_vm(now, VmRecord { phase: VmPhase::Starting, ..arrived });
+        } else if target_over || since > self.config.patience {
+            self.write_vm(now, VmRecord { phase: VmPhase::Running, ..record.clone() });
+        } else if at_source.is_some() || self.reported(from, id, epoch).is_none() {
+            if self.due(now, id) {
+                let spec = record.spec.clone();
+                out.push(HaOutput::Send(to.host, Command::Receive { spec, epoch: epoch + 1, from }));
+                self.send(now, id, from.host, Command::Migrate { vm: id, epoch, to }, out);
+            }
+        } else if at_target.is_none() && self.reported(to, id, epoch + 1).is_some() && since > 10_000 {
+            // Neither has it.
+            self.lost(now, record.clone(), out);
+        } else if at_target == Some(VmStatus::Incoming) {
+            let orphan = *self.orphaned.entry(id).or_insert(now);
+            if now.since(orphan) > 15_000 {
+                self.send(now, id, to.host, Command::Stop { vm: id, epoch: epoch + 1 }, out);
+            }
+            return;
+        }
+        self.orphaned.remove(&id);
+    }
+
+    /// Whether a VM has been left alone for a while: a failed move is not tried again at once.
+    pub(super) fn may_move(&self, now: Time, vm: VmId) -> bool {
+        self.changed.get(&vm).is_none_or(|at| now.since(*at) >= 2 * self.config.repeat)
+    }
+
+    /// The lease generations that a host's last report named.
+    pub fn reported_leases(&self, host: HostId) -> &[u64] {
+        self.reports.get(&host).map_or(&[], |i| &i.report.leases)
+    }
+
+    fn due(&self, now: Time, vm: VmId) -> bool {
+        self.sent.get(&vm).is_none_or(|at| now >= *at + self.config.repeat)
+    }
+
+    fn send(&mut self, now: Time, vm: VmId, host: HostId, command: Command, out: &mut Vec<HaOutput>) {
+        if self.due(now, vm) {
+            self.sent.insert(vm, now);
+            out.push(HaOutput::Send(host, command));
+        }
+    }
+
+    fn lost(&mut self, now: Time, record: VmRecord, out: &mut Vec<HaOutput>) {
+        let id = record.spec.id;
+        let again = self.history.note(now, id, &self.config.restart);
+        let phase = if again { VmPhase::Waiting } else { VmPhase::Failed };
+        if !again {
+            out.push(HaOutput::GaveUp(id));
+        }
+        self.write_vm(now, VmRecord { place: None, phase, ..record });
+    }
+
+    fn evidences(&self) -> Evidences {
+        let mut list = Evidences::new();
+        for (host, record) in &self.state.hosts {
+            for (n, generation) in (0u8..).zip(&record.gone) {
+                if *generation > 0 {
+                    list.push((*host, LockspaceId(n), *generation));
+                }
+            }
+        }
+        list
+    }
+
+    /// The hosts that may take VMs, with what they carry.
+    pub(crate) fn candidates(&self, now: Time, view: &dyn ClusterView) -> Vec<HostCapacity> {
+        let mut list = Vec::new();
+        for (host, record) in &self.state.hosts {
+            let Some(info) = self.reports.get(host) else { continue };
+            let alive = view.verdict(*host) == Verdict::Online
+                && info.report.from.generation == record.boot
+                && record.boot > record.gone_boot
+                && now.since(info.at) < 30_000;
+            if !alive || record.maintenance {
+                continue;
+            }
+            let vms = self.state.vms.values().filter(|v| involves(v, *host)).map(|v| v.spec.demand).collect();
+            list.push(HostCapacity { host: *host, capacity: record.capacity, vms, spare: record.spare });
+        }
+        list
+    }
+
+    pub(super) fn sees_volumes(&self, host: HostId, spec: &VmSpec) -> bool {
+        let Some(info) = self.reports.get(&host) else { return false };
+        spec.disks.iter().all(|d| info.report.leases.get(usize::from(d.lockspace.0)).is_some_and(|g| *g > 0))
+    }
+
+    /// Gives waiting VMs a host: by priority, dependencies first, a few at a time.
+    fn place_waiting(&mut self, now: Time, view: &dyn ClusterView) {
+        // Right after the election the hosts have not reported yet.
+        if now.since(self.since) < 2 * self.config.repeat || !view.is_quorate() {
+            return;
+        }
+        let mut queue: Vec<(core::cmp::Reverse<u8>, VmId)> = self
+            .state
+            .vms
+            .iter()
+            .filter(|(_, v)| v.wanted && v.place.is_none() && v.phase == VmPhase::Waiting)
+            .map(|(id, v)| (core::cmp::Reverse(v.spec.priority), *id))
+            .collect();
+        if queue.is_empty() {
+            return;
+        }
+        queue.sort_unstable();
+        let mut hosts = self.candidates(now, view);
+        for (_, id) in queue {
+            let record = self.state.vms[&id].clone();
+            let ready = record
+                .spec
+                .depends_on
+                .iter()
+                .all(|d| self.state.vms.get(d).is_none_or(|v| v.phase == VmPhase::Running || !v.wanted));
+            if !ready || now < self.history.earliest(id, &self.config.restart) {
+                continue;
+            }
+            let avoid = self.avoid.get(&id).filter(|(_, until)| now < *until).map(|(h, _)| *h);
+            let target = hosts
+                .iter()
+                .enumerate()
+                .filter(|(_, h)| {
+                    h.free().fits(record.spec.demand)
+                        && Some(h.host) != avoid
+                        && self.starting_on(h.host) < self.config.restart.parallel
+                        && self.sees_volumes(h.host, &record.spec)
+                })
+                .max_by_key(|(_, h)| (!h.spare, h.free().memory, core::cmp::Reverse(h.host)));
+            let Some((at, host)) = target.map(|(i, h)| (i, h.host)) else { continue };
+            hosts[at].vms.push(record.spec.demand);
+            let place = Some(Incarnation { host, generation: self.state.hosts[&host].boot });
+            let epoch = record.epoch + 1;
+            self.write_vm(now, VmRecord { place, epoch, phase: VmPhase::Starting, ..record });
+        }
+    }
+
+    fn starting_on(&self, host: HostId) -> u32 {
+        let starting =
+            |v: &&VmRecord| v.phase == VmPhase::Starting && v.place.is_some_and(|p| p.host == host);
+        self.state.vms.values().filter(starting).count() as u32
+    }
+
+    /// Carries out a request, or says why not. The state is written with the next step.
+    pub fn request(
+        &mut self,
+        now: Time,
+        request: Request,
+        view: &dyn ClusterView,
+    ) -> Result<(), RequestError> {
+        if !self.loaded || self.pending.is_some() {
+            return Err(RequestError::NotCoordinator);
+        }
+        let vm = |state: &ClusterState, id: VmId| state.vms.get(&id).cloned().ok_or(RequestError::BadVm(id));
+        match request {
+            Request::Start(spec) => {
+                let old = self.state.vms.get(&spec.id);
+                if old.is_some_and(|v| v.wanted || v.place.is_some()) {
+                    return Err(RequestError::BadVm(spec.id));
+                }
+                let epoch = old.map_or(0, |v| v.epoch);
+                self.check_admission(now, &spec, view).map_err(RequestError::Refused)?;
+                self.history.forget(spec.id);
+                self.write_vm(
+                    now,
+                    VmRecord { spec, wanted: true, place: None, epoch, phase: VmPhase::Waiting },
+                );
+            }
+            Request::Stop(id) => {
+                let record = vm(&self.state, id)?;
+                if matches!(record.phase, VmPhase::Moving { .. }) {
+                    return Err(RequestError::BadVm(id));
+                }
+                self.write_vm(now, VmRecord { wanted: false, ..record });
+            }
+            Request::Remove(id) => {
+                let record = vm(&self.state, id)?;
+                if record.place.is_some() {
+                    return Err(RequestError::BadVm(id));
+                }
+                self.state.vms.remove(&id);
+                self.dirty.push(Update::Forget(id));
+            }
+            Request::Move(id, host) => {
+                let record = vm(&self.state, id)?;
+                let fits = self.candidates(now, view).iter().any(|h| {
+                    h.host == host
+                        && h.free().fits(record.spec.demand)
+                        && self.sees_volumes(host, &record.spec)
+                });
+                if !fits {
+                    return Err(RequestError::BadHost(host));
+                }
+                if !record.wanted
+                    || record.phase != VmPhase::Running
+                    || record.place.is_none_or(|p| p.host == host)
+                {
+                    return Err(RequestError::BadVm(id));
+                }
+                let to = Incarnation { host, generation: self.state.hosts[&host].boot };
+                self.write_vm(now, VmRecord { phase: VmPhase::Moving { to }, ..record });
+            }
+            Request::Maintenance(host, on) => {
+                let mut record = self.state.hosts.get(&host).cloned().ok_or(RequestError::BadHost(host))?;
+                record.maintenance = on;
+                self.write_host(host, record);
+            }
+            Request::Retry(id) => {
+                let record = vm(&self.state, id)?;
+                if record.phase != VmPhase::Failed {
+                    return Err(RequestError::BadVm(id));
+                }
+                self.history.forget(id);
+                self.write_vm(now, VmRecord { phase: VmPhase::Waiting, ..record });
+            }
+        }
+        Ok(())
+    }
+
+    /// Waiting VMs count as placed on the emptiest host, so that a burst of starts cannot eat the reserve.
+    fn check_admission(&self, now: Time, spec: &VmSpec, view: &dyn ClusterView) -> Result<(), Refusal> {
+        let mut hosts = self.candidates(now, view);
+        let emptiest = |hosts: &[HostCapacity]| {
+            (0..hosts.len()).max_by_key(|i| (!hosts[*i].spare, hosts[*i].free().memory))
+        };
+        let waiting = self.state.vms.values().filter(|v| v.wanted && v.place.is_none());
+        for v in waiting {
+            let at = emptiest(&hosts).ok_or(Refusal::NoRoom)?;
+            hosts[at].vms.push(v.spec.demand);
+        }
+        let at = emptiest(&hosts).ok_or(Refusal::NoRoom)?;
+        admission::admit(&self.config.admission, &hosts, hosts[at].host, spec.demand)
+    }
+}
+
+/// Whether a VM uses room on a host: it is placed there or moves there.
+fn involves(v: &VmRecord, host: HostId) -> bool {
+    v.place.is_some_and(|p| p.host == host) || matches!(v.phase, VmPhase::Moving { to } if to.host == host)
+}

@@ -1,0 +1,18 @@
+//! High availability: which VM runs where, and what happens when a host or a VM fails.
+//!
+//! The [`HaManager`] runs on the coordinator. Every decision is written to the store, with the
+//! coordinator's token, before it is acted on.
+
+mod admission;
+mod evacuate;
+mod manager;
+mod records;
+mod restart;
+
+pub use admission::{AdmissionPolicy, HostCapacity, Refusal, admit, survives};
+pub use manager::{ClusterView, HaConfig, HaInput, HaManager, HaOutput, Request, RequestError, WriteResult};
+pub use records::{
+    ClusterState, Command, Evidences, HostRecord, Report, Update, VmPhase, VmRecord, VmReport, VmSpec,
+    VmStatus,
+};
+pub use restart::{RestartConfig, RestartHistory};
