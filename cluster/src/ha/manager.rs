@@ -340,7 +340,7 @@ impl HaManager {
         self.dirty.push(Update::Vm(record));
     }
 
-    /// Asks for fencing where a host with VMs is lost.
+    /// Asks for fencing where a host is lost.
     fn judge_hosts(&mut self, now: Time, view: &dyn ClusterView, out: &mut Vec<HaOutput>) {
         if mutants::active(Mutant::FailureIgnored) {
             return;
@@ -363,8 +363,8 @@ impl HaManager {
             };
             let boot = record.boot.max(view.boot(host));
             let over = record.gone_boot >= boot;
-            let concerned = self.state.vms.values().any(|v| involves(v, host));
-            if lost && !over && concerned && may_fence {
+            // A host without VMs may still own locks, so it is fenced too.
+            if lost && !over && may_fence {
                 out.push(HaOutput::Fence(Incarnation { host, generation: boot }));
             } else if !lost {
                 out.push(HaOutput::CancelFence(host));

@@ -38,6 +38,8 @@ struct Fencing {
     wake: Time,
     /// The lease generations known when the power state was last asked for.
     generations: Vec<Generation>,
+    /// "Off" was sent: there is no way back, and the host is to be switched on again afterwards.
+    switched_off: bool,
 }
 
 /// One host of the cluster.

@@ -6,6 +6,7 @@ use crate::fence::{Evidence, FenceAction, FenceConfig, FenceInput, FenceOutput, 
 use crate::ha::{ClusterView, HaInput, HaOutput, Report};
 use crate::lease::DiskLife;
 use crate::membership::{CoordInput, CoordOutput, Membership, MembershipInput, MembershipOutput, Verdict};
+use crate::mutants::{self, Mutant};
 use crate::types::{Generation, HostId, Incarnation, LockspaceId, Time};
 
 /// The membership as the HA manager sees it.
@@ -61,7 +62,8 @@ impl Node {
                     if quorate {
                         self.stopping_all = false;
                     }
-                    self.coordinator_input(now, CoordInput::Eligible(quorate && !self.leaving), out);
+                    let eligible = quorate || mutants::active(Mutant::FenceWithoutQuorum);
+                    self.coordinator_input(now, CoordInput::Eligible(eligible && !self.leaving), out);
                 }
                 MembershipOutput::WantWitness(wanted) => self.want_witness(now, wanted, out),
                 MembershipOutput::StopVms => {
@@ -112,7 +114,9 @@ impl Node {
                     out.push(NodeOutput::Store(StoreRequest::Write { op, token, updates }));
                 }
                 HaOutput::Fence(target) => self.start_fencing(now, target, out),
-                HaOutput::CancelFence(host) => self.fencings.retain(|f| f.fencer.target().host != host),
+                HaOutput::CancelFence(host) => {
+                    self.fencings.retain(|f| f.fencer.target().host != host || f.switched_off);
+                }
                 HaOutput::Send(host, command) => {
                     let token = leads.unwrap_or(0);
                     if host == self.me.host {
@@ -140,6 +144,7 @@ impl Node {
             fencer: Fencer::new(now, target, config),
             wake: now,
             generations: Vec::new(),
+            switched_off: false,
         });
         out.push(NodeOutput::FencingStarted(target));
         self.fence_input(now, serial, FenceInput::Tick, out);
@@ -169,8 +174,12 @@ impl Node {
         for e in events {
             match e {
                 FenceOutput::Run { op, device, action } => {
-                    if action == FenceAction::Status {
-                        self.fencings[at].generations = self.known_generations(target.host);
+                    match action {
+                        FenceAction::Status => {
+                            self.fencings[at].generations = self.known_generations(target.host);
+                        }
+                        FenceAction::Off => self.fencings[at].switched_off = true,
+                        FenceAction::On => {}
                     }
                     out.push(NodeOutput::Fence { serial, target, op, device, action });
                 }
@@ -189,7 +198,7 @@ impl Node {
     fn on_fenced(&mut self, now: Time, fencing: Fencing, evidence: Evidence, out: &mut Vec<NodeOutput>) {
         let target = fencing.fencer.target();
         let generations = match evidence {
-            Evidence::PowerOff => fencing.generations,
+            Evidence::PowerOff => fencing.generations.clone(),
             Evidence::DeadTime | Evidence::Operator => self.known_generations(target.host),
         };
         for (n, generation) in (0u8..).zip(&generations) {
@@ -197,7 +206,7 @@ impl Node {
         }
         out.push(NodeOutput::Fenced(target, evidence));
         self.ha_input(now, HaInput::Gone { target, generations }, out);
-        if evidence == Evidence::PowerOff {
+        if evidence == Evidence::PowerOff && fencing.switched_off {
             let config = self.config.fencing.iter().find(|f| f.host == target.host);
             let first = config.and_then(|f| f.config.levels.first());
             for device in first.cloned().unwrap_or_default() {
@@ -217,7 +226,9 @@ impl Node {
             self.fencings.iter().map(|f| (f.serial, f.fencer.target().host)).collect();
         for (serial, host) in targets {
             let recorded = self.ha.state().and_then(|s| s.hosts.get(&host)).is_some_and(|h| h.watchdog);
-            let watchdog = recorded || self.watchdogs.contains(host);
+            let watchdog = recorded
+                || self.watchdogs.contains(host)
+                || mutants::active(Mutant::DeadTimeWithoutWatchdogDevice);
             if watchdog && Self::disk_life(&self.volumes, host) == DiskLife::Dead {
                 self.fence_input(now, serial, FenceInput::DeadTimePassed, out);
             }

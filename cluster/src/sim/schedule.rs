@@ -61,6 +61,8 @@ pub enum FaultKind {
     CompletionLate(u8, u8),
     /// The host's writes land seconds late, even after it was reset.
     WritesLate(u8, u8),
+    /// The host's I/O to every volume fails.
+    StorageFails(u8),
     /// The volume fails for every host.
     VolumeLost(u8),
     /// The host's power controller does not answer.
@@ -127,11 +129,15 @@ pub(super) const VMS: u8 = 6;
 pub(super) const VOLUMES: u8 = 2;
 
 impl Schedule {
-    /// The schedule that `seed` stands for: 5 hosts (sometimes 4), six faults.
+    /// The schedule that `seed` stands for: 5 hosts (sometimes 4), six faults. Of odd seeds all faults
+    /// strike one host and one volume, close together.
     pub fn random(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let hosts: u8 = if rng.chance(15) { 4 } else { 5 };
         let no_watchdog = if rng.chance(35) { 1 << rng.range(1, u64::from(hosts) + 1) } else { 0 };
+        if seed % 2 == 1 {
+            return Schedule::focused(seed, rng, hosts, no_watchdog);
+        }
         let mut down = 0;
         let faults = (0..6)
             .map(|_| {
@@ -143,6 +149,48 @@ impl Schedule {
             })
             .collect();
         Schedule { seed, hosts, no_watchdog, faults }
+    }
+    fn focused(seed: u64, mut rng: Rng, hosts: u8, no_watchdog: u32) -> Self {
+        let victim = if no_watchdog > 0 && rng.chance(60) {
+            no_watchdog.trailing_zeros() as u8
+        } else {
+            rng.range(1, u64::from(hosts) + 1) as u8
+        };
+        let volume = rng.range(0, u64::from(VOLUMES)) as u8;
+        let start = rng.range(FIRST, 140_000);
+        let faults = (0..6)
+            .map(|_| {
+                let at = start + rng.range(0, 40_000);
+                let longest = if rng.chance(30) { 15_000 } else { 220_000 };
+                let length = rng.range(500, longest).min(HEALED - at);
+                Fault { at, length, kind: focused_kind(&mut rng, hosts, victim, volume) }
+            })
+            .collect();
+        Schedule { seed, hosts, no_watchdog, faults }
+    }
+}
+
+/// Faults that make each other worse on one host.
+fn focused_kind(rng: &mut Rng, hosts: u8, victim: u8, volume: u8) -> FaultKind {
+    match rng.range(0, 20) {
+        0 | 1 => FaultKind::Isolate(victim),
+        2 => FaultKind::Split(if victim > hosts / 2 { hosts - 1 } else { victim }),
+        3 | 4 => FaultKind::StorageFails(victim),
+        5 => FaultKind::VolumeFails(victim, volume),
+        6 | 7 => FaultKind::Unkillable(victim),
+        8 => FaultKind::PauseAgent(victim),
+        9 => FaultKind::PauseHost(victim),
+        10 => FaultKind::Reset(victim),
+        11 => FaultKind::CompletionLost(victim, volume),
+        12 => FaultKind::CompletionLate(victim, volume),
+        13 => FaultKind::WritesLate(victim, volume),
+        14 => FaultKind::BmcDead(victim),
+        15 | 16 => FaultKind::BmcLies(victim),
+        17 => FaultKind::Hang(victim),
+        18 => FaultKind::Maintenance(victim),
+        _ => {
+            FaultKind::Move(rng.range(1, u64::from(VMS) + 1) as u8, rng.range(1, u64::from(hosts) + 1) as u8)
+        }
     }
 }
 

@@ -72,8 +72,9 @@ impl SimHost {
 
     /// When the host's own clock will show `local`.
     pub(super) fn global(&self, local: Time) -> u64 {
-        let elapsed = local.0.saturating_sub(1000) as i64;
-        let real = elapsed - elapsed * self.drift / 1_000_000 + 1;
+        let elapsed = local.0.saturating_sub(1000).min(1 << 40) as i64;
+        let rate = 1_000_000 + self.drift;
+        let real = (elapsed * 1_000_000 + rate - 1) / rate;
         self.booted_at + real.max(0) as u64
     }
 }

@@ -10,7 +10,7 @@ use super::exec::{DiskOp, ProcEvent};
 use super::schedule::{END, Fault, FaultKind, Rng, Schedule, VMS, VOLUMES};
 use super::state::{Area, Bmc, IoFaults, Network, ProcState, SimHost, Store, Volume};
 use crate::fence::{FenceAction, FenceConfig};
-use crate::ha::{ClusterState, HaConfig, Request, VmSpec};
+use crate::ha::{ClusterState, HaConfig, Request, VmPhase, VmSpec};
 use crate::lease::{DeltaRecord, LeaseStatus, Timing};
 use crate::lock::Leader;
 use crate::membership::MembershipConfig;
@@ -484,6 +484,11 @@ impl World {
                     io(self, h, v, &|f| f.fails = if on { f.fails + 1 } else { f.fails - 1 });
                 }
             }
+            FaultKind::StorageFails(h) => {
+                for v in 0..VOLUMES {
+                    io(self, h, v, &|f| f.fails = if on { f.fails + 1 } else { f.fails - 1 });
+                }
+            }
             FaultKind::VolumeSlow(h, v) => io(self, h, v, &|f| f.slow = on),
             FaultKind::CompletionLost(h, v) => io(self, h, v, &|f| f.completion_lost = on),
             FaultKind::CompletionLate(h, v) => io(self, h, v, &|f| f.completion_late = on),
@@ -624,7 +629,12 @@ impl World {
                 !leader.is_free() && lost(leader.owner.host)
             });
             let hopeless = locked || v.place.is_some_and(|p| lost(p.host));
-            check::should_run(v.phase, v.wanted) && !running && !hopeless
+            let waits = v.place.is_none()
+                && v.spec
+                    .depends_on
+                    .iter()
+                    .any(|d| self.store.state.vms.get(d).is_some_and(|d| d.phase != VmPhase::Running));
+            check::should_run(v.phase, v.wanted) && !waits && !running && !hopeless
         });
         if let Some((id, _)) = missing {
             self.violate(Violation::NotRestarted(*id));

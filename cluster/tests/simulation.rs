@@ -1,0 +1,57 @@
+//! Random fault schedules against whole simulated clusters, and proof that the simulator finds bugs.
+
+use cluster::mutants::Mutant;
+use cluster::sim::{Schedule, run, shrink};
+
+/// Schedules that broke an invariant once.
+const REGRESSIONS: &[u64] = &[91, 305, 487, 841];
+
+fn check(seed: u64) {
+    let schedule = Schedule::random(seed);
+    if let Some((at, violation)) = run(&schedule, None).violation {
+        panic!("{violation} at {at} ms\n{}", shrink(&schedule, None));
+    }
+}
+
+#[test]
+fn regressions_hold() {
+    REGRESSIONS.iter().copied().for_each(check);
+}
+
+#[test]
+fn random_schedules_hold() {
+    let count = if std::env::var_os("NACRE_LONG").is_some() { 100_000 } else { 2000 };
+    std::thread::scope(|s| {
+        for half in 0..2 {
+            s.spawn(move || (0..count / 2).map(|i| 2 * i + half).for_each(check));
+        }
+    });
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let schedule = Schedule::random(4242);
+    let first = run(&schedule, None);
+    assert_eq!(first, run(&schedule, None));
+    assert!(first.events > 10_000 && first.starts >= 6);
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    let found = |mutant: Mutant| {
+        (0..600).find(|seed| run(&Schedule::random(*seed), Some(mutant)).violation.is_some())
+    };
+    let quick = [
+        Mutant::RenewalCountedFromCompletion,
+        Mutant::OwnerLivenessIgnored,
+        Mutant::TargetRunsBeforeHandOver,
+        Mutant::CoordinatorNeverStepsDown,
+        Mutant::WriteWithoutToken,
+        Mutant::AdmissionIgnoresReserve,
+        Mutant::NoRestartLimit,
+        Mutant::FailureIgnored,
+    ];
+    for mutant in quick {
+        assert!(found(mutant).is_some(), "{mutant:?} was not found");
+    }
+}
