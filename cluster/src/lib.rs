@@ -5,6 +5,7 @@
 //! simulator drives the same code in the tests.
 #![deny(unsafe_code)]
 
+pub mod drs;
 pub mod fence;
 pub mod ha;
 pub mod lease;

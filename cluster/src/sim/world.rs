@@ -462,9 +462,15 @@ impl World {
             FaultKind::Lossy(h, percent) => {
                 self.network.loss[ix(h)] = if on { u64::from(percent) } else { 0 };
             }
-            FaultKind::PauseHost(h) if on => self.hosts[ix(h)].paused_until = until,
+            FaultKind::PauseHost(h) if on => {
+                let h = &mut self.hosts[ix(h)];
+                h.paused_until = h.paused_until.max(until);
+            }
             FaultKind::Hang(h) if on => self.hosts[ix(h)].paused_until = END + 1,
-            FaultKind::PauseAgent(h) if on => self.hosts[ix(h)].agent_paused_until = until,
+            FaultKind::PauseAgent(h) if on => {
+                let h = &mut self.hosts[ix(h)];
+                h.agent_paused_until = h.agent_paused_until.max(until);
+            }
             FaultKind::Reset(h) if on => self.reset(ix(h)),
             FaultKind::PowerLoss(h) if on => {
                 self.power_off(ix(h));
