@@ -5,6 +5,7 @@
 //! simulator drives the same code in the tests.
 #![deny(unsafe_code)]
 
+pub mod adapters;
 pub mod drs;
 pub mod fence;
 pub mod ha;
@@ -16,4 +17,5 @@ pub mod node;
 pub mod ondisk;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+pub mod store;
 pub mod types;

@@ -4,7 +4,7 @@ use cluster::mutants::Mutant;
 use cluster::sim::{Schedule, run, shrink};
 
 /// Schedules that broke an invariant once.
-const REGRESSIONS: &[u64] = &[91, 305, 487, 841];
+const REGRESSIONS: &[u64] = &[91, 305, 487, 841, 4815];
 
 fn check(seed: u64) {
     let schedule = Schedule::random(seed);
@@ -46,7 +46,9 @@ fn planted_bugs_are_found() {
         Mutant::OwnerLivenessIgnored,
         Mutant::TargetRunsBeforeHandOver,
         Mutant::CoordinatorNeverStepsDown,
-        Mutant::WriteWithoutToken,
+        Mutant::FenceWithoutQuorum,
+        Mutant::DeadTimeWithoutWatchdog,
+        Mutant::FenceTrustsExitStatus,
         Mutant::AdmissionIgnoresReserve,
         Mutant::NoRestartLimit,
         Mutant::FailureIgnored,

@@ -1,0 +1,15 @@
+//! The outside world: lease volumes, network, watchdog, fence agents, journal, actions.
+//!
+//! Each adapter is thin: it carries out what a state machine asked for and hands the result back.
+
+mod disk;
+mod fence_agent;
+mod journal;
+mod udp;
+mod watchdog;
+
+pub use disk::{DiskError, LeaseDisk, LeaseVolume};
+pub use fence_agent::{AgentError, FenceAgent};
+pub use journal::{Action, ActionRunner, Event, Journal, JournalError, Rule, Severity};
+pub use udp::{Links, NetError};
+pub use watchdog::{Watchdog, WatchdogError};
