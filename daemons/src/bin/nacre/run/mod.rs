@@ -1,10 +1,13 @@
 //! `nacre run`: one machine in this process, its console on the terminal.
 
+mod metrics;
 mod options;
 mod pairs;
 mod terminal;
 
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use vmm_core::machine::{ConsoleConfig, StopReason, Vm, VmConfig, VmEvent};
@@ -25,10 +28,14 @@ pub const EXIT_GUEST: u8 = 64;
 
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let restart = args.restart();
+    let metrics = args.metrics();
     let config = args.config()?;
     let signals = terminal::Signals::block()?;
     loop {
-        let reason = run_once(&config, &signals)?;
+        let mut reason = run_once(&config, &signals, metrics.as_deref())?;
+        if signals.received() {
+            reason = StopReason::Stopped;
+        }
         if restart && reason == StopReason::Reset {
             continue;
         }
@@ -44,13 +51,18 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn run_once(config: &VmConfig, signals: &terminal::Signals) -> anyhow::Result<StopReason> {
+fn run_once(
+    config: &VmConfig,
+    signals: &terminal::Signals,
+    metrics: Option<&Path>,
+) -> anyhow::Result<StopReason> {
     let mut builder = Vm::builder(config.clone());
     let escape = Escape::default();
     if config.console == ConsoleConfig::Stdio {
         builder = builder.input_filter(escape.filter());
     }
-    let vm = builder.build()?;
+    let vm = Arc::new(builder.build()?);
+    let metrics = metrics.map(|path| metrics::Server::start(path, Arc::downgrade(&vm))).transpose()?;
     // From here on every way out restores the terminal: `Terminal` does it when it is dropped.
     let terminal = match config.console {
         ConsoleConfig::Stdio => Terminal::raw().context("Cannot set up the terminal")?,
@@ -65,6 +77,7 @@ fn run_once(config: &VmConfig, signals: &terminal::Signals) -> anyhow::Result<St
     }
     vm.start()?;
     let reason = vm.wait();
+    drop(metrics);
     drop(vm);
     drop(terminal);
     Ok(reason)

@@ -80,6 +80,9 @@ pub struct Args {
     /// Where the serial console goes: stdio, pty, socket=PATH, file=PATH or off [default: stdio].
     #[arg(long, value_name = "WHERE", value_parser = parse_console)]
     console: Option<ConsoleConfig>,
+    /// Offer counters in the text format of Prometheus, over HTTP on this Unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    metrics: Option<PathBuf>,
     /// Start the guest again when it asks for a reset.
     #[arg(long)]
     restart: bool,
@@ -104,6 +107,10 @@ enum Accel {
 impl Args {
     pub fn restart(&self) -> bool {
         self.restart
+    }
+
+    pub fn metrics(&self) -> Option<PathBuf> {
+        self.metrics.clone()
     }
 
     /// The configuration that the file and the options describe.

@@ -92,6 +92,7 @@ fn filter(escaped: &mut bool, input: &mut Vec<u8>) -> bool {
 /// The signals that end a machine, blocked in all threads and waited for by one.
 pub struct Signals {
     set: libc::sigset_t,
+    received: Arc<AtomicBool>,
 }
 
 /// The thread that waits for signals; dropping it ends it.
@@ -116,12 +117,22 @@ impl Signals {
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut())
         };
-        if error != 0 { Err(io::Error::from_raw_os_error(error)) } else { Ok(Self { set }) }
+        if error != 0 {
+            Err(io::Error::from_raw_os_error(error))
+        } else {
+            Ok(Self { set, received: Arc::default() })
+        }
+    }
+
+    /// Whether a signal asked to end, also one that came while a machine was stopping by itself.
+    pub fn received(&self) -> bool {
+        self.received.load(Ordering::SeqCst)
     }
 
     /// Stops the machine at the first signal.
     pub fn watch(&self, stopper: Stopper) -> io::Result<Watch> {
         let set = self.set;
+        let received = self.received.clone();
         let done = Arc::new(AtomicBool::new(false));
         let ended = done.clone();
         let thread =
@@ -130,11 +141,12 @@ impl Signals {
                     let mut signal = 0;
                     // SAFETY: both are live variables.
                     let error = unsafe { libc::sigwait(&set, &mut signal) };
-                    if ended.load(Ordering::SeqCst) || error != 0 {
-                        return;
-                    }
-                    if signal != WAKE {
+                    if error == 0 && signal != WAKE {
+                        received.store(true, Ordering::SeqCst);
                         stopper.stop();
+                    }
+                    if error != 0 || ended.load(Ordering::SeqCst) {
+                        return;
                     }
                 }
             })?;

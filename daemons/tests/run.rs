@@ -1,0 +1,221 @@
+//! The contract of `nacre run`: exit status, errors in one line, the terminal.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::pty::openpty;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{Termios, tcgetattr};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// An ELF file with a PVH note around 32-bit code that is linked at 1 MiB.
+fn kernel(dir: &TempDir, name: &str, code: &[u8]) -> PathBuf {
+    let mut f = Vec::new();
+    f.extend(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0");
+    f.extend(0x10_0000u64.to_le_bytes());
+    f.extend(64u64.to_le_bytes());
+    f.extend([0; 12]);
+    for n in [64u16, 56, 2, 0, 0, 0] {
+        f.extend(n.to_le_bytes());
+    }
+    for (kind, offset, address, len) in [(1u32, 0x400u64, 0x10_0000u64, code.len() as u64), (4, 0x200, 0, 20)]
+    {
+        f.extend(kind.to_le_bytes());
+        f.extend(7u32.to_le_bytes());
+        for n in [offset, address, address, len, len, 4] {
+            f.extend(n.to_le_bytes());
+        }
+    }
+    f.resize(0x200, 0);
+    f.extend(*b"\x04\0\0\0\x04\0\0\0\x12\0\0\0Xen\0\0\0\x10\0");
+    f.resize(0x400, 0);
+    f.extend(code);
+    let path = dir.path().join(name);
+    std::fs::write(&path, f).unwrap();
+    path
+}
+
+/// `mov dx, port; mov al, value; out dx, al`
+fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
+}
+
+fn print(text: &str) -> Vec<u8> {
+    text.bytes().flat_map(|byte| out(0x3f8, byte)).collect()
+}
+
+/// `jmp $`
+const FOREVER: [u8; 2] = [0xeb, 0xfe];
+
+fn power_off() -> Vec<u8> {
+    // mov dx, 0x604; mov ax, 0x3400; out dx, ax
+    let mut code = vec![0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef];
+    code.extend(FOREVER);
+    code
+}
+
+fn nacre(kernel: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nacre"));
+    command.args(["run", "--accel", "soft", "--kernel"]).arg(kernel);
+    command.stdin(Stdio::null());
+    command
+}
+
+#[test]
+fn each_end_has_its_exit_status() {
+    let dir = TempDir::new().unwrap();
+    let reset = [print("r"), out(0x64, 0xfe), FOREVER.to_vec()].concat();
+    let ends = [
+        (power_off(), 0),
+        (reset, 3),
+        ([out(0x505, 1), FOREVER.to_vec()].concat(), 4),
+        (vec![0x0f, 0x0b], 5),
+        ([out(0xf4, 7), FOREVER.to_vec()].concat(), 71),
+    ];
+    for (code, status) in ends {
+        let code = [print("hello\n"), code].concat();
+        let output = nacre(&kernel(&dir, "k", &code)).arg("--debug-ports").output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{output:?}");
+        assert!(output.stdout.starts_with(b"hello\n"), "{output:?}");
+    }
+}
+
+/// Fails with status 1 and one line that names what is wrong.
+#[track_caller]
+fn refused(output: &Output, words: &[&str]) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("nacre: ") && text.lines().count() == 1, "{text}");
+    for word in words {
+        assert!(text.contains(word), "{word} is missing: {text}");
+    }
+}
+
+#[test]
+fn errors_are_one_line_that_says_what_to_do() {
+    let dir = TempDir::new().unwrap();
+    let good = kernel(&dir, "good", &power_off());
+    refused(
+        &nacre(Path::new("/nonexistent")).output().unwrap(),
+        &["kernel", "/nonexistent", "check the path"],
+    );
+    let text = dir.path().join("text");
+    std::fs::write(&text, "no kernel").unwrap();
+    refused(&nacre(&text).output().unwrap(), &["neither a bzImage nor an ELF"]);
+    let cut = dir.path().join("cut");
+    std::fs::write(&cut, &std::fs::read(&good).unwrap()[..0x300]).unwrap();
+    refused(&nacre(&cut).output().unwrap(), &["truncated"]);
+    refused(&nacre(&good).args(["--memory", "100T"]).output().unwrap(), &["memory of"]);
+    refused(&nacre(&good).args(["--cpus", "300"]).output().unwrap(), &["300 vCPUs"]);
+    refused(&nacre(&good).args(["--net", "unix=/nonexistent"]).output().unwrap(), &["Nobody listens"]);
+
+    let disk = dir.path().join("disk");
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let option = format!("path={},format=raw", disk.display());
+    let held = blockfmt::OpenOptions::new(blockfmt::Format::Raw).open(&disk).unwrap();
+    // Nothing half-made is left: not even the socket of the console.
+    let socket = dir.path().join("console");
+    let console = format!("socket={}", socket.display());
+    let output = nacre(&good).args(["--disk", &option, "--console", &console]).output().unwrap();
+    refused(&output, &["disk"]);
+    assert!(!socket.exists());
+    drop(held);
+    assert!(nacre(&good).args(["--disk", &option]).status().unwrap().success());
+}
+
+/// A `nacre run` on a terminal of its own.
+struct Session {
+    child: Child,
+    master: File,
+    slave: OwnedFd,
+    before: Termios,
+}
+
+impl Session {
+    fn start(command: &mut Command) -> Self {
+        let pty = openpty(None, None).unwrap();
+        let before = tcgetattr(pty.slave.as_fd()).unwrap();
+        let end = || Stdio::from(pty.slave.try_clone().unwrap());
+        let child = command.stdin(end()).stdout(end()).stderr(Stdio::piped()).spawn().unwrap();
+        Self { child, master: pty.master.into(), slave: pty.slave, before }
+    }
+
+    /// Reads until the guest printed `text`.
+    fn expect(&mut self, text: &str) {
+        let mut seen = Vec::new();
+        while !seen.windows(text.len()).any(|w| w == text.as_bytes()) {
+            let mut byte = [0];
+            self.master.read_exact(&mut byte).unwrap();
+            seen.push(byte[0]);
+        }
+    }
+
+    /// Waits for the end; the terminal must be as before.
+    fn end(mut self, status: i32) {
+        let ended = self.child.wait().unwrap();
+        assert_eq!((ended.code(), ended.signal()), (Some(status), None));
+        let after = tcgetattr(self.slave.as_fd()).unwrap();
+        assert!(after == self.before, "{after:?} was {:?}", self.before);
+    }
+}
+
+#[test]
+fn the_terminal_is_raw_during_a_session_and_restored_after_it() {
+    let dir = TempDir::new().unwrap();
+    let forever = kernel(&dir, "forever", &[print("ready"), FOREVER.to_vec()].concat());
+    let mut session = Session::start(&mut nacre(&forever));
+    session.expect("ready");
+    assert!(tcgetattr(session.slave.as_fd()).unwrap() != session.before, "raw");
+    session.master.write_all(b"\x01x").unwrap();
+    session.end(6);
+
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let mut session = Session::start(&mut nacre(&forever));
+        session.expect("ready");
+        kill(Pid::from_raw(session.child.id() as i32), signal).unwrap();
+        session.end(6);
+    }
+
+    let mut session = Session::start(&mut nacre(&kernel(&dir, "off", &[print("bye"), power_off()].concat())));
+    session.expect("bye");
+    session.end(0);
+}
+
+#[test]
+fn restart_boots_again_after_each_reset() {
+    let dir = TempDir::new().unwrap();
+    let code = [print("again "), out(0x64, 0xfe), FOREVER.to_vec()].concat();
+    let mut session = Session::start(nacre(&kernel(&dir, "k", &code)).arg("--restart"));
+    for _ in 0..3 {
+        session.expect("again ");
+    }
+    kill(Pid::from_raw(session.child.id() as i32), Signal::SIGTERM).unwrap();
+    session.end(6);
+}
+
+#[test]
+fn metrics_are_served_on_a_socket() {
+    let dir = TempDir::new().unwrap();
+    let socket = dir.path().join("metrics");
+    let forever = kernel(&dir, "forever", &[print("ready"), FOREVER.to_vec()].concat());
+    let mut session = Session::start(nacre(&forever).arg("--metrics").arg(&socket));
+    session.expect("ready");
+    let mut client = UnixStream::connect(&socket).unwrap();
+    client.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    client.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.0 200 OK\r\n"), "{text}");
+    assert!(text.contains("nacre_bus_port_writes_total{vm=\"nacre\"} 5\n"), "{text}");
+    session.master.write_all(b"\x01x").unwrap();
+    session.end(6);
+    assert!(!socket.exists());
+}
