@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use super::layout::{INSTRUCTION, Mode};
 
-use iced_x86::{Code, CpuidFeature as F, Decoder, DecoderOptions, Instruction, Mnemonic as M, OpKind};
+use iced_x86::{
+    Code, CpuidFeature as F, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic as M, OpKind,
+};
 
 /// Prefixes, opcode and ModRM byte that select a form.
 #[derive(Clone, Copy, Debug)]
@@ -159,7 +161,10 @@ pub fn is_testable(instruction: &Instruction) -> bool {
                 | F::POPCNT
                 | F::PREFETCHW
                 | F::CET_IBT
-        )
+                // Executed as BSF and BSR.
+                | F::BMI1
+                | F::LZCNT
+        ) && instruction.encoding() == EncodingKind::Legacy
     });
     let on_request = instruction.cpuid_features().iter().all(|feature| match feature {
         F::AES => is_x86_feature_detected!("aes"),
@@ -180,9 +185,7 @@ pub fn is_testable(instruction: &Instruction) -> bool {
             // They show the host's time, load or identity.
             | M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Cpuid
             // Hypervisors under the host get its return address wrong.
-            | M::Int1
-            // The host knows them, the guest's processor does not.
-            | M::Tzcnt | M::Lzcnt | M::Monitor | M::Mwait | M::Xgetbv | M::Xsetbv
+            | M::Int1 // The host knows them, the guest's processor does not. | M::Monitor | M::Mwait | M::Xgetbv | M::Xsetbv
     );
     let far = instruction.is_jmp_far()
         || instruction.is_call_far()

@@ -26,6 +26,19 @@ pub struct Encoding {
     pub fpu: bool,
 }
 
+impl Encoding {
+    /// What the host shall execute: `TZCNT` and `LZCNT` are `BSF` and `BSR` to a processor that does not
+    /// announce them, so their prefix gives way to one without effect.
+    pub fn native_bytes(&self) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        if matches!(self.instruction.mnemonic(), M::Tzcnt | M::Lzcnt) {
+            let opcode = bytes.iter().position(|&byte| byte == 0x0f).unwrap_or(0);
+            bytes[..opcode].iter_mut().filter(|byte| **byte == 0xf3).for_each(|byte| *byte = 0x3e);
+        }
+        bytes
+    }
+}
+
 /// A random encoding of the form; `None` if this attempt is not usable.
 pub fn encoding(mode: Mode, form: &Form, random: &mut Random) -> Option<Encoding> {
     encoding_at(mode, form, INSTRUCTION, Addressing::Any, random)
@@ -208,6 +221,8 @@ fn is_safe(instruction: &Instruction) -> bool {
         M::Jmp | M::Call => register(0) != Some(Register::RSP),
         // AMD processors let a repeat prefix override which value of ZF ends the loop.
         M::Loope | M::Loopne => !instruction.has_rep_prefix() && !instruction.has_repne_prefix(),
+        // `native_bytes` puts another segment prefix in.
+        M::Tzcnt | M::Lzcnt => instruction.segment_prefix() == Register::None,
         // With REX.B it is XCHG, which the decoder does not see.
         M::Pause => instruction.len() == 2,
         _ => true,

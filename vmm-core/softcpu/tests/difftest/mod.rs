@@ -99,7 +99,7 @@ impl Machines {
 
     fn test_form(&mut self, mode: Mode, form: &Form, random: &mut Random, summary: &mut Summary) {
         let Some(encoding) = (0..20).find_map(|_| generate::encoding(mode, form, random)) else { return };
-        self.native.place(mode, &encoding.bytes, encoding.fpu);
+        self.native.place(mode, &encoding.native_bytes(), encoding.fpu);
         self.soft.place(&encoding.bytes);
         let mut patches = Patches::new();
         for _ in 0..INPUTS {

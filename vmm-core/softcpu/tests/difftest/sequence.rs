@@ -38,6 +38,9 @@ pub fn usable(form: &Form) -> bool {
             example.mnemonic(),
             M::Enter | M::Leave | M::Popf | M::Popfd | M::Popfq | M::Popa | M::Popad | M::Pusha | M::Pushad
                 | M::Xlatb | M::Maskmovq | M::Maskmovdqu | M::Cmpxchg16b
+                // The host would run something else.
+                | M::Tzcnt
+                | M::Lzcnt
                 // Undefined results.
                 | M::Shld | M::Shrd
                 // They load state that later instructions fault on, or unmask its exceptions.

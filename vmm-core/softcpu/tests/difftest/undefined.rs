@@ -32,7 +32,7 @@ pub fn flags(instruction: &Instruction, input: &State) -> u64 {
         M::And | M::Or | M::Xor | M::Test => AF,
         M::Mul | M::Imul => SF | ZF | AF | PF,
         M::Div | M::Idiv => CF | PF | AF | ZF | SF | OF,
-        M::Bsf | M::Bsr => CF | PF | AF | SF | OF,
+        M::Bsf | M::Bsr | M::Tzcnt | M::Lzcnt => CF | PF | AF | SF | OF,
         M::Bt | M::Bts | M::Btr | M::Btc => OF | SF | AF | PF,
         M::Shl | M::Sal | M::Shr | M::Sar | M::Shld | M::Shrd | M::Rol | M::Ror | M::Rcl | M::Rcr => {
             shift_flags(instruction, input)
