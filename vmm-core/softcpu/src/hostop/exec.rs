@@ -8,7 +8,7 @@ use super::resident::Resident;
 use super::stub::{Output, Slot, Stub};
 use crate::state::FpuState;
 
-/// Largest memory operand that a stub touches (`FNSAVE` with 32-bit layout has 108 bytes).
+/// Largest memory operand of an x87 instruction (`FNSAVE` with 32-bit layout has 108 bytes).
 const BUFFER: usize = 128;
 
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
@@ -64,8 +64,11 @@ pub(crate) trait Guest {
     fn probe_write(&mut self, address: u64, length: usize) -> Result<(), Self::Fault>;
 }
 
+/// Largest operand of an SSE or MMX instruction.
+const VECTOR: usize = 16;
+
 #[repr(C, align(64))]
-struct Buffer([u8; BUFFER]);
+struct Buffer<const SIZE: usize>([u8; SIZE]);
 
 impl HostOp {
     /// Runs the instruction, which CR0 and CR4 allow and before which no x87 exception is pending. `address`
@@ -87,8 +90,8 @@ impl HostOp {
     }
 
     fn run_sse<G: Guest>(&self, guest: &mut G, stub: Stub, address: u64) -> Result<(), G::Fault> {
-        let mut buffer = Buffer([0; BUFFER]);
-        let length = usize::from(self.length).min(BUFFER);
+        let mut buffer = Buffer([0; VECTOR]);
+        let length = usize::from(self.length).min(VECTOR);
         match self.memory {
             Memory::None => {}
             Memory::Load => guest.read(address, &mut buffer.0[..length])?,
@@ -134,10 +137,9 @@ impl HostOp {
             return Ok(unsafe { call.run() });
         }
         let mxcsr = fpu.mxcsr;
-        let mut result = Buffer([0; BUFFER]);
+        let mut result = Buffer([0; VECTOR]);
         let destination = call.first;
-        // SAFETY: the first operand is a whole register (16 bytes, or 8 of a general register that is
-        // followed by other processor state) or the 128-byte buffer.
+        // SAFETY: the first operand is a whole register (at least 8 bytes) or the buffer.
         unsafe { std::ptr::copy_nonoverlapping(destination, result.0.as_mut_ptr(), 8) };
         if matches!(self.first, Slot::Xmm(_) | Slot::Mm(_)) {
             // SAFETY: XMM and MMX registers have 16 bytes in the image.

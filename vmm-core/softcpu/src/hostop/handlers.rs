@@ -3,9 +3,9 @@
 
 use iced_x86::{Code, Instruction, Mnemonic as M};
 
-use super::op::{Body, HostOp, Memory, Unit};
+use super::op::{Body, HostOp, Memory, Unit, X87};
 use super::stub::{Output, Slot};
-use crate::block::op::{Handler, Op, OpPtr, check, next};
+use crate::block::op::{Handler, Op, OpPtr, RIP, check, next};
 use crate::cpu::{CR0_EM, CR0_TS, CR4_OSFXSR, Cpu, Fault};
 use crate::mmu::host;
 use crate::ops::ea::{Ea, Long};
@@ -14,7 +14,13 @@ use crate::ops::host::{Unit as Needs, available};
 /// The handler for an operation if it has one, with the operands' numbers in `op`. `long` says that a memory
 /// operand has a 64-bit address.
 pub(crate) fn choose(instruction: &Instruction, host: &HostOp, op: &mut Op, long: bool) -> Option<Handler> {
-    if host.memory != Memory::None && !long || !matches!(host.unit, Unit::Sse | Unit::SseFloat) {
+    if host.memory != Memory::None && !long {
+        return None;
+    }
+    if host.unit == Unit::X87 {
+        return pick_x87(host);
+    }
+    if !matches!(host.unit, Unit::Sse | Unit::SseFloat) {
         return None;
     }
     // They take string lengths from RAX and RDX.
@@ -57,6 +63,18 @@ fn pick(host: &HostOp, float: bool) -> Option<Handler> {
             by_float(to_flags::<false>, to_flags::<true>)
         }
         _ => return None,
+    })
+}
+
+fn pick_x87(host: &HostOp) -> Option<Handler> {
+    let plain = matches!(host.body, Body::Stub(_)) && host.x87 == X87::Waiting;
+    if !plain || host.rflags != 0 || host.reads_rflags {
+        return None;
+    }
+    Some(match host.memory {
+        Memory::None => x87_registers,
+        Memory::Load => x87_load,
+        Memory::Store => x87_store,
     })
 }
 
@@ -250,5 +268,49 @@ fn store_low<T: crate::ops::width::Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     // SAFETY: a register of the processor.
     let value = unsafe { xmm(cpu, op.r2).read() } as u64;
     check!(cpu, op, cpu.st::<T>(address, value));
+    next!(cpu, op)
+}
+
+/// Calls the stub of an x87 instruction with the guest's stack resident; `false` if an exception is not masked.
+#[inline(always)]
+fn call_x87(cpu: &mut Cpu, host: &HostOp, memory: *mut u8) -> bool {
+    let Body::Stub(stub) = host.body else { return false };
+    if !cpu.resident.enter_x87(&mut cpu.fpu) {
+        return false;
+    }
+    cpu.fpu.fop = host.fop;
+    cpu.fpu.fip = cpu.regs[usize::from(RIP)].wrapping_add(u64::from(host.offset));
+    // SAFETY: the guest's stack is in the host's unit; callers pass memory of the operand's size.
+    unsafe { stub(memory, memory, &raw mut cpu.fpu, 0, 0, 0) };
+    true
+}
+
+fn x87_registers(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    check!(cpu, op, available(cpu, Needs::X87 as u8));
+    if !call_x87(cpu, host_op(op), std::ptr::null_mut()) {
+        check!(cpu, op, host_op(op).execute(cpu, 0));
+    }
+    next!(cpu, op)
+}
+
+#[inline(always)]
+fn x87_memory<const WRITE: bool>(cpu: &mut Cpu, op: OpPtr) -> Result<(), Fault> {
+    available(cpu, Needs::X87 as u8)?;
+    let address = Long::linear::<u8>(cpu, op, WRITE)?;
+    let host = host_op(op);
+    match cpu.host_range(address, u64::from(host.length), WRITE) {
+        Some(at) if call_x87(cpu, host, at as usize as *mut u8) => cpu.fpu.fdp = address,
+        _ => host.execute(cpu, address)?,
+    }
+    Ok(())
+}
+
+fn x87_load(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    check!(cpu, op, x87_memory::<false>(cpu, op));
+    next!(cpu, op)
+}
+
+fn x87_store(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    check!(cpu, op, x87_memory::<true>(cpu, op));
     next!(cpu, op)
 }
