@@ -4,7 +4,7 @@ use super::common::{apply_options, parent_name, parse_size, policy};
 use anyhow::{Context, Result, bail};
 use blockfmt::{BackingRef, CreateOptions, Format, OpenOptions};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Create an image.
@@ -18,7 +18,7 @@ pub struct Create {
     /// Format of the new image.
     #[arg(short, long, value_name = "FORMAT")]
     format: Format,
-    /// Parent of the new image.
+    /// Parent of the new image; a relative name is relative to the new image.
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
     backing: Option<PathBuf>,
     /// Format of the parent.
@@ -38,11 +38,13 @@ pub fn create(args: Create) -> Result<ExitCode> {
     let mut create = CreateOptions::new(args.format, 0);
     apply_options(&mut create, &args.options)?;
     if let (Some(backing), Some(format)) = (&args.backing, args.backing_format) {
-        let path = parent_name(backing, &args.path)?;
-        create.backing = Some(BackingRef { path, format: Some(format.name().into()) });
+        // As qemu-img: a relative name is relative to the new image, and goes into its header as it is.
+        let name = backing.to_str().context("The parent's name is not UTF-8")?;
+        create.backing = Some(BackingRef { path: name.into(), format: Some(format.name().into()) });
+        let backing = args.path.parent().unwrap_or(Path::new("")).join(backing);
         // The user named this file; what its header names is another matter.
         let parent = OpenOptions::new(format).read_only(true).policy(policy(false));
-        let parent = parent.open(backing).with_context(|| format!("Cannot open {}", backing.display()))?;
+        let parent = parent.open(&backing).with_context(|| format!("Cannot open {}", backing.display()))?;
         create.size = parent.size();
     }
     if let Some(size) = args.size {
