@@ -12,6 +12,8 @@ use crate::accel::{
 };
 use crate::memory::GuestMemory;
 
+/// Breakpoints and watchpoints that a debugger may set at a time, as on hardware.
+const MAX_HARDWARE: usize = 4;
 /// DR6: a single step.
 const DR6_STEP: u64 = 1 << 14;
 
@@ -76,6 +78,13 @@ impl Vcpu for SoftVcpu {
     }
 
     fn set_debug(&mut self, control: &DebugControl) -> Result<(), AccelError> {
+        // DR6 says which one stopped the vCPU, and has four bits for it.
+        if control.hardware.len() > MAX_HARDWARE {
+            let n = control.hardware.len();
+            return Err(AccelError::Unsupported(format!(
+                "{n} hardware breakpoints; use {MAX_HARDWARE} at most"
+            )));
+        }
         self.breakpoints = control.hardware.iter().map(|b| b.address).collect();
         let (execute, data): (Vec<HardwareBreakpoint>, Vec<_>) =
             control.hardware.iter().copied().partition(|b| b.kind == BreakKind::Execute);
