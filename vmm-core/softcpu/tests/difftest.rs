@@ -14,7 +14,7 @@ fn instructions_do_what_the_host_does() {
         std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is not a number")))
     };
     let options = difftest::Options {
-        cases: number("NACRE_DIFF_CASES").unwrap_or(2_000_000),
+        cases: number("NACRE_DIFF_CASES").unwrap_or(1_500_000),
         seed: number("NACRE_DIFF_SEED").unwrap_or(1),
         mode: None,
         only: std::env::var("NACRE_DIFF_ONLY").ok(),

@@ -1,5 +1,10 @@
 //! Differential test: random instructions on random inputs, run by the host's processor and by the software
 //! processor, must leave the same registers, flags and memory and raise the same exception.
+//!
+//! Single instructions of every form run in 64-, 32- and 16-bit code, sequences of them in 64- and 32-bit code.
+//! What the architecture leaves undefined is listed in [`undefined`]. The software processor follows AMD's;
+//! where vendors differ (near branches with an operand-size prefix in 64-bit code, operand checks of
+//! `MASKMOVDQU`, alignment of SHA operands) another vendor's host reports mismatches.
 
 mod forms;
 mod generate;

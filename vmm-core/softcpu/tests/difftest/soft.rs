@@ -108,7 +108,7 @@ impl Soft {
         // SAFETY: zeroes are valid for an array of bytes.
         let ram = Box::into_raw(unsafe { Box::<Ram>::new_zeroed().assume_init() });
         let memory = Arc::new(GuestMemory::new());
-        // SAFETY: the allocation outlives the processor (see `Drop`); it is accessed through raw pointers.
+        // SAFETY: the allocation is never freed, and accessed through raw pointers only.
         unsafe { memory.add_region(0, RAM, ram.cast(), false) }.expect("region");
         let mut config = CpuConfig::new(Arc::new(Clock::deterministic(1_000_000)));
         // All extensions that the processor can execute, whatever the model has.
