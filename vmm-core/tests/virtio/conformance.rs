@@ -3,8 +3,8 @@
 //! A device under test is a constructor and one request that it answers without outside help: its queue, and buffers
 //! with the used length expected (or that the device just keeps the buffers, as receive queues do).
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Once};
 
 use vmm_core::devices::virtio::{Status, VirtioDevice, features};
 
@@ -43,6 +43,7 @@ pub fn run(subject: &Subject) {
             pauses_and_resumes,
             saves_and_restores,
             ignores_wild_accesses,
+            survives_random_requests,
         ] {
             check(subject, transport);
         }
@@ -414,6 +415,63 @@ fn ignores_wild_accesses(subject: &Subject, transport: Transport) {
     guest.repair();
     let mut queues = guest.bring_up(ALL, 8);
     take(subject, &mut guest, &mut queues);
+}
+
+/// Counts panics of device threads, which end them without a trace in the device's state.
+fn worker_panics() -> usize {
+    static PANICS: AtomicUsize = AtomicUsize::new(0);
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let thread = std::thread::current();
+            if thread.name().is_some_and(|n| n.starts_with("virtio-") || n.starts_with("vhost-")) {
+                PANICS.fetch_add(1, Ordering::SeqCst);
+            }
+            before(info);
+        }));
+    });
+    PANICS.load(Ordering::SeqCst)
+}
+
+/// Well-formed chains with random contents on every queue: answered, ignored or refused, but never worse.
+fn survives_random_requests(subject: &Subject, transport: Transport) {
+    let before = worker_panics();
+    let mut guest = guest(subject, transport);
+    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % below
+    };
+    let area = guest.allocate(64 << 10);
+    for _ in 0..12 {
+        let mut queues = guest.bring_up(ALL, 64);
+        for _ in 0..8 {
+            let noise: Vec<u8> =
+                (0..4096).map(|_| if random(3) == 0 { random(256) as u8 } else { random(4) as u8 }).collect();
+            guest.memory.write(area, &noise).unwrap();
+            for queue in &mut queues {
+                let readable = random(3);
+                let buffers: Vec<_> = (0..readable + random(3))
+                    .map(|i| Buffer {
+                        address: area + random(2048),
+                        len: random(80) as u32,
+                        writable: i >= readable,
+                    })
+                    .collect();
+                if !buffers.is_empty() && queue.free() >= buffers.len() {
+                    queue.submit(&buffers);
+                    guest.notify(queue.index);
+                }
+            }
+        }
+        // Waits for the workers, so that one that hangs is seen.
+        guest.lifecycle().pause().unwrap();
+        guest.start();
+    }
+    let mut queues = guest.bring_up(ALL, 8);
+    take(subject, &mut guest, &mut queues);
+    assert_eq!(worker_panics(), before, "a device thread panicked");
 }
 
 /// Doorbells follow the BAR and go away with the device.

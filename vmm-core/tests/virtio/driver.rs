@@ -478,6 +478,11 @@ impl DriverQueue {
         }
     }
 
+    /// Number of descriptors that no chain uses.
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
     /// Writes one descriptor.
     pub fn describe(&self, table: u64, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = Vec::new();
