@@ -76,6 +76,7 @@ impl Qcow2 {
         if self.data.is_some() {
             return Err(Error::unsupported(&self.name, "compression with an external data file"));
         }
+        self.expect_change()?;
         let cluster = guest >> self.p.cluster_bits;
         let _pass = self.gate.enter();
         let _range = self.ranges.lock(cluster..cluster + 1);
@@ -93,6 +94,7 @@ impl Qcow2 {
         }
         self.with_slice(slice, |s| s.set(index, entry, 0))?;
         self.unlink_entry(old);
+        self.record(guest, self.p.cluster);
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 impl Qcow2 {
     fn check_writable(&self) -> Result<()> {
-        if self.read_only { Err(Error::ReadOnly) } else { Ok(()) }
+        if self.read_only { Err(Error::ReadOnly) } else { self.expect_change() }
     }
 }
 
@@ -57,6 +57,10 @@ impl Layer for Qcow2 {
             "lazy-refcounts": header.compatible & compatible::LAZY_REFCOUNTS != 0,
             "corrupt": header.incompatible & incompatible::CORRUPT != 0,
         });
+        let bitmaps = self.bitmaps()?;
+        if !bitmaps.is_empty() {
+            data["bitmaps"] = serde_json::json!(bitmaps);
+        }
         if let Some(name) = data_file {
             data["data-file"] = String::from_utf8_lossy(name).into();
         }
@@ -107,19 +111,25 @@ impl Layer for Qcow2 {
     fn write(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
         self.check_writable()?;
         let _pass = self.gate.enter();
-        self.write_guest(src, offset, below)
+        let result = self.write_guest(src, offset, below);
+        self.record(offset, src.len() as u64);
+        result
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
         self.check_writable()?;
         let _pass = self.gate.enter();
-        self.zero_guest(offset, len, unmap, below)
+        let result = self.zero_guest(offset, len, unmap, below);
+        self.record(offset, len);
+        result
     }
 
     fn discard(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
         self.check_writable()?;
         let _pass = self.gate.enter();
-        self.discard_guest(offset, len, below)
+        let result = self.discard_guest(offset, len, below);
+        self.record(offset, len);
+        result
     }
 
     fn flush(&self) -> Result<()> {
@@ -127,11 +137,18 @@ impl Layer for Qcow2 {
     }
 
     fn close(&self) -> Result<()> {
-        if self.read_only { Ok(()) } else { self.close_image() }
+        if self.read_only {
+            return Ok(());
+        }
+        self.store_bitmaps()?;
+        self.close_image()
     }
 
     fn resize(&self, size: u64, below: Below<'_>) -> Result<()> {
         self.check_writable()?;
+        if size != self.virtual_size() && !self.bitmaps()?.is_empty() {
+            return Err(Error::unsupported(&self.name, "resizing an image with bitmaps"));
+        }
         self.resize_image(size, below)
     }
 

@@ -6,6 +6,7 @@
 //! publishes the new mapping in memory. `flush` brings mappings to disk: refcounts before the entries
 //! that rely on them, payload before the entries that point to it, and the release of clusters last.
 
+mod bitmap;
 mod cache;
 mod check;
 mod compressed;
@@ -22,6 +23,7 @@ mod walk;
 mod write;
 mod zero;
 
+pub use bitmap::BitmapInfo;
 pub use check::{CheckReport, Repair};
 pub use create::Qcow2Options;
 pub(crate) use create::create;
@@ -33,6 +35,7 @@ use super::LayerOptions;
 use crate::gate::Gate;
 use crate::ranges::RangeLocks;
 use crate::{Error, Result, Storage};
+use bitmap::Recording;
 use cache::SliceCache;
 use compressed::Compressed;
 use flush::Flusher;
@@ -112,6 +115,7 @@ pub struct Qcow2 {
     barrier: AtomicBool,
     flusher: Flusher,
     compressed: Compressed,
+    recording: Recording,
 }
 
 impl Qcow2 {
@@ -131,9 +135,9 @@ impl Qcow2 {
             if header.incompatible & incompatible::CORRUPT != 0 && !options.repair {
                 return Err(Error::corrupt(name, "it is marked as corrupt"));
             }
-            if header.autoclear & !autoclear::RAW_DATA != 0 {
+            if header.autoclear & !autoclear::KNOWN != 0 {
                 // Whoever writes without keeping an autoclear feature up to date has to clear its bit.
-                header.autoclear &= autoclear::KNOWN & !autoclear::BITMAPS;
+                header.autoclear &= autoclear::KNOWN;
                 header.write(&storage)?;
                 storage.sync()?;
             }
@@ -164,14 +168,14 @@ impl Qcow2 {
             barrier: AtomicBool::new(false),
             flusher: Flusher::default(),
             compressed: Compressed::default(),
+            recording: Recording::default(),
             storage,
         };
-        if stale {
-            // Whoever wrote last did not come to update the refcounts.
-            let report = image.check(Repair::All)?;
-            if report.corruptions != 0 {
-                return Err(image.corrupt("it was not closed properly and cannot be repaired automatically"));
+        if !read_only && let Err(error) = image.prepare_for_writing(stale) {
+            if !options.repair {
+                return Err(error);
             }
+            tracing::warn!(%error, image = image.name, "Changes are not recorded in bitmaps");
         }
         Ok(image)
     }

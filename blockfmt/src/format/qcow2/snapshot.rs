@@ -157,6 +157,7 @@ impl Qcow2 {
         if self.read_only {
             return Err(Error::ReadOnly);
         }
+        self.expect_change()?;
         if self.data.is_some() {
             return Err(Error::unsupported(&self.name, "snapshots with an external data file"));
         }
@@ -263,6 +264,7 @@ impl Qcow2 {
             self.cache.clear();
             self.compressed.forget();
             self.count_tree(&old, -1)?;
+            self.record(0, self.virtual_size());
             self.update_flags()
         })
     }

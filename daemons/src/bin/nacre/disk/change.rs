@@ -146,3 +146,63 @@ pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
     }
     Ok(ExitCode::SUCCESS)
 }
+
+/// Add, remove or list the persistent dirty bitmaps of a qcow2 image.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk bitmap -f qcow2 --add daily disk.qcow2
+  nacre disk bitmap -f qcow2 --list --json disk.qcow2")]
+pub struct Bitmap {
+    #[command(flatten)]
+    image: Image,
+    #[command(flatten)]
+    action: BitmapAction,
+    /// Bytes of the disk that one bit stands for (with --add).
+    #[arg(short, long, default_value = "64K", value_parser = parse_size)]
+    granularity: u64,
+    /// Print JSON (with --list).
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+#[group(multiple = false)]
+struct BitmapAction {
+    /// List the bitmaps (the default).
+    #[arg(short, long)]
+    list: bool,
+    /// Add a bitmap that records changes from now on.
+    #[arg(long, value_name = "NAME")]
+    add: Option<String>,
+    /// Remove a bitmap.
+    #[arg(long, value_name = "NAME")]
+    remove: Option<String>,
+}
+
+pub fn bitmap(args: Bitmap) -> Result<ExitCode> {
+    let action = &args.action;
+    let change = action.add.is_some() || action.remove.is_some();
+    let disk = args.image.open(!change)?;
+    let layer = disk.layers().remove(0);
+    let image = layer.as_qcow2().context("Only qcow2 images have bitmaps")?;
+    if let Some(name) = &action.add {
+        image.add_bitmap(name, args.granularity)?;
+    } else if let Some(name) = &action.remove {
+        image.remove_bitmap(name)?;
+    } else if args.json {
+        print_json(&image.bitmaps()?)?;
+    } else {
+        for b in image.bitmaps()? {
+            let state = match (b.inconsistent, b.enabled) {
+                (true, _) => "inconsistent",
+                (_, true) => "enabled",
+                _ => "disabled",
+            };
+            println!("{}: granularity {}, {state}", b.name, human(b.granularity));
+        }
+    }
+    if change {
+        disk.close()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
