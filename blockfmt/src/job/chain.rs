@@ -50,6 +50,7 @@ pub fn stream(disk: &Disk, index: usize, base: Option<usize>, control: &JobContr
     disk.make_writable(index)?;
     let layers = disk.layers();
     let top = &layers[index];
+    check_snapshots(top)?;
     control.begin(top.size());
     // Zeros of intermediate layers hide what the base holds.
     let hide = base.is_some();
@@ -70,6 +71,7 @@ pub fn rebase(
 ) -> Result<()> {
     let layers = disk.layers();
     let top = &layers[0];
+    check_snapshots(top)?;
     control.begin(top.size());
     let (old, mut buffers) = (Below::new(&layers[1..]), (Vec::new(), Vec::new()));
     each_below(top, control, |offset, len| {
@@ -82,6 +84,16 @@ pub fn rebase(
     })?;
     top.flush()?;
     disk.replace_below(new, reference)
+}
+
+/// Internal snapshots read from the parent, too, and would lose it.
+fn check_snapshots(top: &Arc<dyn Layer>) -> Result<()> {
+    match top.as_qcow2().map(|image| image.snapshots()).transpose()? {
+        Some(list) if !list.is_empty() => {
+            Err(Error::unsupported(top.storage().name(), "another parent below internal snapshots"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Copies into `top` what it does not hold and `wanted` (by the layer below that holds it, and whether it

@@ -67,7 +67,7 @@ pub struct Rebase {
     image: Image,
     /// The new parent; empty for none.
     #[arg(short, long, value_name = "FILE")]
-    backing: PathBuf,
+    backing: String,
     /// Format of the new parent.
     #[arg(short = 'F', long, value_name = "FORMAT")]
     backing_format: Option<Format>,
@@ -80,14 +80,14 @@ pub struct Rebase {
 
 pub fn rebase(args: Rebase) -> Result<ExitCode> {
     let (mut reference, mut layers) = (None, Vec::new());
-    if !args.backing.as_os_str().is_empty() {
+    if !args.backing.is_empty() {
         let format = args.backing_format.context("Name the format of the new parent with -F")?;
-        let path = parent_name(&args.backing, &args.image.path)?;
+        let path = parent_name(Path::new(&args.backing), &args.image.path)?;
         reference = Some(BackingRef { path, format: Some(format.name().into()) });
         if !args.r#unsafe {
             let options = OpenOptions::new(format).read_only(true).policy(policy(args.image.trust_headers));
             let parent = options.open(&args.backing);
-            layers = parent.with_context(|| format!("Cannot open {}", args.backing.display()))?.layers();
+            layers = parent.with_context(|| format!("Cannot open {}", args.backing))?.layers();
         }
     }
     if args.r#unsafe {
