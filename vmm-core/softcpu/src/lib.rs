@@ -12,7 +12,21 @@
 //!   DMA ───────────── GuestMemory ◄─└───────┘
 //! ```
 //!
-//! The architecture follows the AMD64 Architecture Programmer's Manual (APM) and, where the two differ,
+//! # Execution
+//!
+//! Instructions are decoded into blocks of operations (`block`), kept by guest-physical address and linked
+//! within their page; operations are small functions that lead to each other (`ops`, and `hostop` for x87 and
+//! SSE). Memory is reached through a software TLB of host addresses (`mmu`). Writes to a page that holds
+//! decoded instructions take a slow path, which drops the blocks whose bytes change.
+//!
+//! # Limits
+//!
+//! Virtual-8086 mode and task gates are not implemented; neither is anything that CPUID does not announce.
+//! A locked access that crosses a page is carried out, but not atomically.
+//!
+//! # Architecture
+//!
+//! The processor follows the AMD64 Architecture Programmer's Manual (APM) and, where the two differ,
 //! the behaviour of AMD processors.
 
 mod block;

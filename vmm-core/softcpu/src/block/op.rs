@@ -3,7 +3,8 @@
 //! Each operation holds a pointer to the function that executes it. In release builds a handler ends with
 //! a call of the next one in tail position, which the compiler turns into a jump; with debug assertions it
 //! returns the next operation to a loop instead. Both have the same signature, so the loop in
-//! [`execute`] drives either.
+//! [`execute`] drives either. Where the compiler does not make a jump of the call the stack grows, but only
+//! by the instructions of one slice: control returns to the loop after some thousand of them.
 
 use std::cell::Cell;
 use std::ops::Deref;

@@ -6,7 +6,7 @@
 
 mod sync;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) use sync::Member;
@@ -49,8 +49,6 @@ pub enum MemoryError {
 pub(crate) struct PageMeta {
     /// Bit n: a processor decoded instructions from the 64-byte line n.
     pub code: AtomicU64,
-    /// Changes whenever bytes that were decoded are overwritten.
-    pub generation: AtomicU32,
 }
 
 /// A range of RAM or ROM.
@@ -307,8 +305,8 @@ impl GuestMemory {
         &self.sync
     }
 
-    /// If any byte of the range (within one page) was decoded as code: forgets that, changes the page's
-    /// generation and tells all processors but `writer`. Returns whether it was.
+    /// If any byte of the range (within one page) was decoded as code: forgets that and tells all processors
+    /// but `writer`. Returns whether it was.
     pub(crate) fn invalidate_code(
         &self,
         region: &Region,
@@ -321,7 +319,6 @@ impl GuestMemory {
             return false;
         }
         page.code.store(0, Ordering::SeqCst);
-        page.generation.fetch_add(1, Ordering::SeqCst);
         self.sync.invalidated(gpa & !(PAGE_SIZE - 1), writer);
         true
     }
