@@ -438,7 +438,9 @@ fn explicit_address(encoding: &Encoding, state: &mut State, random: &mut Random,
     let (base, index) = (instruction.memory_base(), instruction.memory_index());
     let branch = instruction.flow_control() != FlowControl::Next;
     let mut target = data_target(random, size);
-    if branch || instruction.mnemonic() == M::Xlatb {
+    // The processor also checks the address before a bit offset is added, near the limits of the address space.
+    let bits = matches!(instruction.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc);
+    if branch || instruction.mnemonic() == M::Xlatb || bits && target >> 32 != 0 {
         target = DATA + 64 + random.below(DATA_WRITABLE - 512);
     }
     let segment = segment_base(mode, instruction);
