@@ -8,10 +8,12 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::address::MacAddr;
+use crate::bond::BondMode;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::port::{
-    NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort, VhostUserOptions, VhostUserPort,
+    BondPort, NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort, VhostUserOptions, VhostUserPort,
 };
 use crate::port_config::{PortConfig, VLAN_MAX, VlanMode};
 use crate::security::{Remote, SecurityGroup};
@@ -65,6 +67,10 @@ pub struct PortSpec {
     pub config: Option<PortConfig>,
 }
 
+fn bond_system() -> MacAddr {
+    MacAddr([0x52, 0x54, 0x00, 0xff, 0xff, 0x02])
+}
+
 fn one() -> usize {
     1
 }
@@ -107,6 +113,20 @@ pub enum PortKind {
     },
     /// DHCP server and gateway address.
     Gateway(GatewayConfig),
+    /// Several other ports as one.
+    Bond {
+        /// Spreading.
+        #[serde(default)]
+        mode: BondMode,
+        /// Names of the member ports.
+        members: BTreeSet<String>,
+        /// Whether members are used only as agreed with the partner by LACP.
+        #[serde(default)]
+        lacp: bool,
+        /// Address that the bond calls itself by in LACP.
+        #[serde(default = "bond_system")]
+        system: MacAddr,
+    },
 }
 
 impl PortKind {
@@ -121,6 +141,7 @@ impl PortKind {
             PortKind::UnixStream { socket, mode } => Arc::new(StreamPort::new(socket, *mode)?),
             PortKind::Tap { interface, queues } => Arc::new(NetdevPort::tap(interface, *queues)?),
             PortKind::Uplink { interface } => Arc::new(NetdevPort::uplink(interface)?),
+            PortKind::Bond { .. } => Arc::new(BondPort),
             PortKind::Gateway(g) => Arc::new(GatewayPort::new(g.clone(), clock.clone())?),
         })
     }
@@ -189,6 +210,9 @@ impl SwitchConfig {
                 (None, Some(c)) => self.check_port_config(&format!("{path}.config"), c)?,
                 _ => {}
             }
+            if let PortKind::Bond { members, .. } = &p.kind {
+                self.check_members(name, &format!("{path}.kind.bond.members"), members)?;
+            }
             if let PortKind::Gateway(g) = &p.kind {
                 g.check(&format!("{path}.kind.gateway."))?;
             }
@@ -210,6 +234,22 @@ impl SwitchConfig {
             }
         }
         self.check_mirrors()
+    }
+
+    fn check_members(&self, bond: &str, path: &str, members: &BTreeSet<String>) -> Result<()> {
+        for m in members {
+            match self.ports.get(m).map(|p| &p.kind) {
+                None => return Err(Error::config(path, format!("there is no port \"{m}\""))),
+                Some(PortKind::Bond { .. }) => return Err(Error::config(path, "a bond cannot be a member")),
+                Some(_) => {}
+            }
+            let holds =
+                |p: &PortSpec| matches!(&p.kind, PortKind::Bond { members, .. } if members.contains(m));
+            if self.ports.iter().any(|(other, p)| other != bond && holds(p)) {
+                return Err(Error::config(path, format!("port \"{m}\" is in another bond")));
+            }
+        }
+        if members.is_empty() { Err(Error::config(path, "a bond needs members")) } else { Ok(()) }
     }
 
     fn check_mirrors(&self) -> Result<()> {

@@ -24,13 +24,16 @@
 #![deny(unsafe_code)]
 
 mod address;
+mod bond;
 mod clock;
 mod config;
 mod conntrack;
 mod datapath;
 mod error;
 mod event;
+mod lacp;
 mod mac_table;
+mod metrics;
 pub mod packet;
 pub mod pipeline;
 mod port;
@@ -40,11 +43,13 @@ mod service;
 mod shared;
 mod stats;
 mod switch;
+mod switch_bonds;
 mod switch_config;
 mod switch_flows;
 mod sys;
 
 pub use address::{IpPrefix, MacAddr};
+pub use bond::{BondConfig, BondMode};
 pub use clock::{Clock, MILLISECOND, Nanos, SECOND};
 pub use config::{MirrorConfig, PortKind, PortSpec, SwitchConfig};
 pub use conntrack::{ConnRow, state as ct_state};
@@ -56,8 +61,8 @@ pub use packet::offload::OffloadCaps;
 pub use packet::{Burst, Offload, Packet};
 pub use pipeline::MeterConfig;
 pub use port::{
-    Batch, Endpoint, EndpointPort, NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort,
-    VhostUserOptions, VhostUserPort,
+    Batch, CapturePort, Endpoint, EndpointPort, NetdevPort, PORT_MAX, PatchPort, Port, PortId, StreamMode,
+    StreamPort, VhostUserOptions, VhostUserPort,
 };
 pub use port_config::{Binding, PortConfig, StormControl, VLAN_MAX, VlanMode, VlanSet};
 pub use security::{Direction, Protocol, Remote, SecurityGroup, SecurityRule};

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arc_swap::ArcSwap;
 use parking_lot::{Mutex, RwLock};
 
+use crate::bond::Bond;
 use crate::clock::Clock;
 use crate::conntrack::Conntrack;
 use crate::datapath::verdict::DropReason;
@@ -146,6 +147,7 @@ pub(crate) struct Shared {
     pub mirrors: ArcSwap<Vec<Mirror>>,
     pub events: Events,
     pub drops: DropCounters,
+    pub bonds: ArcSwap<Vec<Arc<Bond>>>,
     /// Ports whose link was up when last looked at.
     pub links: Mutex<Vec<PortId>>,
     /// Grows when workers are to add up the counters of their flows.
@@ -166,6 +168,7 @@ impl Shared {
             mirrors: ArcSwap::default(),
             events: Events::default(),
             drops: DropCounters::default(),
+            bonds: ArcSwap::default(),
             links: Mutex::default(),
             stats_epoch: AtomicU64::new(0),
         }

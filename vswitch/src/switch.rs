@@ -24,6 +24,7 @@ use crate::port_config::PortConfig;
 use crate::security::SecurityGroups;
 use crate::shared::{PortEntry, PortLimits, PortTable, Shared};
 use crate::stats::PortStats;
+use crate::switch_bonds::tick_bonds;
 use crate::sys::{EventFd, poll_readable};
 
 /// How often the housekeeping thread runs.
@@ -168,6 +169,7 @@ impl Switch {
         }
         table.set(id, None);
         self.publish(table);
+        self.shared.bonds.rcu(|old| old.iter().filter(|b| b.id != id).cloned().collect::<Vec<_>>());
         self.shared.macs.flush(Some(id), true);
         self.shared.events.publish(|| Event::PortRemoved(id));
         Ok(())
@@ -332,6 +334,7 @@ fn members(table: &PortTable) -> BTreeMap<String, Vec<IpPrefix>> {
 /// Timed work: ageing and expiry.
 fn housekeep(shared: &Shared) {
     let now = shared.clock.now();
+    tick_bonds(shared, now);
     shared.watch_links();
     shared.macs.age(now);
     shared.conntrack.expire(now);

@@ -16,6 +16,7 @@ use crate::security::SecurityGroups;
 use crate::shared::{Mirror, PortEntry, PortLimits, PortTable};
 use crate::stats::{PortStats, StatsCell};
 use crate::switch::Switch;
+use crate::switch_bonds::configured;
 
 /// Everything that belongs to one port, to move with the VM behind it to another switch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +93,8 @@ impl Switch {
         let security = SecurityGroups { groups: config.security_groups.clone(), members: BTreeMap::new() };
         self.shared.security.store(Arc::new(security));
         self.shared.mirrors.store(Arc::new(mirrors(config, &table)));
+        let bonds = configured(config, &table, &self.shared.bonds.load());
+        self.shared.bonds.store(Arc::new(bonds));
         self.shared.macs.set_ageing(config.mac_ageing);
         self.shared.conntrack.set_capacity(config.connection_limit);
         self.publish(table);

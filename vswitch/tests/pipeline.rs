@@ -1,5 +1,4 @@
 //! Flow tables, actions, groups, meters, conntrack, learn, controllers.
-#![expect(clippy::unwrap_used, reason = "a test ends where a step fails")]
 
 mod common;
 

@@ -89,6 +89,14 @@ impl Executor<'_> {
                         }
                     });
                 }
+                Op::Lacp => {
+                    let bonds = self.shared.bonds.load();
+                    let bond = bonds.iter().find(|b| b.config.members.contains(&self.in_port));
+                    let frame = self.burst.packets()[at].head();
+                    if bond.is_some_and(|b| b.lacp_input(self.in_port, frame, self.now)) {
+                        self.shared.invalidate();
+                    }
+                }
                 Op::Copy(inner) => {
                     let Some(copy) = self.burst.duplicate(at) else { return };
                     self.run(inner, copy);

@@ -59,6 +59,8 @@ pub enum Op {
         /// Key at this point.
         key: Box<FlowKey>,
     },
+    /// Give the packet to the LACP of the bond that the port belongs to.
+    Lacp,
     /// Do these steps with a copy of the packet.
     Copy(Vec<Op>),
 }
@@ -106,6 +108,8 @@ reasons! {
     RogueServer = "rogue-server",
     /// No rule of a security group permits the packet.
     SecurityGroup = "security-group",
+    /// The port is a member of a bond that does not use it at the moment.
+    BondInactive = "bond-inactive",
     /// The flow tables have no rule for the packet, or one without output.
     Pipeline = "pipeline",
     /// The flow tables resubmit too deeply or have too many actions.

@@ -95,6 +95,11 @@ impl Endpoint {
         self.0.to_switch.push(frames.into_iter().map(|(f, o)| (f.to_vec(), o)))
     }
 
+    /// Gives packets to the switch; returns how many were taken.
+    pub(super) fn send_packets(&self, batch: &Batch<'_>) -> usize {
+        self.0.to_switch.push(batch.iter().map(|p| (p.to_vec(), p.offload)))
+    }
+
     /// Takes a frame from the switch.
     pub fn recv(&self) -> Option<Vec<u8>> {
         self.recv_burst(1).pop().map(|(f, _)| f)

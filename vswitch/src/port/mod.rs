@@ -1,14 +1,20 @@
 //! Ports: what packets come in and go out by.
 
+mod bond_port;
+mod capture;
 mod endpoint;
 mod netdev;
+mod patch;
 mod stream;
 mod vhost;
 
 use std::os::fd::RawFd;
 
+pub(crate) use bond_port::BondPort;
+pub use capture::CapturePort;
 pub use endpoint::{Endpoint, EndpointPort};
 pub use netdev::NetdevPort;
+pub use patch::PatchPort;
 pub use stream::{StreamMode, StreamPort};
 pub use vhost::{VhostUserOptions, VhostUserPort};
 

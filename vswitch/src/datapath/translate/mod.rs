@@ -9,9 +9,11 @@ mod policy;
 
 use std::sync::Arc;
 
+use crate::bond::BondMode;
 use crate::clock::Nanos;
 use crate::conntrack::Tracked;
 use crate::datapath::verdict::{DropReason, Op, Verdict};
+use crate::lacp::{ETH_SLOW, SLOW_PROTOCOLS};
 use crate::packet::key::{Field, FlowKey};
 use crate::packet::vlan::VlanOp;
 use crate::pipeline::{Action, FlowSpec, Tables};
@@ -98,6 +100,7 @@ impl<'a> Translation<'a> {
     }
 
     fn ingress(&mut self, entry: &Arc<PortEntry>) {
+        let Some(entry) = &self.logical(entry) else { return };
         if !self.admit(entry) {
             return;
         }
@@ -113,6 +116,45 @@ impl<'a> Translation<'a> {
         if self.ops.len() == before && self.verdict.drop.is_none() {
             self.drop_for(DropReason::Pipeline);
         }
+    }
+
+    /// The port that counts: of a member of a bond, the bond. `None`: the packet goes no further.
+    fn logical(&mut self, entry: &Arc<PortEntry>) -> Option<Arc<PortEntry>> {
+        let bonds = self.shared.bonds.load();
+        let Some(bond) = bonds.iter().find(|b| b.config.members.contains(&entry.id)) else {
+            return Some(entry.clone());
+        };
+        self.mask.mark(Field::EthDst);
+        self.mask.mark(Field::EthType);
+        let lacp = self.key.get64(Field::EthDst) == SLOW_PROTOCOLS
+            && self.key.get64(Field::EthType) == u64::from(ETH_SLOW);
+        if lacp {
+            self.ops.push(Op::Lacp);
+            return None;
+        }
+        if !bond.accepts(entry.id, self.ports) {
+            self.drop_for(DropReason::BondInactive);
+            return None;
+        }
+        self.key.set(Field::InPort, bond.id.into());
+        self.ports.get(bond.id).cloned()
+    }
+
+    /// The port that frames for `out` leave by: of a bond, one of its members.
+    fn physical(&mut self, out: &PortEntry) -> Option<PortId> {
+        let bonds = self.shared.bonds.load();
+        let Some(bond) = bonds.iter().find(|b| b.id == out.id) else { return Some(out.id) };
+        let hash = match bond.config.mode {
+            BondMode::ActiveBackup => 0,
+            BondMode::BalanceSource => {
+                self.mask.mark(Field::EthSrc);
+                self.mask.mark(Field::Vlan);
+                let mixed = self.key.get64(Field::EthSrc) ^ self.key.get64(Field::Vlan) << 48;
+                mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32
+            }
+            BondMode::BalanceFlow => self.flow_hash(),
+        };
+        bond.choose(self.ports, hash)
     }
 
     /// The port that the packet came in by.
@@ -140,9 +182,13 @@ impl<'a> Translation<'a> {
         if !self.may_leave(out, vlan) {
             return false;
         }
+        let Some(port) = self.physical(out) else {
+            self.note(|| format!("bond {} has no member in use", out.id));
+            return false;
+        };
         self.mirror_out(out.id);
         self.note(|| format!("output to port {} ({}), tag: {op:?}", out.id, out.name));
-        self.ops.push(Op::Output { port: out.id, vlan: op, limit: out.limits.egress.clone() });
+        self.ops.push(Op::Output { port, vlan: op, limit: out.limits.egress.clone() });
         true
     }
 }

@@ -124,7 +124,10 @@ impl Translation<'_> {
     fn flood(&mut self, from: &PortEntry, state: VlanState) {
         self.note(|| format!("VLAN {}: flood", state.vlan));
         let before = self.ops.len();
-        let ports: Vec<Arc<PortEntry>> = self.ports.iter().filter(|p| p.id != from.id).cloned().collect();
+        let bonds = self.shared.bonds.load();
+        let member = |id| bonds.iter().any(|b| b.config.members.contains(&id));
+        let ports: Vec<Arc<PortEntry>> =
+            self.ports.iter().filter(|p| p.id != from.id && !member(p.id)).cloned().collect();
         for out in ports {
             self.switch_to(&out, state);
         }

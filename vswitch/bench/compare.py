@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""Compare nacre-switch with Open vSwitch (DPDK datapath) under the same load, and print ratios.
+
+One DPDK testpmd owns two virtio-user ports on one core and bounces frames between them through the switch under
+test, which has another core. Every frame that testpmd receives it sends back, so frames circulate and none are lost;
+the rate is what the switch sustains. With one frame in flight a port, the rate gives the one-way latency.
+
+Needs root, two cores, and the Debian packages dpdk-dev (testpmd) and openvswitch-switch-dpdk. Other load on the
+machine spoils the figures: runs in which either side had less than 95 % of its core are marked.
+
+    cargo build --release -p daemons --bin nacre-switch
+    vswitch/bench/compare.py target/release/nacre-switch
+"""
+import argparse, contextlib, json, os, pathlib, re, shutil, signal, subprocess, sys, tempfile, time
+
+HUGE_PAGES = 512
+TICK = os.sysconf("SC_CLK_TCK")
+OVS_SWITCHD = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk"
+OVS_SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
+
+# name, frame size, frames in flight a port, flows, policy
+CASES = [
+    ("learning, 64 B", 64, 512, 1, "learning"),
+    ("learning, 1518 B", 1518, 512, 1, "learning"),
+    ("learning, latency", 64, 1, 1, "learning"),
+    ("UDP match, many flows", 64, 512, 2, "udp"),
+    ("conntrack", 64, 512, 2, "conntrack"),
+]
+
+
+def need(program, package):
+    if not (shutil.which(program) or os.path.exists(program)):
+        sys.exit(f"{program} is missing: install the Debian package {package}")
+
+
+def cpu_seconds(pid, thread):
+    fields = pathlib.Path(f"/proc/{pid}/task/{thread}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def busiest_thread(pid):
+    before = {t: cpu_seconds(pid, t) for t in os.listdir(f"/proc/{pid}/task")}
+    time.sleep(0.3)
+    return max(before, key=lambda t: cpu_seconds(pid, t) - before[t])
+
+
+@contextlib.contextmanager
+def huge_pages(directory):
+    setting = pathlib.Path("/proc/sys/vm/nr_hugepages")
+    old = setting.read_text()
+    if int(old) < HUGE_PAGES:
+        setting.write_text(str(HUGE_PAGES))
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory])
+        setting.write_text(old)
+
+
+def stop(process):
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_for(path, process=None):
+    for _ in range(300):
+        if os.path.exists(path):
+            return
+        if process and process.poll() is not None:
+            break
+        time.sleep(0.1)
+    sys.exit(f"{path} did not appear")
+
+
+@contextlib.contextmanager
+def nacre(binary, work, core, policy):
+    """nacre-switch with two vhost-user ports; yields its process number and the sockets."""
+    sockets = [work / "n0", work / "n1"]
+    port = {"security_groups": ["any"]} if policy in ("udp", "conntrack") else {}
+    rules = [{"direction": d, "protocol": "udp"} for d in ("ingress", "egress")]
+    config = {
+        "port_groups": {"g": port},
+        "security_groups": {"any": {"rules": rules}},
+        "ports": {s.name: {"kind": {"vhost_user": {"socket": str(s)}}, "group": "g"} for s in sockets},
+    }
+    file = work / "nacre.json"
+    file.write_text(json.dumps(config))
+    with open(work / "nacre.log", "w") as log:
+        p = subprocess.Popen([binary, "--config", file, "--cores", str(core)], stdout=log, stderr=log)
+    try:
+        wait_for(sockets[1], p)
+        yield p.pid, sockets
+    finally:
+        stop(p)
+
+
+@contextlib.contextmanager
+def ovs(work, huge, core, other, policy):
+    """Open vSwitch with two vhost-user server ports."""
+    run = work / "ovs"
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir()
+    env = dict(os.environ, OVS_RUNDIR=run, OVS_LOGDIR=run, OVS_DBDIR=run, OVS_SYSCONFDIR=run)
+    env = {k: str(v) for k, v in env.items()}
+    db = f"unix:{run}/db.sock"
+
+    def call(*args):
+        subprocess.run([str(a) for a in args], env=env, check=True, stdout=subprocess.DEVNULL)
+
+    call("ovsdb-tool", "create", run / "conf.db", OVS_SCHEMA)
+    log = open(work / "ovs.log", "w")
+    server = subprocess.Popen(["ovsdb-server", f"{run}/conf.db", f"--remote=punix:{run}/db.sock"], env=env, stdout=log, stderr=log)
+    switchd = None
+    try:
+        wait_for(run / "db.sock", server)
+        vsctl = ("ovs-vsctl", f"--db={db}", "--no-wait")
+        call(*vsctl, "init")
+        call(*vsctl, "set", "Open_vSwitch", ".", "other_config:dpdk-init=true", "other_config:dpdk-socket-mem=256",
+             f"other_config:dpdk-lcore-mask={1 << other:#x}", f"other_config:pmd-cpu-mask={1 << core:#x}",
+             f"other_config:dpdk-extra=--no-pci --file-prefix=nacre-ovs --huge-dir={huge}")
+        switchd = subprocess.Popen([OVS_SWITCHD, db], env=env, stdout=log, stderr=log)
+        vsctl = ("ovs-vsctl", f"--db={db}", "--timeout=60")
+        call(*vsctl, "add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev")
+        for i in (0, 1):
+            call(*vsctl, "add-port", "br0", f"vu{i}", "--", "set", "Interface", f"vu{i}", "type=dpdkvhostuser",
+                 f"ofport_request={i + 1}")
+        flows = {
+            "learning": ["actions=NORMAL"],
+            "udp": ["priority=0,actions=drop", "priority=10,udp,actions=NORMAL", "priority=10,arp,actions=NORMAL"],
+            "conntrack": ["priority=0,actions=drop", "table=0,priority=10,udp,actions=ct(table=1)",
+                          "table=1,priority=10,udp,ct_state=+trk+new,actions=ct(commit),NORMAL",
+                          "table=1,priority=10,udp,ct_state=+trk+est,actions=NORMAL"],
+        }[policy]
+        call("ovs-ofctl", "del-flows", "br0")
+        for f in flows:
+            call("ovs-ofctl", "add-flow", "br0", f)
+        wait_for(run / "vu1", switchd)
+        yield switchd.pid, [run / "vu0", run / "vu1"]
+    finally:
+        for p in filter(None, (switchd, server)):
+            stop(p)
+        log.close()
+        subprocess.run(["ip", "link", "del", "ovs-netdev"], stderr=subprocess.DEVNULL)
+
+
+class Testpmd:
+    """Drives one testpmd through its prompt."""
+
+    def __init__(self, work, huge, sockets, core, main, size, in_flight, flows):
+        self.log = work / "testpmd.log"
+        out = open(self.log, "w")
+        burst = 1 if in_flight == 1 else 32
+        self.start = f"start tx_first {max(1, in_flight // burst)}"
+        devices = [f"--vdev=net_virtio_user{i},mac=02:00:00:00:00:0{i},path={s},queues=1,queue_size=1024"
+                   for i, s in enumerate(sockets)]
+        peers = [f"--eth-peer={i},02:00:00:00:00:0{1 - i}" for i in (0, 1)]
+        command = ["stdbuf", "-oL", "dpdk-testpmd", "-l", f"{main},{core}", f"--main-lcore={main}", "-n", "1", "--no-pci",
+                   "--no-telemetry", "--single-file-segments", "--file-prefix=nacre-bench", f"--huge-dir={huge}", "-m", "256",
+                   *devices, "--", "-i", "--nb-cores=1", *peers, "--txd=1024", "--rxd=1024", "--total-num-mbufs=16384",
+                   "--forward-mode=mac", f"--burst={burst}", f"--txpkts={size - 4}"]
+        if flows > 1:
+            command.append("--txonly-multi-flow")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, text=True)
+        try:
+            self.expect("testpmd>", 1)
+        except SystemExit:
+            stop(self.process)
+            raise
+
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+    def expect(self, what, count):
+        for _ in range(1200):
+            if self.text().count(what) >= count:
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        sys.exit("testpmd failed:\n" + self.text()[-2000:])
+
+    def say(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def received(self):
+        n = self.text().count("RX-packets")
+        self.say("show port stats all")
+        self.expect("RX-packets", n + 2)
+        return time.monotonic(), sum(int(v) for v in re.findall(r"RX-packets: (\d+)", self.text())[-2:])
+
+
+def measure(work, huge, switch, args, case):
+    """Returns frames a second, and whether both sides had their cores to themselves."""
+    _, size, in_flight, flows, _ = case
+    pid, sockets = switch
+    pmd = Testpmd(work, huge, sockets, args.client_core, args.switch_core, size, in_flight, flows)
+    try:
+        # A switch may still be setting its ports up and drop the first frames, after which none would circulate.
+        for _ in range(6):
+            pmd.say(pmd.start)
+            time.sleep(1)
+            (_, before), _ = pmd.received(), time.sleep(0.3)
+            if pmd.received()[1] > before:
+                break
+            pmd.say("stop")
+            time.sleep(0.5)
+        else:
+            sys.exit("no frames pass through the switch")
+        threads = [(pid, busiest_thread(pid)), (pmd.process.pid, busiest_thread(pmd.process.pid))]
+        cpu = [cpu_seconds(*t) for t in threads]
+        t0, r0 = pmd.received()
+        time.sleep(args.seconds)
+        t1, r1 = pmd.received()
+        shares = [(cpu_seconds(*t) - c) / (t1 - t0) for t, c in zip(threads, cpu)]
+        return (r1 - r0) / (t1 - t0), min(shares) >= 0.95
+    finally:
+        pmd.say("quit")
+        stop(pmd.process)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("binary", help="nacre-switch, built with --release")
+    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--client-core", type=int, default=0)
+    parser.add_argument("--switch-core", type=int, default=1)
+    parser.add_argument("--only", help="run only cases whose name contains this")
+    args = parser.parse_args()
+    need("dpdk-testpmd", "dpdk-dev")
+    need(OVS_SWITCHD, "openvswitch-switch-dpdk")
+    work = pathlib.Path(tempfile.mkdtemp(prefix="nacre-bench-"))
+    huge = work / "huge"
+    try:
+        with huge_pages(huge):
+            print(f"{'case':24} {'nacre':>10} {'ovs-dpdk':>10} {'ratio':>6}")
+            for case in CASES:
+                if args.only and args.only not in case[0]:
+                    continue
+                with nacre(args.binary, work, args.switch_core, case[4]) as switch:
+                    ours, quiet_a = measure(work, huge, switch, args, case)
+                with ovs(work, huge, args.switch_core, args.client_core, case[4]) as switch:
+                    theirs, quiet_b = measure(work, huge, switch, args, case)
+                note = "" if quiet_a and quiet_b else "  (contended)"
+                if case[2] == 1:
+                    # Two frames are in flight, so each takes this long through switch and client.
+                    a, b = 2e6 / ours, 2e6 / theirs
+                    print(f"{case[0]:24} {a:8.2f}us {b:8.2f}us {a / b:6.2f}{note}", flush=True)
+                else:
+                    print(f"{case[0]:24} {ours / 1e6:6.2f}Mpps {theirs / 1e6:6.2f}Mpps {ours / theirs:6.2f}{note}", flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+//! Counters in Prometheus' text format (version 0.0.4).
+
+use std::fmt::Write;
+
+use crate::stats::SIZE_CLASSES;
+use crate::switch::Switch;
+
+impl Switch {
+    /// All counters of the switch as a Prometheus page.
+    pub fn prometheus(&self) -> String {
+        let mut out = String::new();
+        // Writing to a string cannot fail.
+        let _ = self.write_metrics(&mut out);
+        out
+    }
+
+    fn write_metrics(&self, out: &mut String) -> std::fmt::Result {
+        let ports = self.ports();
+        let names = ports.first().map(|p| p.stats.fields()).unwrap_or_default();
+        for (i, (name, _)) in names.iter().enumerate() {
+            writeln!(out, "# TYPE nacre_switch_port_{name}_total counter")?;
+            for p in &ports {
+                let value = p.stats.fields()[i].1;
+                writeln!(out, "nacre_switch_port_{name}_total{{port=\"{}\"}} {value}", escape(&p.name))?;
+            }
+        }
+        writeln!(out, "# TYPE nacre_switch_port_rx_frame_size counter")?;
+        for p in &ports {
+            for (max, n) in SIZE_CLASSES.iter().zip(p.stats.rx_size) {
+                let class = if *max == usize::MAX { "larger".to_string() } else { max.to_string() };
+                let name = escape(&p.name);
+                writeln!(out, "nacre_switch_port_rx_frame_size{{port=\"{name}\",upto=\"{class}\"}} {n}")?;
+            }
+        }
+        writeln!(out, "# TYPE nacre_switch_port_up gauge")?;
+        for p in &ports {
+            writeln!(out, "nacre_switch_port_up{{port=\"{}\"}} {}", escape(&p.name), u8::from(p.link_up))?;
+        }
+        writeln!(out, "# TYPE nacre_switch_drops_total counter")?;
+        for (reason, n) in self.drops() {
+            writeln!(out, "nacre_switch_drops_total{{reason=\"{reason}\"}} {n}")?;
+        }
+        for (name, n) in [
+            ("mac_addresses", self.mac_table().len() as u64),
+            ("mac_flaps", self.mac_flaps()),
+            ("connections", self.connection_count() as u64),
+        ] {
+            writeln!(out, "# TYPE nacre_switch_{name} gauge\nnacre_switch_{name} {n}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A label's value as the format wants it.
+fn escape(s: &str) -> String {
+    s.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
