@@ -80,7 +80,10 @@ pub(crate) fn tick_bonds(shared: &Shared, now: Nanos) {
         }
         if changed {
             shared.invalidate();
-            announce(shared, &ports, b);
+            // A LACP partner knows that the members are one.
+            if !b.config.lacp {
+                announce(shared, &ports, b);
+            }
         }
     }
 }
