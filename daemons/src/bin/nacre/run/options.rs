@@ -57,12 +57,12 @@ pub struct Args {
     /// Accelerator [default: auto].
     #[arg(long, value_enum)]
     accel: Option<Accel>,
-    /// A disk: path=FILE,format=FORMAT[,readonly][,direct][,id=NAME][,queues=N][,allow=DIR]
-    /// [,bps=N][,iops=N] (may be repeated).
+    /// A disk: path=FILE,format=FORMAT and, after commas, any of readonly, direct, id=NAME, queues=N, allow=DIR
+    /// (of parent images), bps=N, iops=N (may be repeated).
     #[arg(long, value_name = "path=FILE,format=FORMAT,...", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
-    /// A network card: tap=NAME, unix=SOCKET or vhost-user=SOCKET, with [,mac=ADDRESS][,id=NAME][,mtu=N][,queues=N]
-    /// [,bps=N][,pps=N] (may be repeated).
+    /// A network card: tap=NAME, unix=SOCKET or vhost-user=SOCKET and, after commas, any of mac=ADDRESS, id=NAME,
+    /// mtu=N, queues=N, bps=N, pps=N (may be repeated).
     #[arg(long, value_name = "tap=NAME|unix=SOCKET|vhost-user=SOCKET,...", value_parser = parse_net)]
     net: Vec<NetConfig>,
     /// A socket device: cid=N,socket=PATH. Guest connections to port P of the host go to PATH_P.
@@ -86,7 +86,7 @@ pub struct Args {
     /// Start the guest again when it asks for a reset.
     #[arg(long)]
     restart: bool,
-    /// Wait for gdb at this TCP address ([HOST:]PORT) or Unix socket (a path).
+    /// Wait for gdb at this TCP address (PORT or HOST:PORT) or Unix socket (a path).
     #[arg(long, value_name = "ADDRESS", value_parser = parse_gdb)]
     gdb: Option<GdbConfig>,
     /// Offer the debug console (port 0xE9) and debug-exit (port 0xF4) ports to test guests.
