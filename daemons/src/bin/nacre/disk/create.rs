@@ -1,6 +1,6 @@
 //! Making images.
 
-use super::common::{apply_options, parent_name, parse_size, policy};
+use super::common::{apply_options, parse_size, policy};
 use anyhow::{Context, Result, bail};
 use blockfmt::{BackingRef, CreateOptions, Format, OpenOptions};
 use clap::Args;
