@@ -205,6 +205,25 @@ pub trait Layer: Send + Sync + Debug {
         None
     }
 
+    /// The unique identifier that the image carries, if its format has one.
+    fn identity(&self) -> Option<[u8; 16]> {
+        None
+    }
+
+    /// Fails with [`Error::ParentChanged`](crate::Error::ParentChanged) if `below`, which was opened as the
+    /// parent, is not what the image expects. Formats without such a guard accept anything.
+    fn check_parent(&self, below: &dyn Layer) -> Result<()> {
+        let _ = below;
+        Ok(())
+    }
+
+    /// Remembers the present state of the parent as the one that [`check_parent`](Layer::check_parent)
+    /// expects, after this process wrote to the parent.
+    fn note_parent(&self, below: &dyn Layer) -> Result<()> {
+        let _ = below;
+        Ok(())
+    }
+
     /// Unit of allocation in bytes; 0 if the format has none.
     fn cluster_size(&self) -> u64 {
         0

@@ -41,6 +41,7 @@ mod ranges;
 pub mod disk;
 pub mod format;
 pub mod job;
+pub mod nbd;
 pub mod storage;
 
 pub use disk::{

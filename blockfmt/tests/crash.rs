@@ -8,6 +8,7 @@
 mod common;
 
 use blockfmt::format::qcow2::Qcow2Options;
+use blockfmt::format::vhd::{VhdKind, VhdOptions};
 use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions, Storage};
 use common::{Rng, qemu, text};
@@ -138,6 +139,10 @@ fn corruptions(image: &MemoryStorage, dir: &std::path::Path) -> Option<String> {
 }
 
 fn run(name: &str, qcow2: Qcow2Options, with_base: bool, seed: u64) {
+    run_on(name, CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2), with_base, seed);
+}
+
+fn run_on(name: &str, mut create: CreateOptions, with_base: bool, seed: u64) {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut rng = Rng(seed);
     let base_sectors = if with_base { SIZE / SECTOR as u64 * 3 / 4 } else { 0 };
@@ -145,16 +150,16 @@ fn run(name: &str, qcow2: Qcow2Options, with_base: bool, seed: u64) {
     std::fs::write(dir.path().join("base.raw"), &base).unwrap();
     let start = MemoryStorage::new();
     let inner = Arc::new(start);
-    let mut create = CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2);
+    let format = create.format;
     if with_base {
-        create = create.backing("base.raw", Format::Raw);
+        create = create.backing(text(&dir.path().join("base.raw")), Format::Raw);
     }
     create.create_on(inner.clone()).unwrap();
     let start = MemoryStorage::clone(&inner);
 
     let record = Arc::new(RecordingStorage::new(inner));
     let open = |storage: Arc<dyn Storage>| {
-        OpenOptions::new(Format::Qcow2).open_storage(storage, dir.path().join("top.qcow2")).unwrap()
+        OpenOptions::new(format).open_storage(storage, dir.path().join("top")).unwrap()
     };
     let disk = open(record.clone());
     let mut history = History::new(base_sectors);
@@ -168,7 +173,8 @@ fn run(name: &str, qcow2: Qcow2Options, with_base: bool, seed: u64) {
             events[..at].iter().rev().find_map(|e| if let Event::Mark(m) = e { Some(*m) } else { None });
         let image = crash(&start, &events, at, &mut rng);
         let what = format!("{name}, crash {round} at event {at} of {}", events.len());
-        if round % 10 == 0
+        if format == Format::Qcow2
+            && round % 10 == 0
             && let Some(report) = corruptions(&image, dir.path())
         {
             panic!("{what}: {report}");
@@ -200,6 +206,16 @@ fn children() {
     let subclusters = Qcow2Options { extended_l2: true, ..Qcow2Options::default() };
     run("child with subclusters", subclusters, true, 22);
     run("child of version 2", Qcow2Options { version: 2, ..Qcow2Options::default() }, true, 23);
+}
+
+#[test]
+fn vhd_images() {
+    for (n, kind) in [VhdKind::Fixed, VhdKind::Dynamic].into_iter().enumerate() {
+        let vhd = VhdOptions { kind, block_size: 512 << 10 };
+        run_on("VHD", CreateOptions::new(Format::Vhd, SIZE).vhd(vhd), false, 31 + n as u64);
+    }
+    let vhd = VhdOptions { block_size: 512 << 10, ..VhdOptions::default() };
+    run_on("differencing VHD", CreateOptions::new(Format::Vhd, SIZE).vhd(vhd), true, 33);
 }
 
 #[test]

@@ -54,8 +54,9 @@ impl Disk {
             }
         }
         let mut gates: Vec<_> = order.iter().map(|(disk, _)| disk.0.gate.close()).collect();
-        for closed in &gates {
+        for (closed, (_, layer)) in gates.iter().zip(&order) {
             closed.get().layers[0].close()?;
+            layer.note_parent(&*closed.get().layers[0])?;
         }
         for (closed, (_, layer)) in gates.iter_mut().zip(&order) {
             let mut state = State::clone(closed.get());
@@ -164,9 +165,13 @@ impl Disk {
 
     /// Closes the layers below the active one that a job made writable, and lets others read them.
     pub(crate) fn settle(&self) -> Result<()> {
-        for layer in self.layers().iter().skip(1).filter(|layer| !layer.read_only()) {
-            layer.close()?;
-            layer.storage().set_lock(LockMode::Read)?;
+        // From the bottom up: a child notes what its parent became.
+        for pair in self.layers().windows(2).rev().filter(|pair| !pair[1].read_only()) {
+            pair[1].close()?;
+            if !pair[0].read_only() {
+                pair[0].note_parent(&*pair[1])?;
+            }
+            pair[1].storage().set_lock(LockMode::Read)?;
         }
         Ok(())
     }

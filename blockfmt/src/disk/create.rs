@@ -1,6 +1,7 @@
 //! Creation of images.
 
 use crate::format::qcow2::Qcow2Options;
+use crate::format::vhd::VhdOptions;
 use crate::storage::{FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Format, Result, Storage, format};
 use std::path::Path;
@@ -33,6 +34,8 @@ pub struct CreateOptions {
     pub backing: Option<BackingRef>,
     /// Options that only qcow2 has.
     pub qcow2: Qcow2Options,
+    /// Options that only VHD has.
+    pub vhd: VhdOptions,
 }
 
 impl CreateOptions {
@@ -44,6 +47,7 @@ impl CreateOptions {
             preallocation: Preallocation::Off,
             backing: None,
             qcow2: Qcow2Options::default(),
+            vhd: VhdOptions::default(),
         }
     }
 
@@ -62,6 +66,12 @@ impl CreateOptions {
     /// Sets the options that only qcow2 has.
     pub fn qcow2(mut self, qcow2: Qcow2Options) -> Self {
         self.qcow2 = qcow2;
+        self
+    }
+
+    /// Sets the options that only VHD has.
+    pub fn vhd(mut self, vhd: VhdOptions) -> Self {
+        self.vhd = vhd;
         self
     }
 

@@ -154,6 +154,7 @@ impl OpenOptions {
                 }
                 seen.push(id);
             }
+            layers[layers.len() - 1].check_parent(&*layer)?;
             layers.push(layer);
             referrer = at;
         }

@@ -2,6 +2,7 @@
 
 pub mod qcow2;
 pub mod raw;
+pub mod vhd;
 
 use crate::disk::CreateOptions;
 use crate::{Error, Layer, Result, Storage};
@@ -18,17 +19,21 @@ pub enum Format {
     Raw,
     /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// Virtual PC's and Hyper-V's first format (QEMU calls it "vpc").
+    #[serde(rename = "vpc")]
+    Vhd,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: &'static [Format] = &[Format::Raw, Format::Qcow2];
+    pub const ALL: &'static [Format] = &[Format::Raw, Format::Qcow2, Format::Vhd];
 
     /// The name that QEMU and this crate use.
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Vhd => "vpc",
         }
     }
 }
@@ -41,7 +46,9 @@ impl fmt::Display for Format {
 
 impl FromStr for Format {
     type Err = Error;
+    /// Takes the names of [`Format::name`] and the file name extension "vhd".
     fn from_str(name: &str) -> Result<Self> {
+        let name = if name == "vhd" { Format::Vhd.name() } else { name };
         let found = Format::ALL.iter().find(|f| f.name() == name);
         found.copied().ok_or_else(|| Error::unsupported("The image", format!("format {name:?}")))
     }
@@ -62,7 +69,7 @@ pub struct LayerOptions {
 pub(crate) fn data_file_name(format: Format, storage: &Arc<dyn Storage>) -> Result<Option<String>> {
     match format {
         Format::Qcow2 => qcow2::data_file_name(storage),
-        Format::Raw => Ok(None),
+        Format::Raw | Format::Vhd => Ok(None),
     }
 }
 
@@ -75,6 +82,7 @@ pub(crate) fn open_layer(
     match format {
         Format::Raw => Ok(Arc::new(raw::Raw::open(storage, options)?)),
         Format::Qcow2 => Ok(Arc::new(qcow2::Qcow2::open(storage, options)?)),
+        Format::Vhd => Ok(Arc::new(vhd::Vhd::open(storage, options)?)),
     }
 }
 
@@ -87,5 +95,6 @@ pub(crate) fn create_layer(
     match options.format {
         Format::Raw => raw::create(&storage, options),
         Format::Qcow2 => qcow2::create(storage, data_file, options),
+        Format::Vhd => vhd::create(&storage, options),
     }
 }

@@ -1,0 +1,214 @@
+//! The fixed newstyle handshake.
+
+use super::proto::{
+    INIT_MAGIC, MAX_OPTION, MAX_PAYLOAD, OPTION_MAGIC, OPTION_REPLY_MAGIC, export_flag, option, reply,
+};
+use super::server::{Export, Shared};
+use super::stream::Stream;
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+
+/// `NBD_FLAG_FIXED_NEWSTYLE` and `NBD_FLAG_NO_ZEROES`, the same for server and client.
+const FLAGS: u16 = 3;
+const NO_ZEROES: u32 = 2;
+/// Options that a client may send before it starts.
+const MAX_OPTIONS: usize = 1000;
+const CONTEXT: &str = "base:allocation";
+/// Number of [`CONTEXT`] in replies.
+pub(super) const CONTEXT_ID: u32 = 1;
+
+/// What was agreed on.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub export: Arc<Export>,
+    pub structured: bool,
+    pub extended: bool,
+    /// Whether block status was asked for.
+    pub allocation: bool,
+}
+
+impl Session {
+    pub fn read_only(&self) -> bool {
+        self.export.read_only || self.export.disk.is_read_only()
+    }
+}
+
+fn flags(export: &Export, structured: bool) -> u16 {
+    use export_flag as f;
+    let mut flags = f::HAS_FLAGS | f::SEND_FLUSH | f::SEND_FUA | f::CAN_MULTI_CONN;
+    flags |= match export.read_only || export.disk.is_read_only() {
+        true => f::READ_ONLY,
+        false => f::SEND_TRIM | f::SEND_WRITE_ZEROES,
+    };
+    if structured { flags | f::SEND_DF } else { flags }
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+fn array<const N: usize>(stream: &mut Stream) -> io::Result<[u8; N]> {
+    let mut out = [0; N];
+    stream.read_exact(&mut out)?;
+    Ok(out)
+}
+
+fn answer(stream: &mut Stream, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
+    let mut out = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+    out.extend(option.to_be_bytes());
+    out.extend(kind.to_be_bytes());
+    out.extend((data.len() as u32).to_be_bytes());
+    out.extend(data);
+    stream.write_all(&out)
+}
+
+/// Takes a string with its length before it from the start of `data`.
+fn take_string<'a>(data: &mut &'a [u8]) -> Option<&'a str> {
+    let (len, rest) = data.split_first_chunk::<4>()?;
+    let (text, rest) = rest.split_at_checked(u32::from_be_bytes(*len) as usize)?;
+    *data = rest;
+    std::str::from_utf8(text).ok()
+}
+
+/// Negotiates; `None` if the client leaves.
+pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Option<Session>> {
+    let mut hello = INIT_MAGIC.to_vec();
+    hello.extend(OPTION_MAGIC);
+    hello.extend(FLAGS.to_be_bytes());
+    stream.write_all(&hello)?;
+    let client = u32::from_be_bytes(array(stream)?);
+    if client & !u32::from(FLAGS) != 0 {
+        return Err(invalid("the client sets unknown flags"));
+    }
+    let (mut structured, mut extended) = (false, false);
+    // The export for which block status was asked for.
+    let mut allocation: Option<String> = None;
+    for _ in 0..MAX_OPTIONS {
+        if array::<8>(stream)? != *OPTION_MAGIC {
+            return Err(invalid("an option has the wrong magic"));
+        }
+        let opt = u32::from_be_bytes(array(stream)?);
+        let len = u32::from_be_bytes(array(stream)?);
+        if len > MAX_OPTION {
+            answer(stream, opt, reply::ERR_TOO_BIG, b"")?;
+            return Err(invalid("an option is too long"));
+        }
+        let mut data = vec![0; len as usize];
+        stream.read_exact(&mut data)?;
+        let session = |export: Arc<Export>, allocation: &Option<String>| Session {
+            allocation: allocation.as_ref() == Some(&export.name),
+            export,
+            structured,
+            extended,
+        };
+        match opt {
+            option::EXPORT_NAME => {
+                let export = std::str::from_utf8(&data).ok().and_then(|name| shared.export(name));
+                // This option has no way to report an error.
+                let export = export.ok_or_else(|| invalid("there is no such export"))?;
+                let mut out = export.disk.size().to_be_bytes().to_vec();
+                out.extend(flags(&export, structured).to_be_bytes());
+                if client & NO_ZEROES == 0 {
+                    out.extend([0; 124]);
+                }
+                stream.write_all(&out)?;
+                return Ok(Some(session(export, &allocation)));
+            }
+            option::ABORT => {
+                answer(stream, opt, reply::ACK, b"")?;
+                return Ok(None);
+            }
+            option::LIST if data.is_empty() => {
+                for export in shared.exports() {
+                    let mut out = (export.name.len() as u32).to_be_bytes().to_vec();
+                    out.extend(export.name.as_bytes());
+                    answer(stream, opt, reply::SERVER, &out)?;
+                }
+                answer(stream, opt, reply::ACK, b"")?;
+            }
+            option::STRUCTURED_REPLY if data.is_empty() => {
+                structured = true;
+                answer(stream, opt, reply::ACK, b"")?;
+            }
+            option::EXTENDED_HEADERS if data.is_empty() => {
+                structured = true;
+                extended = true;
+                answer(stream, opt, reply::ACK, b"")?;
+            }
+            option::INFO | option::GO => {
+                let Some(name) = take_string(&mut &data[..]) else {
+                    answer(stream, opt, reply::ERR_INVALID, b"")?;
+                    continue;
+                };
+                let Some(export) = shared.export(name) else {
+                    answer(stream, opt, reply::ERR_UNKNOWN, b"There is no such export")?;
+                    continue;
+                };
+                send_info(stream, opt, &export, structured)?;
+                if opt == option::GO {
+                    return Ok(Some(session(export, &allocation)));
+                }
+            }
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT if structured => {
+                let set = opt == option::SET_META_CONTEXT;
+                if set {
+                    allocation = None;
+                }
+                let Some((name, wanted)) = parse_contexts(&data, !set) else {
+                    answer(stream, opt, reply::ERR_INVALID, b"")?;
+                    continue;
+                };
+                if shared.export(&name).is_none() {
+                    answer(stream, opt, reply::ERR_UNKNOWN, b"There is no such export")?;
+                    continue;
+                }
+                if wanted {
+                    let mut out = if set { CONTEXT_ID } else { 0 }.to_be_bytes().to_vec();
+                    out.extend(CONTEXT.as_bytes());
+                    answer(stream, opt, reply::META_CONTEXT, &out)?;
+                    allocation = set.then_some(name).or(allocation);
+                }
+                answer(stream, opt, reply::ACK, b"")?;
+            }
+            option::LIST
+            | option::STRUCTURED_REPLY
+            | option::EXTENDED_HEADERS
+            | option::LIST_META_CONTEXT
+            | option::SET_META_CONTEXT => answer(stream, opt, reply::ERR_INVALID, b"")?,
+            _ => answer(stream, opt, reply::ERR_UNSUP, b"")?,
+        }
+    }
+    Err(invalid("the client never starts"))
+}
+
+/// The export that an option about metadata contexts names, and whether it asks for ours.
+fn parse_contexts(mut data: &[u8], list: bool) -> Option<(String, bool)> {
+    let name = take_string(&mut data)?.to_owned();
+    let (count, rest) = data.split_first_chunk::<4>()?;
+    let count = u32::from_be_bytes(*count);
+    data = rest;
+    let mut wanted = list && count == 0;
+    for _ in 0..count {
+        let query = take_string(&mut data)?;
+        wanted |= query == CONTEXT || (list && query == "base:");
+    }
+    Some((name, wanted))
+}
+
+fn send_info(stream: &mut Stream, opt: u32, export: &Export, structured: bool) -> io::Result<()> {
+    let mut out = 0u16.to_be_bytes().to_vec(); // NBD_INFO_EXPORT
+    out.extend(export.disk.size().to_be_bytes());
+    out.extend(flags(export, structured).to_be_bytes());
+    answer(stream, opt, reply::INFO, &out)?;
+    if !export.description.is_empty() {
+        let mut out = 2u16.to_be_bytes().to_vec(); // NBD_INFO_DESCRIPTION
+        out.extend(export.description.as_bytes().iter().take(4096));
+        answer(stream, opt, reply::INFO, &out)?;
+    }
+    let mut out = 3u16.to_be_bytes().to_vec(); // NBD_INFO_BLOCK_SIZE: least, preferred, most
+    for size in [1, 4096, MAX_PAYLOAD as u32] {
+        out.extend(size.to_be_bytes());
+    }
+    answer(stream, opt, reply::INFO, &out)?;
+    answer(stream, opt, reply::ACK, b"")
+}

@@ -1,0 +1,253 @@
+//! The server object: listeners, connections and exports.
+
+use super::stream::{Listener, Stream};
+use super::{handshake, transmission};
+use crate::{Disk, Error, Result};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Connections that are served at a time; more are turned away.
+const MAX_CONNECTIONS: usize = 256;
+/// Time that a client has for each message of the handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A disk under a name.
+#[derive(Clone, Debug)]
+pub struct Export {
+    /// What clients ask for.
+    pub name: String,
+    /// A text for people.
+    pub description: String,
+    /// The disk.
+    pub disk: Disk,
+    /// Whether writes are refused even if the disk takes them.
+    pub read_only: bool,
+}
+
+/// What is known about an export.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ExportInfo {
+    /// Its name.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Clients that use it now.
+    pub connections: usize,
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: Stream,
+    thread: JoinHandle<()>,
+    /// The export in use, once the handshake is over.
+    export: Arc<Mutex<Option<String>>>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    exports: Mutex<BTreeMap<String, Arc<Export>>>,
+    connections: Mutex<HashMap<u64, Connection>>,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    pub fn export(&self, name: &str) -> Option<Arc<Export>> {
+        self.exports.lock().get(name).cloned()
+    }
+
+    pub fn exports(&self) -> Vec<Arc<Export>> {
+        self.exports.lock().values().cloned().collect()
+    }
+
+    /// Serves a new connection in a thread of its own.
+    fn admit(self: &Arc<Self>, id: u64, stream: Stream) -> io::Result<()> {
+        let mut connections = self.connections.lock();
+        connections.retain(|_, c| !c.thread.is_finished());
+        if connections.len() >= MAX_CONNECTIONS || self.stop.load(Ordering::Acquire) {
+            stream.shutdown();
+            return Ok(());
+        }
+        let export = Arc::new(Mutex::new(None));
+        let (shared, ours, current) = (self.clone(), stream.try_clone()?, export.clone());
+        let thread = std::thread::Builder::new().name("nbd".into()).spawn(move || {
+            if let Err(error) = shared.serve(ours, &current) {
+                tracing::debug!(%error, "An NBD connection ended");
+            }
+            current.lock().take();
+        })?;
+        connections.insert(id, Connection { stream, thread, export });
+        Ok(())
+    }
+
+    fn serve(&self, mut stream: Stream, current: &Mutex<Option<String>>) -> io::Result<()> {
+        stream.set_timeout(Some(HANDSHAKE_TIMEOUT))?;
+        let session = handshake::negotiate(&mut stream, self);
+        let result = match session {
+            Ok(Some(session)) => {
+                *current.lock() = Some(session.export.name.clone());
+                // Removed between the handshake and now: the remover did not see us.
+                match self.export(&session.export.name) {
+                    Some(export) if Arc::ptr_eq(&export, &session.export) => {
+                        drop(export);
+                        stream.set_timeout(None)?;
+                        transmission::run(&mut stream, &session)
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        stream.shutdown();
+        result
+    }
+
+    /// Ends the connections that `which` selects and waits for their requests.
+    fn disconnect(&self, which: impl Fn(Option<&str>) -> bool) {
+        let ended: Vec<Connection> = {
+            let mut connections = self.connections.lock();
+            let selected = |c: &Connection| which(c.export.lock().as_deref());
+            let ids: Vec<u64> = connections.iter().filter(|(_, c)| selected(c)).map(|(id, _)| *id).collect();
+            ids.into_iter().filter_map(|id| connections.remove(&id)).collect()
+        };
+        for connection in ended {
+            connection.stream.shutdown();
+            if connection.thread.join().is_err() {
+                tracing::error!("A thread of the NBD server panicked");
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Acceptor {
+    /// Closing it wakes the thread.
+    wake: Option<UnixStream>,
+    thread: Option<JoinHandle<()>>,
+    socket: Option<PathBuf>,
+}
+
+/// An NBD server. It runs threads of its own; dropping it ends connections and threads.
+#[derive(Debug, Default)]
+pub struct Server {
+    shared: Arc<Shared>,
+    acceptors: Mutex<Vec<Acceptor>>,
+}
+
+impl Server {
+    /// A server that neither listens nor exports yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an export while the server runs.
+    pub fn add_export(&self, export: Export) -> Result<()> {
+        if export.name.len() > 4096 {
+            return Err(Error::InvalidOption("The name of an export has at most 4096 bytes".into()));
+        }
+        let mut exports = self.shared.exports.lock();
+        if exports.contains_key(&export.name) {
+            return Err(Error::Exists { what: "export", name: export.name });
+        }
+        exports.insert(export.name.clone(), Arc::new(export));
+        Ok(())
+    }
+
+    /// Removes an export; its clients are disconnected, and their requests have ended when this returns.
+    pub fn remove_export(&self, name: &str) -> Result<()> {
+        let removed = self.shared.exports.lock().remove(name);
+        let removed = removed.ok_or_else(|| Error::NotFound { what: "export", name: name.into() })?;
+        self.shared.disconnect(|export| export == Some(name));
+        if removed.read_only { Ok(()) } else { removed.disk.flush() }
+    }
+
+    /// The exports, by name.
+    pub fn exports(&self) -> Vec<ExportInfo> {
+        let exports = self.shared.exports();
+        let connections = self.shared.connections.lock();
+        let users =
+            |name: &str| connections.values().filter(|c| c.export.lock().as_deref() == Some(name)).count();
+        let info = |e: &Arc<Export>| ExportInfo {
+            name: e.name.clone(),
+            size: e.disk.size(),
+            read_only: e.read_only || e.disk.is_read_only(),
+            connections: users(&e.name),
+        };
+        exports.iter().map(info).collect()
+    }
+
+    /// Listens on a Unix socket, which must not exist; it is removed with the server.
+    pub fn listen_unix(&self, path: &Path) -> Result<()> {
+        let fail = |e| Error::io("listen on", path.display().to_string(), e);
+        let listener = UnixListener::bind(path).map_err(fail)?;
+        self.accept(Listener::Unix(listener), Some(path.to_owned())).map_err(fail)
+    }
+
+    /// Listens on a TCP address and returns it, with the port that was chosen if it was 0.
+    pub fn listen_tcp(&self, address: SocketAddr) -> Result<SocketAddr> {
+        let fail = |e| Error::io("listen on", address.to_string(), e);
+        let listener = TcpListener::bind(address).map_err(fail)?;
+        let bound = listener.local_addr().map_err(fail)?;
+        self.accept(Listener::Tcp(listener), None).map_err(fail)?;
+        Ok(bound)
+    }
+
+    fn accept(&self, listener: Listener, socket: Option<PathBuf>) -> io::Result<()> {
+        let (wake, woken) = UnixStream::pair()?;
+        let shared = self.shared.clone();
+        let mut acceptors = self.acceptors.lock();
+        // Numbers of connections are unique over all listeners.
+        let first = (acceptors.len() as u64) << 48;
+        let thread = std::thread::Builder::new().name("nbd-accept".into()).spawn(move || {
+            let mut id = first;
+            loop {
+                match listener.accept(&woken) {
+                    Ok(None) => return,
+                    Ok(Some(stream)) => {
+                        id += 1;
+                        if let Err(error) = shared.admit(id, stream) {
+                            tracing::warn!(%error, "Cannot serve an NBD connection");
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "Cannot accept an NBD connection");
+                        // Out of descriptors, most likely: do not spin.
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                }
+            }
+        })?;
+        acceptors.push(Acceptor { wake: Some(wake), thread: Some(thread), socket });
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        for acceptor in self.acceptors.get_mut() {
+            acceptor.wake.take();
+            if let Some(thread) = acceptor.thread.take()
+                && thread.join().is_err()
+            {
+                tracing::error!("A thread of the NBD server panicked");
+            }
+            if let Some(socket) = &acceptor.socket {
+                // Whoever removed it before us is right, too.
+                let _ = std::fs::remove_file(socket);
+            }
+        }
+        self.shared.disconnect(|_| true);
+    }
+}

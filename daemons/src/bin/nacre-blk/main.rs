@@ -1,0 +1,72 @@
+//! `nacre-blk`: exports virtual disks over NBD.
+
+mod api;
+mod exports;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use exports::{ExportSpec, Exports};
+use nix::sys::signal::{SigSet, Signal};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Exports virtual disks over NBD; exports come and go while it runs.
+#[derive(Parser)]
+#[command(
+    version,
+    about,
+    after_help = "\
+Examples:
+  nacre-blk --export name=root,path=root.qcow2,format=qcow2 --unix /run/nbd.sock
+  nacre-blk --export name=iso,path=cd.raw,format=raw,readonly --tcp 127.0.0.1:10809 --api /run/blk.sock
+  echo '{\"command\":\"add\",\"name\":\"data\",\"path\":\"data.vhd\",\"format\":\"vhd\"}' | nc -NU /run/blk.sock
+  echo '{\"command\":\"list\"}' | nc -NU /run/blk.sock
+  echo '{\"command\":\"remove\",\"name\":\"data\"}' | nc -NU /run/blk.sock
+  nbdinfo 'nbd+unix:///root?socket=/run/nbd.sock'
+
+NBD is not encrypted here: use --tcp in networks that are trusted only."
+)]
+struct Args {
+    /// Export a disk: name=NAME,path=PATH,format=FORMAT[,readonly]; may be repeated.
+    #[arg(long, value_name = "EXPORT")]
+    export: Vec<ExportSpec>,
+    /// Listen for NBD clients on this Unix socket; may be repeated.
+    #[arg(long, value_name = "SOCKET")]
+    unix: Vec<PathBuf>,
+    /// Listen for NBD clients on this address and port; may be repeated.
+    #[arg(long, value_name = "ADDRESS")]
+    tcp: Vec<SocketAddr>,
+    /// Take commands (one JSON object a line: add, remove, list) on this Unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    api: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let args = Args::parse();
+    anyhow::ensure!(
+        !args.unix.is_empty() || !args.tcp.is_empty(),
+        "Say where to listen with --unix or --tcp"
+    );
+    // Blocked before any thread starts, so that the signals wait for `wait` below.
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    signals.thread_block().context("Cannot block signals")?;
+    let exports = Exports::new();
+    for spec in &args.export {
+        exports.add(spec)?;
+    }
+    for path in &args.unix {
+        exports.server().listen_unix(path)?;
+        println!("listening unix {}", path.display());
+    }
+    for address in &args.tcp {
+        println!("listening tcp {}", exports.server().listen_tcp(*address)?);
+    }
+    let api = args.api.as_deref().map(|path| api::Api::start(path, exports.clone())).transpose()?;
+    signals.wait().context("Cannot wait for signals")?;
+    drop(api);
+    exports.close()
+}
