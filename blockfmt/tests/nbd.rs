@@ -77,6 +77,7 @@ fn libnbd_lists_and_copies() {
     let list = libnbd("nbdinfo", &["--list", "--json", &uri.replace("/disk?", "/?")]);
     let list: serde_json::Value = serde_json::from_str(&list).unwrap();
     assert_eq!(list["exports"].as_array().unwrap().len(), 2, "{list}");
+    assert_eq!(list["exports"][0]["description"], "a test disk");
     assert_eq!(list["exports"][0]["can_multi_conn"], true);
     assert_eq!(list["exports"][0]["export-size"], SIZE);
     let map = libnbd("nbdinfo", &["--map", "--totals", &uri]);

@@ -122,6 +122,7 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
                 for export in shared.exports() {
                     let mut out = (export.name.len() as u32).to_be_bytes().to_vec();
                     out.extend(export.name.as_bytes());
+                    out.extend(export.description.as_bytes().iter().take(4096));
                     answer(stream, opt, reply::SERVER, &out)?;
                 }
                 answer(stream, opt, reply::ACK, b"")?;

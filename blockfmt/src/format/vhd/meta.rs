@@ -30,7 +30,7 @@ impl Bits {
         while n < limit {
             let at = sector + n;
             let whole = bytes[(at / 8) as usize];
-            if at % 8 == 0 && limit - n >= 8 && whole == if first { 0xff } else { 0 } {
+            if at.is_multiple_of(8) && limit - n >= 8 && whole == if first { 0xff } else { 0 } {
                 n += 8;
             } else if bit(at) == first {
                 n += 1;

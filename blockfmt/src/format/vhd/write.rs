@@ -211,7 +211,7 @@ impl Vhd {
         let end = offset + len;
         let (start, stop) = (offset.next_multiple_of(SECTOR), end / SECTOR * SECTOR);
         let zeros = [0; SECTOR as usize];
-        if start > stop || start == stop {
+        if start >= stop {
             // At most two sectors, both in part.
             let first = (start - offset).min(len);
             for (at, n) in [(offset, first), (offset + first, len - first)] {
