@@ -6,7 +6,7 @@ use crate::mutants::{self, Mutant};
 use crate::types::Millis;
 
 /// I/O timeout and watchdog timeout; every other timer follows from them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Timing {
     /// How long one lease I/O may take, in seconds.
     pub io_timeout: u16,

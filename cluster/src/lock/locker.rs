@@ -116,13 +116,13 @@ pub enum LockOutput {
     WakeAt(Time),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Goal {
     Acquire(LockMode),
     HandOver { to: Incarnation, second_phase: bool, held: Token },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     Idle,
     /// Wait (quarantine or a lost ballot), then read the leader.
@@ -188,14 +188,14 @@ enum Phase {
     },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum AfterRelease {
     Report,
     Deny(Incarnation),
 }
 
 /// Takes, hands over and releases one resource lease for one host.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Locker {
     host: HostId,
     timing: Timing,

@@ -8,6 +8,8 @@
 mod ballot;
 mod locker;
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
 
 pub use locker::{DenyReason, LockInput, LockMode, LockOutput, Locker};

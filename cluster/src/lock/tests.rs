@@ -125,6 +125,16 @@ fn take_deny_release_take() {
 
 #[test]
 fn a_gone_owner_is_replaced_and_a_late_leader_write_does_no_harm() {
+    use crate::mutants::{Mutant, plant};
+    assert!(late_leader_write_is_harmless());
+    plant(Some(Mutant::NoReleasedFlag));
+    let harmless = late_leader_write_is_harmless();
+    plant(None);
+    assert!(!harmless, "NoReleasedFlag was not found");
+}
+
+/// Whether a released lock can be taken although an old leader record landed on the new one.
+fn late_leader_write_is_harmless() -> bool {
     let (mut a, mut b, mut c, mut disk) = (Host::new(1), Host::new(2), Host::new(3), area());
     a.input(0, LockInput::Acquire(LockMode::Exclusive));
     let first = token(a.finish(0, &mut disk));
@@ -141,7 +151,7 @@ fn a_gone_owner_is_replaced_and_a_late_leader_write_does_no_harm() {
     b.finish(3, &mut disk);
     disk.leader = stale;
     c.input(4, LockInput::Acquire(LockMode::Exclusive));
-    assert!(token(c.finish(4, &mut disk)) > second);
+    matches!(c.finish(4, &mut disk), LockOutput::Acquired(t) if t > second)
 }
 
 #[test]
@@ -252,5 +262,129 @@ proptest! {
             }
             prop_assert!(hosts.iter().filter(|h| h.locker.held().is_some()).count() <= 1);
         }
+    }
+}
+
+/// A storm of four hosts over one lock: interleaved I/O, writes whose completion is lost or that land late
+/// (even after the host's end), hosts that end and come back. True when two hosts held the lock at once or
+/// a token did not rise.
+fn storm(seed: u64) -> bool {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut random = move |n: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) % n
+    };
+    let mut disk = area();
+    let mut hosts: Vec<_> = (1..=4).map(Host::new).collect();
+    let mut late: Vec<(u64, HostId, LockOutput)> = Vec::new();
+    let mut using: [Option<Token>; 4] = [None; 4];
+    let mut last = 0;
+    for step in 0..1500u64 {
+        let now = step * 100;
+        late.retain(|(at, host, write)| {
+            let due = *at <= now;
+            match *write {
+                LockOutput::WriteBlock { block, .. } if due => disk.blocks[usize::from(host.0) - 1] = block,
+                LockOutput::WriteLeader { leader, .. } if due => disk.leader = leader,
+                _ => {}
+            }
+            !due
+        });
+        let i = random(4) as usize;
+        match random(100) {
+            // The host ends; everyone learns of it once its late writes have drained.
+            0 if late.is_empty() => {
+                let ended = Incarnation { host: hosts[i].id, generation: hosts[i].ctx.generation };
+                if let Some(w @ (LockOutput::WriteLeader { .. } | LockOutput::WriteBlock { .. })) =
+                    hosts[i].todo.first()
+                {
+                    let after = if matches!(w, LockOutput::WriteLeader { .. }) { 20_000 } else { 0 };
+                    late.push((now + random(after + 1), hosts[i].id, *w));
+                }
+                let mut fresh = Host::new(hosts[i].id.0);
+                fresh.ctx.generation = ended.generation + 1;
+                fresh.ctx.gone = hosts[i].ctx.gone.clone();
+                hosts[i] = fresh;
+                using[i] = None;
+                for h in &mut hosts {
+                    h.ctx.gone.insert(ended);
+                }
+                continue;
+            }
+            // A write's completion is lost.
+            1..=3 => {
+                if let Some(w @ (LockOutput::WriteLeader { op, .. } | LockOutput::WriteBlock { op, .. })) =
+                    hosts[i].todo.first().copied()
+                {
+                    hosts[i].todo.remove(0);
+                    late.push((now + random(Timing::default().drain()), hosts[i].id, w));
+                    hosts[i].input(now, LockInput::Wrote { op, result: Err(IoFailed) });
+                }
+            }
+            _ => {
+                if !hosts[i].serve(now, &mut disk) {
+                    let idle = hosts[i].locker.is_idle();
+                    let input = if hosts[i].locker.held().is_some() {
+                        match random(10) {
+                            0 => LockInput::Release,
+                            1 => {
+                                let to = random(4) as usize;
+                                using[i] = None;
+                                let generation = hosts[to].ctx.generation;
+                                LockInput::HandOver(Incarnation { host: hosts[to].id, generation })
+                            }
+                            _ => continue,
+                        }
+                    } else if idle {
+                        LockInput::Acquire(LockMode::Exclusive)
+                    } else {
+                        LockInput::Tick
+                    };
+                    if input == LockInput::Release {
+                        using[i] = None;
+                    }
+                    hosts[i].input(now, input);
+                }
+            }
+        }
+        for e in hosts[i].events.drain(..) {
+            match e {
+                LockOutput::Acquired(t) => {
+                    if t.lver <= last {
+                        return true;
+                    }
+                    last = t.lver;
+                    using[i] = Some(t);
+                }
+                // The source goes on with what it had.
+                LockOutput::HandOverFailed { still_ours: true } => using[i] = Some(Token::default()),
+                _ => {}
+            }
+        }
+        if using.iter().flatten().count() > 1 {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn storms_hold_and_planted_bugs_are_found() {
+    use crate::mutants::{Mutant, plant};
+    for seed in 0..1500 {
+        assert!(!storm(seed), "seed {seed}");
+    }
+    for mutant in [
+        Mutant::NoSecondPhaseCheck,
+        Mutant::BallotIgnoresAccepted,
+        Mutant::SourceResumesWhenUncertain,
+        Mutant::OwnerLivenessIgnored,
+    ] {
+        plant(Some(mutant));
+        let found = (0..1500).any(storm);
+        plant(None);
+        assert!(found, "{mutant:?} was not found");
     }
 }
