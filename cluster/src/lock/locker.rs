@@ -119,7 +119,13 @@ pub enum LockOutput {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Goal {
     Acquire(LockMode),
-    HandOver { to: Incarnation, second_phase: bool, held: Token },
+    /// Once `opened`, the own block no longer proves the ownership of `held` and others may vote for its
+    /// successor: there is no way back.
+    HandOver {
+        to: Incarnation,
+        opened: bool,
+        held: Token,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -257,7 +263,7 @@ impl Locker {
             }
             LockInput::HandOver(to) => match self.phase {
                 Phase::Held { mode: LockMode::Exclusive, token } => {
-                    let goal = Goal::HandOver { to, second_phase: false, held: token };
+                    let goal = Goal::HandOver { to, opened: false, held: token };
                     let leader = Leader { owner: token.owner, lver: token.lver, ..Leader::default() };
                     self.phase = Phase::Blocks { goal, leader };
                     self.read_blocks(now, out);
@@ -392,7 +398,11 @@ impl Locker {
                 let lver = ballot::target_version(leader.lver, blocks);
                 let mine = ballot::open(self.host, lver, blocks);
                 self.phase = Phase::FirstWrite { goal, mine };
-                self.write_block(now, mine, ModeBlock::default(), ctx, out);
+                if self.write_block(now, mine, ModeBlock::default(), ctx, out)
+                    && let Goal::HandOver { to, held, .. } = goal
+                {
+                    self.phase = Phase::FirstWrite { goal: Goal::HandOver { to, held, opened: true }, mine };
+                }
             }
             Phase::FirstRead { goal, mine } => {
                 let wish = match goal {
@@ -402,12 +412,6 @@ impl Locker {
                 let stamp = (now.0 / 1000).max(1);
                 match ballot::after_first(self.host, mine, wish, stamp, blocks) {
                     Verdict::Write(mine) => {
-                        let goal = match goal {
-                            Goal::HandOver { to, held, .. } => {
-                                Goal::HandOver { to, held, second_phase: true }
-                            }
-                            other => other,
-                        };
                         self.phase = Phase::SecondWrite { goal, mine };
                         self.write_block(now, mine, ModeBlock::default(), ctx, out);
                     }
@@ -535,8 +539,8 @@ impl Locker {
 
     /// Another host is ahead: wait a little, longer each time and different on each host.
     fn lost_ballot(&mut self, now: Time, goal: Goal, out: &mut Vec<LockOutput>) {
-        if let Goal::HandOver { second_phase, held, .. } = goal {
-            return self.hand_over_failed(second_phase, held, out);
+        if let Goal::HandOver { opened, held, .. } = goal {
+            return self.hand_over_failed(opened, held, out);
         }
         self.losses += 1;
         if self.losses > 20 {
@@ -546,8 +550,8 @@ impl Locker {
         self.phase = Phase::Wait { goal, until: now + spread };
     }
 
-    fn hand_over_failed(&mut self, second_phase: bool, held: Token, out: &mut Vec<LockOutput>) {
-        let still_ours = !second_phase || mutants::active(Mutant::SourceResumesWhenUncertain);
+    fn hand_over_failed(&mut self, opened: bool, held: Token, out: &mut Vec<LockOutput>) {
+        let still_ours = !opened || mutants::active(Mutant::SourceResumesWhenUncertain);
         self.phase =
             if still_ours { Phase::Held { mode: LockMode::Exclusive, token: held } } else { Phase::Idle };
         out.push(LockOutput::HandOverFailed { still_ours });
@@ -565,8 +569,8 @@ impl Locker {
             | Phase::Commit { goal, .. } => goal,
             _ => Goal::Acquire(LockMode::Exclusive),
         };
-        if let Goal::HandOver { second_phase, held, .. } = goal {
-            return self.hand_over_failed(second_phase, held, out);
+        if let Goal::HandOver { opened, held, .. } = goal {
+            return self.hand_over_failed(opened, held, out);
         }
         self.phase = Phase::Idle;
         out.push(LockOutput::Denied(reason));

@@ -194,14 +194,14 @@ impl Model for Protocol {
         vec![
             Property::always("one user", |_, w: &World| w.hosts.iter().filter(|h| h.using).count() <= 1),
             Property::always("tokens rise", |_, w: &World| !w.regressed),
-            Property::sometimes("the lock changes hosts", |_, w: &World| w.top >= 3),
+            Property::sometimes("the lock changes hosts", |_, w: &World| w.top >= 2),
         ]
     }
 }
 
 #[test]
 fn every_order_of_two_hosts_keeps_one_user() {
-    let checker = Protocol { steps: 22 }.checker().threads(2).spawn_bfs().join();
+    let checker = Protocol { steps: 24 }.checker().threads(2).spawn_bfs().join();
     checker.assert_properties();
     assert!(checker.unique_state_count() > 10_000, "{}", checker.unique_state_count());
 }

@@ -188,23 +188,45 @@ fn a_hand_over_moves_the_lock_without_a_gap() {
 }
 
 #[test]
-fn a_hand_over_that_fails_early_leaves_the_lock_and_late_gives_it_up() {
-    for (failing, still_ours) in [(1, true), (3, false)] {
+fn a_hand_over_leaves_the_lock_only_before_its_first_write() {
+    for (served, still_ours) in [(0, true), (1, false), (2, false), (3, false), (4, false), (5, false)] {
         let (mut a, mut disk) = (Host::new(1), area());
         a.input(0, LockInput::Acquire(LockMode::Exclusive));
         a.finish(0, &mut disk);
         a.input(1, LockInput::HandOver(Incarnation { host: HostId(2), generation: 1 }));
-        for _ in 0..failing {
+        for _ in 0..served {
             a.serve(1, &mut disk);
         }
-        let op = match a.todo.remove(0) {
-            LockOutput::WriteBlock { op, .. } => op,
-            other => panic!("expected a write: {other:?}"),
+        let input = match a.todo.remove(0) {
+            LockOutput::WriteBlock { op, .. } | LockOutput::WriteLeader { op, .. } => {
+                LockInput::Wrote { op, result: Err(IoFailed) }
+            }
+            LockOutput::ReadBlocks { op } => LockInput::BlocksRead { op, result: Err(IoFailed) },
+            other => panic!("expected I/O: {other:?}"),
         };
-        a.input(2, LockInput::Wrote { op, result: Err(IoFailed) });
+        a.input(2, input);
         assert_eq!(a.events.pop(), Some(LockOutput::HandOverFailed { still_ours }));
         assert_eq!(a.locker.held().is_some(), still_ours);
     }
+}
+
+/// A host that read the leader record before the owner took the lock may vote for the version that the
+/// owner's hand-over opens; the owner must then not resume.
+#[test]
+fn a_contender_with_an_old_leader_record_never_shares_a_lock_with_a_failed_hand_over() {
+    let (mut a, mut b, mut disk) = (Host::new(1), Host::new(2), area());
+    b.input(0, LockInput::Acquire(LockMode::Exclusive));
+    b.serve(0, &mut disk);
+    a.input(0, LockInput::Acquire(LockMode::Exclusive));
+    a.finish(0, &mut disk);
+    a.input(1, LockInput::HandOver(Incarnation { host: HostId(2), generation: 1 }));
+    a.serve(1, &mut disk);
+    a.serve(1, &mut disk);
+    b.serve(1, &mut disk);
+    b.serve(1, &mut disk);
+    assert_eq!(a.finish(1, &mut disk), LockOutput::HandOverFailed { still_ours: false });
+    token(b.finish(1, &mut disk));
+    assert!(b.locker.held().is_some() && a.locker.held().is_none());
 }
 
 #[test]

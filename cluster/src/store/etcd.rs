@@ -160,9 +160,12 @@ impl Store for EtcdStore {
     fn renew(&mut self, lease: u64) -> Result<bool, StoreError> {
         let client = &mut self.client;
         run(&self.runtime, async {
-            let (mut keeper, mut answers) = client.lease_keep_alive(lease_id(lease)).await?;
-            keeper.keep_alive().await?;
-            Ok(answers.message().await?.is_some_and(|a| a.ttl() > 0))
+            // Opening the stream already renews once.
+            match client.lease_keep_alive(lease_id(lease)).await {
+                Ok(_) => Ok(true),
+                Err(Error::LeaseKeepAliveError(_)) => Ok(false),
+                Err(e) => Err(e),
+            }
         })
     }
 
