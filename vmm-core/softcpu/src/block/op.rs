@@ -34,7 +34,7 @@ pub(crate) const X_ADDR32: u16 = 1 << 2;
 #[repr(C)]
 pub(crate) struct Op {
     pub handler: Handler,
-    /// Immediate, or a pointer: the linked block, the boxed instruction.
+    /// Immediate, or a pointer: the first operation of the linked block, the boxed instruction.
     pub imm: Cell<u64>,
     /// Displacement of the memory operand, or a branch target relative to the block.
     pub disp: i32,
@@ -76,6 +76,17 @@ impl OpPtr {
         self.0.is_null()
     }
 
+    /// From what [`Op::imm`] of a linked jump holds.
+    #[inline(always)]
+    pub fn from_link(link: u64) -> Self {
+        Self(link as usize as *const Op)
+    }
+
+    #[inline(always)]
+    pub fn as_link(self) -> u64 {
+        self.0 as usize as u64
+    }
+
     /// The operation after this one in the same block.
     #[inline(always)]
     pub fn following(self) -> Self {
@@ -100,16 +111,6 @@ pub(crate) struct BlockPtr(pub *const Block);
 
 impl BlockPtr {
     pub const NULL: Self = Self(std::ptr::null());
-
-    #[inline(always)]
-    pub fn from_link(link: u64) -> Self {
-        Self(link as usize as *const Block)
-    }
-
-    #[inline(always)]
-    pub fn as_link(self) -> u64 {
-        self.0 as usize as u64
-    }
 
     pub fn is_null(self) -> bool {
         self.0.is_null()
@@ -148,16 +149,17 @@ macro_rules! next {
     };
 }
 
-/// Enters a block: takes its instructions from the budget, or leaves if they exceed it.
+/// Enters a block by its first operation: takes its instructions from the budget, or leaves if they exceed it.
 macro_rules! enter {
-    ($cpu:expr, $block:expr) => {{
-        let block = $block;
-        $cpu.fuel -= i64::from(block.count);
+    ($cpu:expr, $first:expr) => {{
+        let first = $first;
+        let count = i64::from(first.left);
+        $cpu.fuel -= count;
         if $cpu.fuel < 0 {
-            $cpu.fuel += i64::from(block.count);
+            $cpu.fuel += count;
             return $crate::block::op::OpPtr::NULL;
         }
-        $crate::block::op::go!($cpu, block.first())
+        $crate::block::op::go!($cpu, first)
     }};
 }
 
@@ -165,7 +167,7 @@ macro_rules! enter {
 macro_rules! dispatch {
     ($cpu:expr) => {{
         match $cpu.cached_block() {
-            Some(block) => $crate::block::op::enter!($cpu, block),
+            Some(block) => $crate::block::op::enter!($cpu, block.first()),
             None => return $crate::block::op::OpPtr::NULL,
         }
     }};

@@ -7,6 +7,7 @@ pub(crate) mod walk;
 use tlb::{Entry, Info, SLOW, index};
 use walk::Access;
 
+use crate::block::op::{Handler, OpPtr, fault};
 use crate::cpu::{Cpu, Exception, Fault, mode, vector};
 use crate::memory::PAGE_SIZE;
 use crate::ops::width::Width;
@@ -21,6 +22,67 @@ pub(crate) enum Target {
     /// Guest-physical address for the bus or the local APIC.
     Device(u64),
 }
+
+/// Which accesses a variant of a handler can make.
+///
+/// A call in the middle of a handler makes the compiler save registers before it looks at the TLB. So the
+/// hottest handlers exist twice: the [`Fast`] one ends with a jump to the [`General`] one when it cannot go on,
+/// which starts the instruction over. Until then it must not have changed anything.
+pub(crate) trait Reach: 'static {
+    fn ld<T: Width>(cpu: &mut Cpu, address: u64) -> Result<u64, Fault>;
+    fn st<T: Width>(cpu: &mut Cpu, address: u64, value: u64) -> Result<(), Fault>;
+    /// Goes on after a failure: with `general`, or with the exception that is pending.
+    fn failed(cpu: &mut Cpu, op: OpPtr, general: Handler) -> OpPtr;
+}
+
+/// What the TLB knows.
+pub(crate) struct Fast;
+/// Everything.
+pub(crate) struct General;
+
+impl Reach for Fast {
+    #[inline(always)]
+    fn ld<T: Width>(cpu: &mut Cpu, address: u64) -> Result<u64, Fault> {
+        // SAFETY: the TLB holds translations of mapped regions only.
+        cpu.read_host::<T>(address).map(|host| unsafe { host::load(host, T::BYTES) }).ok_or(Fault)
+    }
+    #[inline(always)]
+    fn st<T: Width>(cpu: &mut Cpu, address: u64, value: u64) -> Result<(), Fault> {
+        // SAFETY: as above.
+        cpu.write_host::<T>(address).map(|host| unsafe { host::store(host, T::BYTES, value) }).ok_or(Fault)
+    }
+    #[inline(always)]
+    fn failed(cpu: &mut Cpu, op: OpPtr, general: Handler) -> OpPtr {
+        general(cpu, op)
+    }
+}
+
+impl Reach for General {
+    #[inline(always)]
+    fn ld<T: Width>(cpu: &mut Cpu, address: u64) -> Result<u64, Fault> {
+        cpu.ld::<T>(address)
+    }
+    #[inline(always)]
+    fn st<T: Width>(cpu: &mut Cpu, address: u64, value: u64) -> Result<(), Fault> {
+        cpu.st::<T>(address, value)
+    }
+    #[inline(always)]
+    fn failed(cpu: &mut Cpu, op: OpPtr, _general: Handler) -> OpPtr {
+        fault(cpu, op)
+    }
+}
+
+/// Unwraps the result of an access of [`Reach`] `$r`, or goes on with the handler's general variant.
+macro_rules! reach {
+    ($r:ident, $cpu:expr, $op:expr, $result:expr, $general:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err($crate::cpu::Fault) => return $r::failed($cpu, $op, $general),
+        }
+    };
+}
+
+pub(crate) use reach;
 
 impl Cpu {
     /// Loads at a linear address with the current privilege.

@@ -1,7 +1,7 @@
 //! The software TLB: two direct-mapped tables (supervisor, user) of host addresses.
 
-/// Entries of each table.
-pub(crate) const ENTRIES: usize = 1024;
+/// Entries of each table. They reach 16 MiB: buffers of a few MiB that are copied to each other rarely collide.
+pub(crate) const ENTRIES: usize = 4096;
 /// A tag that no address has.
 const EMPTY: u64 = u64::MAX;
 /// Marks a tag whose permission is known, but whose accesses have to take the slow path.
@@ -40,7 +40,8 @@ pub(crate) struct Tlb {
     pub info: Box<[Info; 2 * ENTRIES]>,
     /// Entries that a write of CR3 removes.
     local: Vec<u16>,
-    any_large: bool,
+    /// Which GiB large pages were mapped in, as bits of [`gigabyte`].
+    large: u64,
 }
 
 /// Index of the entry for an address.
@@ -49,13 +50,18 @@ pub(crate) fn index(address: u64, user: usize) -> usize {
     (address >> 12) as usize % ENTRIES + user * ENTRIES
 }
 
+/// A bit for the GiB that an address is in; others share it.
+fn gigabyte(address: u64) -> u64 {
+    1 << (address >> 30 & 63)
+}
+
 impl Tlb {
     pub fn new() -> Self {
         Self {
             entries: Box::new([NONE; 2 * ENTRIES]),
             info: Box::new([Info::default(); 2 * ENTRIES]),
             local: Vec::with_capacity(2 * ENTRIES),
-            any_large: false,
+            large: 0,
         }
     }
 
@@ -63,7 +69,9 @@ impl Tlb {
     pub fn fill(&mut self, at: usize, entry: Entry, info: Info) {
         self.entries[at] = entry;
         self.info[at] = info;
-        self.any_large |= info.large;
+        if info.large {
+            self.large |= gigabyte(entry.read);
+        }
         if !info.global {
             if self.local.len() == self.local.capacity() {
                 // Only repeated fills of the same entries come here; the list is a superset anyway.
@@ -92,14 +100,14 @@ impl Tlb {
     pub fn flush_all(&mut self) {
         self.entries.fill(NONE);
         self.local.clear();
-        self.any_large = false;
+        self.large = 0;
     }
 
     /// Removes the translations of one address (and, if the page may be a large one, all large ones).
     pub fn flush_address(&mut self, address: u64) {
         self.entries[index(address, 0)] = NONE;
         self.entries[index(address, 1)] = NONE;
-        if self.any_large {
+        if self.large & gigabyte(address) != 0 {
             for (entry, info) in self.entries.iter_mut().zip(self.info.iter()) {
                 if info.large && entry.read != EMPTY && (entry.read ^ address) >> 30 == 0 {
                     *entry = NONE;

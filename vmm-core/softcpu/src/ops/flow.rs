@@ -2,16 +2,17 @@
 
 use super::ea::Ea;
 use super::width::Width;
-use crate::block::op::{BlockPtr, OpPtr, RIP, check, dispatch, enter, go};
+use crate::block::op::{OpPtr, RIP, check, dispatch, enter, go};
 use crate::cpu::segment::canonical;
 use crate::cpu::{Cpu, seg};
+use crate::mmu::{General, Reach, reach};
 
 /// Goes to a block in the same page: directly if the operation is linked already.
 macro_rules! follow {
     ($cpu:expr, $op:expr) => {{
         let link = $op.imm.get();
         if link != 0 {
-            enter!($cpu, BlockPtr::from_link(link));
+            enter!($cpu, OpPtr::from_link(link));
         }
         return find_link($cpu, $op);
     }};
@@ -24,7 +25,7 @@ macro_rules! not_taken {
         let link = other.imm.get();
         if link != 0 {
             advance($cpu, other.disp as i64 as u64, $cpu.rip_mask);
-            enter!($cpu, BlockPtr::from_link(link));
+            enter!($cpu, OpPtr::from_link(link));
         }
         go!($cpu, other)
     }};
@@ -35,8 +36,8 @@ macro_rules! not_taken {
 fn find_link(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     match cpu.cached_block() {
         Some(block) => {
-            op.imm.set(block.as_link());
-            enter!(cpu, block)
+            op.imm.set(block.first().as_link());
+            enter!(cpu, block.first())
         }
         None => OpPtr::NULL,
     }
@@ -108,24 +109,24 @@ fn return_address(cpu: &Cpu, op: OpPtr) -> u64 {
 }
 
 /// CALL in 64-bit mode to the same page.
-pub(crate) fn call64_near(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn call64_near<R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let sp = cpu.regs[4].wrapping_sub(8);
     let back = return_address(cpu, op);
-    check!(cpu, op, cpu.st::<u64>(sp, back));
+    reach!(R, cpu, op, R::st::<u64>(cpu, sp, back), call64_near::<General>);
     cpu.regs[4] = sp;
     advance(cpu, op.disp as i64 as u64, u64::MAX);
     follow!(cpu, op)
 }
 
 /// CALL in 64-bit mode to another page.
-pub(crate) fn call64_far(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn call64_far<R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let target = return_address(cpu, op).wrapping_add(op.disp as i64 as u64);
     let sp = cpu.regs[4].wrapping_sub(8);
     let back = return_address(cpu, op);
     if !canonical(target) {
         return not_canonical(cpu, op);
     }
-    check!(cpu, op, cpu.st::<u64>(sp, back));
+    reach!(R, cpu, op, R::st::<u64>(cpu, sp, back), call64_far::<General>);
     cpu.regs[4] = sp;
     cpu.regs[usize::from(RIP)] = target;
     dispatch!(cpu)
@@ -148,9 +149,9 @@ pub(crate) fn call_far<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 }
 
 /// RET in 64-bit mode; `imm` is the number of bytes to release.
-pub(crate) fn ret64(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn ret64<R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let sp = cpu.regs[4];
-    let target = check!(cpu, op, cpu.ld::<u64>(sp));
+    let target = reach!(R, cpu, op, R::ld::<u64>(cpu, sp), ret64::<General>);
     if !canonical(target) {
         return not_canonical(cpu, op);
     }

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use super::ea::Ea;
 use super::width::Width;
-use crate::block::op::{BlockPtr, OpPtr, check, enter, go};
+use crate::block::op::{OpPtr, check, enter, go};
 use crate::cpu::flags::Kind;
 use crate::cpu::{Cpu, Fault};
 
@@ -108,16 +108,28 @@ impl Comparison for Test {
     }
 }
 
+/// Goes one way of the jump, or executes it on its own if it is not linked.
+macro_rules! take {
+    ($cpu:expr, $jump:expr, $way:expr) => {{
+        let way = $way;
+        let link = way.imm.get();
+        if link == 0 {
+            go!($cpu, $jump);
+        }
+        let rip = &mut $cpu.regs[usize::from(crate::block::op::RIP)];
+        *rip = rip.wrapping_add(way.disp as i64 as u64) & $cpu.rip_mask;
+        enter!($cpu, OpPtr::from_link(link))
+    }};
+}
+
 /// Compares, then jumps or goes on; both ways are within the page.
 pub(crate) fn fused<T: Width, S: Operands, O: Comparison, const C: u8>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let (a, b) = check!(cpu, op, S::get::<T>(cpu, op));
     let jump = op.following();
-    let way = if O::run::<T, C>(cpu, a, b) { jump } else { jump.following() };
-    let link = way.imm.get();
-    if link == 0 {
-        go!(cpu, jump);
+    if O::run::<T, C>(cpu, a, b) {
+        take!(cpu, jump, jump)
     }
-    let rip = &mut cpu.regs[usize::from(crate::block::op::RIP)];
-    *rip = rip.wrapping_add(way.disp as i64 as u64) & cpu.rip_mask;
-    enter!(cpu, BlockPtr::from_link(link))
+    // Without this the compiler would select the way first, and jump at one place for both.
+    std::hint::black_box(());
+    take!(cpu, jump, jump.following())
 }

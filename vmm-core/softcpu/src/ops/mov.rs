@@ -5,7 +5,7 @@ use super::width::Width;
 use crate::block::op::{OpPtr, check, next};
 use crate::cpu::Cpu;
 use crate::cpu::flags::Kind;
-use crate::mmu::host;
+use crate::mmu::{General, Reach, host, reach};
 
 pub(crate) fn mov_reg_reg<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let value = T::get(cpu, op.r2);
@@ -18,17 +18,17 @@ pub(crate) fn mov_reg_imm<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     next!(cpu, op)
 }
 
-pub(crate) fn load<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn load<T: Width, E: Ea, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
-    let value = check!(cpu, op, cpu.ld::<T>(address));
+    let value = reach!(R, cpu, op, R::ld::<T>(cpu, address), load::<T, E, General>);
     T::set(cpu, op.r1, value);
     next!(cpu, op)
 }
 
-pub(crate) fn store_reg<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn store_reg<T: Width, E: Ea, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, true));
     let value = T::get(cpu, op.r2);
-    check!(cpu, op, cpu.st::<T>(address, value));
+    reach!(R, cpu, op, R::st::<T>(cpu, address, value), store_reg::<T, E, General>);
     next!(cpu, op)
 }
 

@@ -5,6 +5,7 @@ use super::width::Width;
 use crate::block::op::{OpPtr, check, fault, leave, next};
 use crate::cpu::flags::{AC, DF, ID, IF, IOPL, NT, STATUS, TF};
 use crate::cpu::{Cpu, Fault, seg};
+use crate::mmu::{General, Reach, reach};
 
 impl Cpu {
     /// Mask of the stack pointer.
@@ -63,18 +64,18 @@ impl Cpu {
 }
 
 /// PUSH of a 64-bit register in 64-bit mode.
-pub(crate) fn push64_reg(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn push64_reg<R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let sp = cpu.regs[4].wrapping_sub(8);
     let value = cpu.regs[usize::from(op.r1)];
-    check!(cpu, op, cpu.st::<u64>(sp, value));
+    reach!(R, cpu, op, R::st::<u64>(cpu, sp, value), push64_reg::<General>);
     cpu.regs[4] = sp;
     next!(cpu, op)
 }
 
 /// POP of a 64-bit register in 64-bit mode.
-pub(crate) fn pop64_reg(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn pop64_reg<R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let sp = cpu.regs[4];
-    let value = check!(cpu, op, cpu.ld::<u64>(sp));
+    let value = reach!(R, cpu, op, R::ld::<u64>(cpu, sp), pop64_reg::<General>);
     cpu.regs[4] = sp.wrapping_add(8);
     cpu.regs[usize::from(op.r1)] = value;
     next!(cpu, op)

@@ -6,6 +6,7 @@ use super::super::op::{Handler, Op, X_STACK, ZERO};
 use super::select::{by_condition, by_size, by_size_mem};
 use super::{Builder, has_memory, is_immediate};
 use crate::cpu::mode;
+use crate::mmu::Fast;
 use crate::ops::ea::{Base, Legacy, Long};
 use crate::ops::operand::{address_size, size_of};
 use crate::ops::{flow, fused};
@@ -86,8 +87,8 @@ impl Builder<'_> {
             },
             OpKind::Memory => by_size_mem!(long, size_of(i, 0), flow::call_mem),
             _ => match self.target(i, op) {
-                (true, 8) => flow::call64_near,
-                (false, 8) => flow::call64_far,
+                (true, 8) => flow::call64_near::<Fast>,
+                (false, 8) => flow::call64_far::<Fast>,
                 (true, _) => flow::call_near::<u32>,
                 (false, 4) => flow::call_far::<u32>,
                 (false, _) => flow::call_far::<u16>,

@@ -6,6 +6,7 @@ use super::super::op::{Handler, Op, X_STACK, ZERO};
 use super::super::slow::slow_handler;
 use super::select::{by_condition, by_size, by_size_hot, by_size_mem};
 use super::{Builder, Chosen, has_memory, is_immediate};
+use crate::mmu::Fast;
 use crate::ops::ea::{Base, Legacy, Long};
 use crate::ops::operand::{encode, segment_number, size_of};
 use crate::ops::{alu, bits, flow, host, mov, muldiv, rmw, shift, stack, system};
@@ -200,7 +201,7 @@ impl Builder<'_> {
                 }
             }
             M::Mov => return self.mov(i, op, long, size),
-            M::Movnti => by_size_hot!(op, long, size, mov::store_reg),
+            M::Movnti => by_size_hot!(op, long, size, mov::store_reg, Fast),
             M::Movzx | M::Movsx | M::Movsxd => extend(i, long, op.index == ZERO && op.seg == ZERO),
             M::Lea if long => by_size!(size, mov::lea_long),
             M::Lea => by_size!(size, mov::lea_legacy),
@@ -264,7 +265,7 @@ impl Builder<'_> {
                 op.x |= X_STACK;
                 op.imm.set(if i.op_count() == 1 { u64::from(i.immediate16()) } else { 0 });
                 let handler = match i.code() {
-                    iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16 => flow::ret64 as Handler,
+                    iced_x86::Code::Retnq | iced_x86::Code::Retnq_imm16 => flow::ret64::<Fast> as Handler,
                     iced_x86::Code::Retnd | iced_x86::Code::Retnd_imm16 => flow::ret_legacy::<u32>,
                     _ => flow::ret_legacy::<u16>,
                 };
@@ -315,8 +316,8 @@ impl Builder<'_> {
                 by_size!(size, mov::mov_reg_seg)
             }
             (OpKind::Register, OpKind::Register) => by_size!(size, mov::mov_reg_reg),
-            (OpKind::Register, OpKind::Memory) => by_size_hot!(op, long, size, mov::load),
-            (OpKind::Memory, OpKind::Register) => by_size_hot!(op, long, size, mov::store_reg),
+            (OpKind::Register, OpKind::Memory) => by_size_hot!(op, long, size, mov::load, Fast),
+            (OpKind::Memory, OpKind::Register) => by_size_hot!(op, long, size, mov::store_reg, Fast),
             (OpKind::Memory, _) => {
                 op.imm.set(i.immediate(1));
                 by_size_hot!(op, long, size, mov::store_imm)
@@ -339,7 +340,7 @@ impl Builder<'_> {
                 op.r1 = segment_number(i.op0_register()) as u8;
                 by_size!(size, stack::push_seg)
             }
-            OpKind::Register if size == 8 => stack::push64_reg,
+            OpKind::Register if size == 8 => stack::push64_reg::<Fast>,
             OpKind::Register => by_size!(size, stack::push_reg),
             OpKind::Memory => by_size_mem!(long, size, stack::push_mem),
             _ => {
@@ -355,7 +356,7 @@ impl Builder<'_> {
         }
         let size = stack_size(i);
         match i.op0_kind() {
-            OpKind::Register if size == 8 => stack::pop64_reg,
+            OpKind::Register if size == 8 => stack::pop64_reg::<Fast>,
             OpKind::Register => by_size!(size, stack::pop_reg),
             _ => by_size_mem!(long, size, stack::pop_mem),
         }

@@ -11,7 +11,8 @@ use crate::ops::{host, system};
 impl Builder<'_> {
     /// x87, MMX and SSE instructions, and whatever is left.
     pub(super) fn host(&mut self, i: &Instruction, op: &mut Op, long: bool) -> Chosen {
-        let Some(host) = hostop::translate(&without_hint(i), self.stubs) else {
+        let i = &without_hint(i);
+        let Some(host) = hostop::translate(i, self.stubs) else {
             return self.slow(i, op, system::unimplemented, false);
         };
         let host = self.owned.host(host);
