@@ -1,8 +1,8 @@
 //! Runs random fault schedules against whole simulated clusters.
 //!
 //! `cargo run --release -p cluster --example simulate -- --schedules 100000` runs seeds 0 to 99,999 and
-//! exits with 1 if one breaks an invariant; `--seed N` runs, shrinks and explains one; `--trace N` prints its events; `--mutants` shows for each
-//! planted bug how many schedules it takes to find it.
+//! exits with 1 if one breaks an invariant; `--seed N` runs, shrinks and explains one; `--trace N`
+//! prints its events; `--mutants` shows for each planted bug how many schedules it takes to find it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;

@@ -1,6 +1,6 @@
 //! Bugs planted on purpose, so that the simulator can show that it finds them.
 //!
-//! Without the `mutants` feature (and outside of the crate's own tests) [`active`] is a constant `false`
+//! Without the `mutants` feature (and outside of the crate's own tests) the switch is a constant `false`
 //! and nothing of this is compiled in.
 
 /// A planted bug.

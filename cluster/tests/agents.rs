@@ -1,5 +1,7 @@
 //! Fence agents, the journal and its actions, with real programs.
 
+#![expect(clippy::unwrap_used, reason = "a failure in a test's helper fails the test")]
+
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,7 @@
 //! The planner: rules, the reserve, stability, and its distance from the optimum.
 
+#![expect(clippy::unwrap_used, reason = "a failure in a test's helper fails the test")]
+
 use cluster::drs::{
     Balancer, Config, HostLoad, NoPlace, Plan, Rule, Snapshot, VmLoad, balance, evacuate, place,
 };

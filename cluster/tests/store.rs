@@ -1,5 +1,7 @@
 //! One suite for every store, and the election on top of it.
 
+#![expect(clippy::unwrap_used, reason = "a failure in a test's helper fails the test")]
+
 use std::sync::Arc;
 
 use cluster::ha::{HostRecord, Update, VmPhase, VmRecord, VmSpec};

@@ -37,7 +37,7 @@ pub(super) struct Load<'a> {
 }
 
 fn per_mille(used: u64, capacity: u64) -> u64 {
-    if capacity == 0 { u64::MAX } else { used.saturating_mul(1000) / capacity }
+    used.saturating_mul(1000).checked_div(capacity).unwrap_or(u64::MAX)
 }
 
 impl<'a> Load<'a> {

@@ -116,10 +116,10 @@ impl Store {
     /// Drops leases that have run out, and the key with its lease.
     pub(super) fn expire(&mut self, now: u64) {
         self.leases.retain(|_, until| now < *until);
-        if let Some(key) = self.key {
-            if !self.leases.contains_key(&key.lease) {
-                self.key = None;
-            }
+        if let Some(key) = self.key
+            && !self.leases.contains_key(&key.lease)
+        {
+            self.key = None;
         }
     }
 }

@@ -653,7 +653,7 @@ impl World {
 
 fn spec(vm: u32) -> VmSpec {
     let disk = |v: u8| ResourceId { lockspace: LockspaceId(v), index: vm };
-    let disks = if vm % 3 == 0 { vec![disk(0), disk(1)] } else { vec![disk((vm % 2) as u8)] };
+    let disks = if vm.is_multiple_of(3) { vec![disk(0), disk(1)] } else { vec![disk((vm % 2) as u8)] };
     VmSpec {
         id: VmId(vm),
         priority: (vm % 3) as u8,
