@@ -251,7 +251,9 @@ impl Guest {
                 if rounds == 0 {
                     return Ok(None);
                 }
-                Ok(Some(Speed::Mips(rounds as f64 * LOOP_INSTRUCTIONS / seconds / 1e6)))
+                // To a thousandth: more digits would only pretend.
+                let mips = (rounds as f64 * LOOP_INSTRUCTIONS / seconds / 1e3).round() / 1e3;
+                Ok(Some(Speed::Mips(mips)))
             }
             VcpuExit::Fault(fault) => {
                 let instruction = fault.instruction.as_deref().unwrap_or("an instruction");
