@@ -8,6 +8,7 @@ use super::width::Width;
 use crate::block::op::{OpPtr, check, next};
 use crate::cpu::Cpu;
 use crate::cpu::flags::{AF, CF, Kind, OF};
+use crate::mmu::{General, Reach, reach};
 
 /// A binary operation that sets the status flags.
 pub(crate) trait Binary: 'static {
@@ -104,9 +105,9 @@ impl<O: Binary> Modify for WithImm<O> {
 }
 
 /// `register = register O memory`.
-pub(crate) fn reg_mem<T: Width, E: Ea, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn reg_mem<T: Width, E: Ea, O: Binary, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
-    let b = check!(cpu, op, cpu.ld::<T>(address));
+    let b = reach!(R, cpu, op, R::ld::<T>(cpu, address), reg_mem::<T, E, O, General>);
     let a = T::get(cpu, op.r1);
     let r = O::run::<T>(cpu, a, b);
     T::set(cpu, op.r1, r);

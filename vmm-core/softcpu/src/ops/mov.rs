@@ -32,9 +32,9 @@ pub(crate) fn store_reg<T: Width, E: Ea, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> 
     next!(cpu, op)
 }
 
-pub(crate) fn store_imm<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn store_imm<T: Width, E: Ea, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, true));
-    check!(cpu, op, cpu.st::<T>(address, op.imm.get()));
+    reach!(R, cpu, op, R::st::<T>(cpu, address, op.imm.get()), store_imm::<T, E, General>);
     next!(cpu, op)
 }
 
@@ -45,9 +45,9 @@ pub(crate) fn zero_extend_reg<D: Width, S: Width>(cpu: &mut Cpu, op: OpPtr) -> O
     next!(cpu, op)
 }
 
-pub(crate) fn zero_extend_mem<D: Width, S: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn zero_extend_mem<D: Width, S: Width, E: Ea, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<S>(cpu, op, false));
-    let value = check!(cpu, op, cpu.ld::<S>(address));
+    let value = reach!(R, cpu, op, R::ld::<S>(cpu, address), zero_extend_mem::<D, S, E, General>);
     D::set(cpu, op.r1, value);
     next!(cpu, op)
 }
@@ -59,9 +59,9 @@ pub(crate) fn sign_extend_reg<D: Width, S: Width>(cpu: &mut Cpu, op: OpPtr) -> O
     next!(cpu, op)
 }
 
-pub(crate) fn sign_extend_mem<D: Width, S: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn sign_extend_mem<D: Width, S: Width, E: Ea, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<S>(cpu, op, false));
-    let value = check!(cpu, op, cpu.ld::<S>(address));
+    let value = reach!(R, cpu, op, R::ld::<S>(cpu, address), sign_extend_mem::<D, S, E, General>);
     D::set(cpu, op.r1, S::sx(value) as u64);
     next!(cpu, op)
 }

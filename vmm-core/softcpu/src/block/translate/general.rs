@@ -49,7 +49,7 @@ impl Builder<'_> {
                     op.imm.set(i.immediate(1));
                     modify!(alu::WithImm<$o>)
                 } else if memory1 {
-                    by_size_hot!(op, long, size, alu::reg_mem, $o)
+                    by_size_hot!(op, long, size, alu::reg_mem, $o, Fast)
                 } else {
                     modify!(alu::WithReg<$o>)
                 }
@@ -320,7 +320,7 @@ impl Builder<'_> {
             (OpKind::Memory, OpKind::Register) => by_size_hot!(op, long, size, mov::store_reg, Fast),
             (OpKind::Memory, _) => {
                 op.imm.set(i.immediate(1));
-                by_size_hot!(op, long, size, mov::store_imm)
+                by_size_hot!(op, long, size, mov::store_imm, Fast)
             }
             _ => {
                 op.imm.set(i.immediate(1));
@@ -384,17 +384,17 @@ fn extend(i: &Instruction, long: bool, simple: bool) -> Handler {
     macro_rules! from {
         ($reg:ident, $mem:ident, $s:ty) => {
             match (memory, long, destination) {
-                (true, true, 4) if simple => mov::$mem::<u32, $s, Base>,
-                (true, true, 8) if simple => mov::$mem::<u64, $s, Base>,
+                (true, true, 4) if simple => mov::$mem::<u32, $s, Base, Fast>,
+                (true, true, 8) if simple => mov::$mem::<u64, $s, Base, Fast>,
                 (false, _, 2) => mov::$reg::<u16, $s> as Handler,
                 (false, _, 4) => mov::$reg::<u32, $s>,
                 (false, _, _) => mov::$reg::<u64, $s>,
-                (true, true, 2) => mov::$mem::<u16, $s, Long>,
-                (true, true, 4) => mov::$mem::<u32, $s, Long>,
-                (true, true, _) => mov::$mem::<u64, $s, Long>,
-                (true, false, 2) => mov::$mem::<u16, $s, Legacy>,
-                (true, false, 4) => mov::$mem::<u32, $s, Legacy>,
-                (true, false, _) => mov::$mem::<u64, $s, Legacy>,
+                (true, true, 2) => mov::$mem::<u16, $s, Long, Fast>,
+                (true, true, 4) => mov::$mem::<u32, $s, Long, Fast>,
+                (true, true, _) => mov::$mem::<u64, $s, Long, Fast>,
+                (true, false, 2) => mov::$mem::<u16, $s, Legacy, Fast>,
+                (true, false, 4) => mov::$mem::<u32, $s, Legacy, Fast>,
+                (true, false, _) => mov::$mem::<u64, $s, Legacy, Fast>,
             }
         };
     }
