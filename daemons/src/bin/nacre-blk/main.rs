@@ -27,7 +27,7 @@ Examples:
 NBD is not encrypted here: use --tcp in networks that are trusted only."
 )]
 struct Args {
-    /// Export a disk: name=NAME,path=PATH,format=FORMAT[,readonly]; may be repeated.
+    /// Export a disk: name=NAME,path=PATH,format=FORMAT and, if wanted, readonly; may be repeated.
     #[arg(long, value_name = "EXPORT")]
     export: Vec<ExportSpec>,
     /// Listen for NBD clients on this Unix socket; may be repeated.
