@@ -179,11 +179,15 @@ impl Vm {
         let event = if *started { VmEvent::Resumed } else { VmEvent::Started };
         // The first run of a machine that is debugged is the debugger's to start.
         let held = !*started && self.devices.gdb.lock().is_some();
-        if held && self.control.reason().is_some() || !held && !self.control.run() {
+        // Reported before anything that the guest then does.
+        if self.control.reason().is_some() {
+            return Err(VmError::Stopped);
+        }
+        self.control.events.push(event);
+        if !held && !self.control.run() {
             return Err(VmError::Stopped);
         }
         *started = true;
-        self.control.events.push(event);
         Ok(())
     }
 
