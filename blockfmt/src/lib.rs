@@ -30,7 +30,7 @@
 //! A format is a module under `src/format/` with a type that implements [`Layer`]. Add a variant to
 //! [`Format`], an arm to `format::open_layer` and one to `format::create_layer`. A format that can have a parent
 //! returns it from [`Layer::backing`]; the chain, the open policy, locks, jobs and the command line then
-//! work without further changes. The suite in `tests/layers.rs` runs over every format.
+//! work without further changes. Add it to the suites in `tests/`: crash, interoperability and hostile images.
 
 mod error;
 mod gate;
