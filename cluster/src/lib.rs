@@ -9,6 +9,7 @@ pub mod adapters;
 pub mod drs;
 pub mod fence;
 pub mod ha;
+pub mod keeper;
 pub mod lease;
 pub mod lock;
 pub mod membership;
