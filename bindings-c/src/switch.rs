@@ -1,16 +1,14 @@
 //! Virtual switches.
 
-mod nic;
-
 use std::ffi::c_char;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use nacre_engine::CardError;
 use vmm_core::devices::virtio::VirtioDevice;
 use vmm_core::devices::virtio::net::NetOptions;
 use vswitch::{
-    Endpoint, GatewayConfig, GatewayPort, NetdevPort, OffloadCaps, Port, PortConfig, StreamMode, StreamPort,
-    Switch, VlanMode,
+    GatewayConfig, GatewayPort, NetdevPort, Port, PortConfig, StreamMode, StreamPort, Switch, VlanMode,
 };
 
 use crate::border::{Failure, guard, put};
@@ -24,9 +22,6 @@ use crate::text;
 pub enum nacre_switch {}
 
 static SWITCHES: Table<Switch> = Table::new(4, "switch");
-
-/// Frames that wait for a machine, and for the switch, at most.
-const LINK_CAPACITY: usize = 512;
 
 /// A switch. Set `struct_size` and zero the rest for defaults.
 #[repr(C)]
@@ -275,10 +270,8 @@ pub(crate) fn network_card(
     options: &NetOptions,
 ) -> Result<Arc<dyn VirtioDevice>, Failure> {
     let switch = SWITCHES.get(switch_)?;
-    let offloads = OffloadCaps::CSUM | OffloadCaps::TSO4 | OffloadCaps::TSO6;
-    let io = |e: std::io::Error| Failure::from_error(NACRE_NO_RESOURCES, &e);
-    let (port, endpoint) = Endpoint::pair(LINK_CAPACITY, offloads).map_err(io)?;
-    switch.add_port(name, port, port_config(vlan)?).map_err(failure)?;
-    let backend = nic::SwitchBackend::new(endpoint);
-    Ok(vmm_core::devices::virtio::Net::new(Arc::new(backend), options).map_err(io)?)
+    nacre_engine::switch_card(&switch, name, port_config(vlan)?, options).map_err(|error| match error {
+        CardError::Host(_) => Failure::from_error(NACRE_NO_RESOURCES, &error),
+        CardError::Switch(_) => Failure::from_error(NACRE_INVALID_ARGUMENT, &error),
+    })
 }

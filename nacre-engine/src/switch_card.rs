@@ -5,20 +5,50 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use vmm_core::devices::virtio::iov::GuestVectors;
-use vmm_core::devices::virtio::net::{HEADER_LEN, Header, NetBackend, NetPort, Sent, net_features};
-use vswitch::{Endpoint, Offload};
+use vmm_core::devices::virtio::net::{
+    HEADER_LEN, Header, NetBackend, NetOptions, NetPort, Sent, net_features,
+};
+use vmm_core::devices::virtio::{Net, VirtioDevice};
+use vswitch::{Endpoint, Offload, OffloadCaps, PortConfig, Switch};
 use zerocopy::IntoBytes;
+
+/// Frames that wait for a machine, and for the switch, at most.
+const LINK_CAPACITY: usize = 512;
+
+/// Why a machine cannot get a card on a switch.
+#[derive(Debug, thiserror::Error)]
+pub enum CardError {
+    /// The host refused an event descriptor.
+    #[error("Cannot get event descriptors from the host; raise its limits")]
+    Host(#[from] io::Error),
+    /// The switch refused the port.
+    #[error(transparent)]
+    Switch(#[from] vswitch::Error),
+}
+
+/// Adds a port to a switch and returns the network card at its other end, for `VmBuilder::device`. Checksums and
+/// segmentation may be left to the switch. Removing the port takes the card's link down.
+///
+/// # Errors
+/// Fails when the switch refuses the port (its name is taken, its configuration is impossible) or the host gives no
+/// event descriptor; the switch is unchanged then.
+pub fn switch_card(
+    switch: &Switch,
+    port: &str,
+    config: PortConfig,
+    options: &NetOptions,
+) -> Result<Arc<dyn VirtioDevice>, CardError> {
+    let offloads = OffloadCaps::CSUM | OffloadCaps::TSO4 | OffloadCaps::TSO6;
+    let (link, endpoint) = Endpoint::pair(LINK_CAPACITY, offloads)?;
+    let card = Net::new(Arc::new(SwitchBackend(Arc::new(endpoint))), options)?;
+    switch.add_port(port, link, config)?;
+    Ok(card)
+}
 
 /// The back-end of a network device: the embedder's end of a link to a switch. The guest may leave checksums and
 /// segmentation to the switch; towards the guest the switch completes them, because it cannot know at this end what the
 /// guest's driver accepts.
-pub(super) struct SwitchBackend(Arc<Endpoint>);
-
-impl SwitchBackend {
-    pub(super) fn new(endpoint: Endpoint) -> Self {
-        Self(Arc::new(endpoint))
-    }
-}
+struct SwitchBackend(Arc<Endpoint>);
 
 impl NetBackend for SwitchBackend {
     fn offloads(&self) -> u64 {
