@@ -21,7 +21,7 @@ pub fn script_guest(images: &Path, work: &Path, name: &str, script: &str) -> Res
     config.memory.size = 128 << 20;
     config.boot.kernel = images.join("vmlinuz");
     config.boot.initrd = Some(initrd_with_script(&images.join("initrd"), work, name, script)?);
-    config.boot.command_line = "console=ttyS0 quiet cryptomgr.notests rdinit=/script".into();
+    config.boot.command_line = "console=ttyS0 loglevel=1 cryptomgr.notests rdinit=/script".into();
     Ok(config)
 }
 

@@ -17,7 +17,7 @@ fn job(images: &Path, work: &Path, name: &str, command: &str) -> Result<(String,
 
     let quoted = command.replace('\'', r"'\''");
     let script = format!(
-        "mount -o rw /dev/vda /mnt && echo BEGIN && busybox chroot /mnt sh -c '{quoted}' && echo END; umount /mnt"
+        "mount -o rw /dev/vda /mnt && mount -t devtmpfs dev /mnt/dev && echo BEGIN && busybox chroot /mnt sh -c '{quoted}' && echo END; umount /mnt/dev /mnt"
     );
     let mut config = script_guest(images, work, name, &script)?;
     config.disks.push(serde_json::from_value(

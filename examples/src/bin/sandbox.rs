@@ -22,9 +22,9 @@ fn run(images: &Path, limit: Duration, mib: u64, command: &str) -> Result<(Strin
     // The command is quoted for the shell, so that it stays one word whatever it holds.
     let quoted = command.replace('\'', r"'\''");
     let script = format!("echo BEGIN; sh -c '{quoted}'; echo \"END $?\"");
-    let built = script_guest(&images.join(""), &work, "sandbox", &script).and_then(|mut config| {
+    let built = script_guest(images, &work, "sandbox", &script).and_then(|mut config| {
         config.memory.size = mib << 20;
-        config.boot.command_line += " panic=-1 vm.panic_on_oom=1";
+        config.boot.command_line += " panic=-1 sysctl.vm.panic_on_oom=1";
         let output = Output::default();
         Ok((Vm::builder(config).serial_output(output.sink()).build()?, output))
     });
@@ -37,8 +37,9 @@ fn run(images: &Path, limit: Duration, mib: u64, command: &str) -> Result<(Strin
     drop(vm); // ends the guest if it still runs
     let text = output.text();
     let body = text.split_once("BEGIN\n").map_or("", |(_, rest)| rest);
+    // The kernel may say a last word after the command's status.
     let (body, status) = match body.rsplit_once("END ") {
-        Some((body, status)) => (body, status.trim().parse().ok()),
+        Some((body, rest)) => (body, rest.lines().next().and_then(|status| status.parse().ok())),
         None => (body, None),
     };
     let outcome = match (reason, status) {
@@ -61,7 +62,14 @@ fn main() -> Result<()> {
     match outcome {
         Outcome::Exited(0) => Ok(()),
         Outcome::Exited(status) => std::process::exit(status.into()),
-        Outcome::TimedOut => bail!("The command did not end within {} s", seconds.as_secs()),
-        Outcome::Died(reason) => bail!("The command's machine ended early: {reason:?}"),
+        // The codes of timeout(1) and of what runs containers.
+        Outcome::TimedOut => {
+            eprintln!("sandbox: the command did not end within {} s", seconds.as_secs());
+            std::process::exit(124)
+        }
+        Outcome::Died(reason) => {
+            eprintln!("sandbox: the command's machine ended early: {reason:?}");
+            std::process::exit(125)
+        }
     }
 }
