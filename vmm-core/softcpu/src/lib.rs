@@ -22,7 +22,7 @@
 //! # Limits
 //!
 //! Virtual-8086 mode and task gates are not implemented; neither is anything that CPUID does not announce.
-//! A locked access that crosses a page is carried out, but not atomically.
+//! A locked access that crosses a page is atomic because the other processors pause meanwhile; devices do not.
 //!
 //! # Architecture
 //!

@@ -18,7 +18,7 @@ const DR6_BS: u64 = 1 << 14;
 impl Cpu {
     /// Executes guest code until there is a reason to stop.
     pub fn run(&mut self, budget: Budget) -> Exit {
-        self.member.enter();
+        self.memory.sync().enter(&self.member);
         let exit = self.run_until(budget);
         self.member.leave();
         self.config.clock.advance_to(self.executed.wrapping_add(self.skipped));
@@ -191,6 +191,10 @@ impl Cpu {
 
     /// Follows what other threads did to the memory.
     pub(crate) fn follow_memory(&mut self) {
+        if self.memory.sync().must_pause(&self.member) {
+            self.member.leave();
+            self.memory.sync().enter(&self.member);
+        }
         if let Some(request) = self.memory.sync().must_flush(&self.member) {
             if self.memory.map_generation() != self.map_generation {
                 self.map_generation = self.memory.map_generation();
@@ -219,7 +223,25 @@ impl Cpu {
         }
         self.member.leave();
         let result = call();
-        self.member.enter();
+        self.memory.sync().enter(&self.member);
+        self.catch_up();
+        result
+    }
+
+    /// Executes a part of an instruction while no other processor executes guest code.
+    #[cold]
+    pub(crate) fn alone<R>(&mut self, change: impl FnOnce(&mut Self) -> R) -> R {
+        let (memory, member) = (self.memory.clone(), self.member.clone());
+        member.leave();
+        let alone = memory.sync().alone(&member);
+        self.catch_up();
+        let result = change(self);
+        drop(alone);
+        result
+    }
+
+    /// Drops translations that became stale while the processor was not executing.
+    fn catch_up(&mut self) {
         if self.memory.sync().must_flush(&self.member).is_some() {
             self.tlb.forget_writes();
             if self.memory.map_generation() != self.map_generation {
@@ -228,7 +250,6 @@ impl Cpu {
                 self.events_soon();
             }
         }
-        result
     }
 
     /// Makes the current slice end with the current block.
@@ -372,7 +393,7 @@ impl Cpu {
         let handle = self.handle.clone();
         self.member.leave();
         handle.sleep(timeout);
-        self.member.enter();
+        self.memory.sync().enter(&self.member);
         None
     }
 

@@ -61,7 +61,13 @@ impl Extensions {
             F::SSSE3 => one & 1 << 9 != 0 && is_x86_feature_detected!("ssse3"),
             F::SSE4_1 => one & 1 << 19 != 0 && is_x86_feature_detected!("sse4.1"),
             F::SSE4_2 => one & 1 << 20 != 0 && is_x86_feature_detected!("sse4.2"),
-            F::POPCNT => one & 1 << 23 != 0 && is_x86_feature_detected!("popcnt"),
+            F::CMPXCHG16B => one & 1 << 13 != 0,
+            F::MOVBE => one & 1 << 22 != 0,
+            F::POPCNT => one & 1 << 23 != 0,
+            F::RDRAND => one & 1 << 30 != 0,
+            F::RDSEED => seven & 1 << 18 != 0,
+            F::CLFLUSHOPT => seven & 1 << 23 != 0,
+            F::CLWB => seven & 1 << 24 != 0,
             F::AES => one & 1 << 25 != 0 && is_x86_feature_detected!("aes"),
             F::SHA => seven & 1 << 29 != 0 && is_x86_feature_detected!("sha"),
             // The host does not execute prefetches.
@@ -86,8 +92,8 @@ impl StubCache {
         self.extensions = Extensions { function_1_ecx, function_7_ebx };
     }
 
-    /// Whether the guest's processor announces the extension and the host can run it.
-    pub(super) fn has(&self, feature: CpuidFeature) -> bool {
+    /// Whether the guest's processor announces the extension and, if it is executed by the host, the host has it.
+    pub(crate) fn has(&self, feature: CpuidFeature) -> bool {
         self.extensions.has(feature)
     }
 

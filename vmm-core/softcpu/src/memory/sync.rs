@@ -4,8 +4,11 @@
 //! metadata may be relied on (a page begins to hold code, or was found dirty and is now clean) all
 //! processors have to drop such translations: [`Sync::synchronise`] waits until each processor has either
 //! reached a point where it holds none, or is not executing guest code at all.
+//!
+//! What no instruction of the host can do at once (a locked access that crosses a page) a processor does
+//! while no other one executes guest code: [`Sync::alone`].
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Above this many unhandled invalidations a processor checks all it has decoded instead.
@@ -24,11 +27,6 @@ pub(crate) struct Member {
 }
 
 impl Member {
-    /// The processor begins to execute; it must then call [`Sync::must_flush`].
-    pub fn enter(&self) {
-        self.running.store(true, Ordering::SeqCst);
-    }
-
     /// The processor holds no pointers into guest memory until it enters again.
     pub fn leave(&self) {
         self.running.store(false, Ordering::SeqCst);
@@ -57,6 +55,22 @@ impl Member {
 pub(crate) struct Sync {
     requested: AtomicU64,
     members: Mutex<Vec<Weak<Member>>>,
+    /// The processor that runs alone, or wants to.
+    alone: AtomicPtr<Member>,
+    /// Held by that processor.
+    turn: Mutex<()>,
+}
+
+/// No other processor executes guest code while this exists.
+pub(crate) struct Alone<'a> {
+    sync: &'a Sync,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.sync.alone.store(std::ptr::null_mut(), Ordering::SeqCst);
+    }
 }
 
 impl Sync {
@@ -66,6 +80,42 @@ impl Sync {
         members.retain(|m| m.strong_count() > 0);
         members.push(Arc::downgrade(&member));
         member
+    }
+
+    /// The processor begins to execute, as soon as no other one runs alone; it must then call
+    /// [`Sync::must_flush`].
+    pub fn enter(&self, member: &Member) {
+        loop {
+            // Both sides store, then look at what the other stored: at least one of them sees the other.
+            member.running.store(true, Ordering::SeqCst);
+            if !self.must_pause(member) {
+                return;
+            }
+            member.leave();
+            drop(self.turn.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// Whether another processor wants to run alone: the processor leaves and enters again.
+    #[inline(always)]
+    pub fn must_pause(&self, member: &Member) -> bool {
+        let owner = self.alone.load(Ordering::SeqCst);
+        !owner.is_null() && !std::ptr::eq(owner, member)
+    }
+
+    /// Waits until no other processor executes guest code, and keeps them from it. The caller must have left;
+    /// on return it has entered.
+    pub fn alone(&self, caller: &Arc<Member>) -> Alone<'_> {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.alone.store(Arc::as_ptr(caller).cast_mut(), Ordering::SeqCst);
+        let members: Vec<_> = self.members().iter().filter_map(Weak::upgrade).collect();
+        for member in members.iter().filter(|m| !Arc::ptr_eq(caller, m)) {
+            while member.running.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+        }
+        caller.running.store(true, Ordering::SeqCst);
+        Alone { sync: self, _turn: turn }
     }
 
     /// Asks all processors to drop their translations, without waiting.

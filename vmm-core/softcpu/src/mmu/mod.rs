@@ -399,7 +399,7 @@ impl Cpu {
     }
 
     /// Host address of an operand of a locked instruction: RAM, writable, within one page. `None` means
-    /// that the operand is elsewhere and the access cannot be atomic.
+    /// that the operand is elsewhere and that only [`Cpu::alone`] makes the access atomic.
     #[inline]
     pub(crate) fn atomic_host(&mut self, address: u64, size: u64) -> Result<Option<u64>, Fault> {
         let address = self.wrap(address);
@@ -415,6 +415,23 @@ impl Cpu {
             Target::Host(host) => Ok(Some(host)),
             Target::Device(_) => Ok(None),
         }
+    }
+}
+
+impl Cpu {
+    /// Compares and exchanges what [`Cpu::atomic_host`] has no address for; returns the previous value.
+    pub(crate) fn exchange_alone(
+        &mut self,
+        address: u64,
+        size: u64,
+        expected: u64,
+        new: u64,
+    ) -> Result<u64, Fault> {
+        self.alone(|cpu| {
+            let old = cpu.load_slow(address, size, cpu.user != 0)?;
+            cpu.store_slow(address, size, if old == expected { new } else { old }, cpu.user != 0)?;
+            Ok(old)
+        })
     }
 }
 

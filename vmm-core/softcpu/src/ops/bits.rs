@@ -100,7 +100,6 @@ fn string_address<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr, write: bool) -> Res
 pub(crate) fn change_string<T: Width, E: Ea, B: BitOp, const LOCK: bool>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, string_address::<T, E>(cpu, op, true));
     let found = check!(cpu, op, cpu.atomic_host(address, T::BYTES));
-    let saved = cpu.lazy;
     match found {
         Some(at) => loop {
             // SAFETY: a translation of a mapped region, just made.
@@ -116,16 +115,25 @@ pub(crate) fn change_string<T: Width, E: Ea, B: BitOp, const LOCK: bool>(cpu: &m
                 break;
             }
         },
-        None => {
-            let old = check!(cpu, op, cpu.ld::<T>(address));
-            let new = Bit::<B, true>::apply::<T>(cpu, op, old);
-            if cpu.st::<T>(address, new).is_err() {
-                cpu.lazy = saved;
-                return crate::block::op::fault(cpu, op);
-            }
+        None if LOCK => {
+            let changed = cpu.alone(|cpu| change_slow::<T, B>(cpu, op, address));
+            check!(cpu, op, changed);
         }
+        None => check!(cpu, op, change_slow::<T, B>(cpu, op, address)),
     }
     next!(cpu, op)
+}
+
+#[cold]
+fn change_slow<T: Width, B: BitOp>(cpu: &mut Cpu, op: OpPtr, address: u64) -> Result<(), crate::cpu::Fault> {
+    let saved = cpu.lazy;
+    let old = cpu.ld::<T>(address)?;
+    let new = Bit::<B, true>::apply::<T>(cpu, op, old);
+    let result = cpu.st::<T>(address, new);
+    if result.is_err() {
+        cpu.lazy = saved;
+    }
+    result
 }
 
 /// A function of one source that may leave the destination alone.

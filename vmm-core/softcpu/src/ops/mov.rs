@@ -171,12 +171,7 @@ pub(crate) fn cmpxchg_mem<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
             Ok(()) => expected,
             Err(old) => old,
         },
-        None => {
-            let old = check!(cpu, op, cpu.ld::<T>(address));
-            let value = if old == expected { new } else { old };
-            check!(cpu, op, cpu.st::<T>(address, value));
-            old
-        }
+        None => check!(cpu, op, cpu.exchange_alone(address, T::BYTES, expected, new)),
     };
     cpu.set_lazy::<T>(Kind::Sub, expected.wrapping_sub(old), old);
     if old != expected {

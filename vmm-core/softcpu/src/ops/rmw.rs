@@ -58,7 +58,8 @@ pub(crate) fn locked<T: Width, E: Ea, M: Modify>(cpu: &mut Cpu, op: OpPtr) -> Op
         None => check!(cpu, op, cpu.atomic_host(address, T::BYTES)),
     };
     let Some(at) = found else {
-        check!(cpu, op, slow::<T, M>(cpu, op, address));
+        let changed = cpu.alone(|cpu| slow::<T, M>(cpu, op, address));
+        check!(cpu, op, changed);
         next!(cpu, op)
     };
     let saved = (cpu.lazy, cpu.regs[usize::from(op.r2)]);

@@ -448,11 +448,7 @@ pub(crate) fn cmpxchg8b(cpu: &mut Cpu, instruction: &Instruction) -> Result<(), 
             Ok(()) => expected,
             Err(old) => old,
         },
-        None => {
-            let old = cpu.load(address, 8)?;
-            cpu.store(address, 8, if old == expected { new } else { old })?;
-            old
-        }
+        None => cpu.exchange_alone(address, 8, expected, new)?,
     };
     if old != expected {
         u32::set(cpu, 0, old);

@@ -5,6 +5,8 @@
 
 mod debug;
 mod exceptions;
+mod features;
+mod litmus;
 mod memory;
 mod modes;
 mod paging;

@@ -170,13 +170,16 @@ impl Rig {
     }
 
     pub fn with_clock(clock: Arc<Clock>, seed: Option<u64>) -> Self {
+        Self::with_config(CpuConfig { seed, ..CpuConfig::new(clock) })
+    }
+
+    pub fn with_config(config: CpuConfig) -> Self {
         let ram = Ram::new();
         let memory = Arc::new(GuestMemory::new());
         // SAFETY: the mapping lives as long as the rig, which drops its processor first.
         unsafe { memory.add_region(0, RAM, ram.0, false).unwrap() };
         let ports = Arc::new(Ports::default());
         let queue = Queue::default();
-        let config = CpuConfig { seed, ..CpuConfig::new(clock) };
         let cpu = Cpu::new(config, memory.clone(), ports.clone(), Box::new(queue.clone()));
         let rig = Self { cpu, memory, ports, queue, _ram: ram };
         rig.tables();

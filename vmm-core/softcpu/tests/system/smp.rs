@@ -7,30 +7,37 @@ use iced_x86::code_asm::*;
 use super::rig::*;
 use softcpu::{Budget, Clock, Cpu, CpuConfig, Exit};
 
-/// Runs code on two processors, each on a thread, until both halt. RDI is the processor's number.
-fn both(rig: &mut Rig, write: [&dyn Fn(&mut CodeAssembler); 2]) -> [softcpu::CpuState; 2] {
-    let config = CpuConfig { index: 1, apic_id: 1, ..CpuConfig::new(Arc::new(Clock::host(1_000_000))) };
-    let mut second = Cpu::new(config, rig.memory.clone(), rig.ports.clone(), Box::new(Queue::default()));
-    for (number, write) in write.into_iter().enumerate() {
+/// Runs code on several processors, each on a thread, until all halt. RDI is the processor's number, RBX
+/// [`WINDOW_RAM`].
+pub fn run_all(rig: &mut Rig, programs: &[&dyn Fn(&mut CodeAssembler)]) -> Vec<softcpu::CpuState> {
+    let clock = Arc::new(Clock::host(1_000_000));
+    let mut others: Vec<Cpu> = (1..programs.len() as u32)
+        .map(|index| {
+            let config = CpuConfig { index, apic_id: index, ..CpuConfig::new(clock.clone()) };
+            Cpu::new(config, rig.memory.clone(), rig.ports.clone(), Box::new(Queue::default()))
+        })
+        .collect();
+    let mut cpus: Vec<&mut Cpu> = std::iter::once(&mut rig.cpu).chain(&mut others).collect();
+    for (number, (write, cpu)) in programs.iter().zip(&mut cpus).enumerate() {
         let at = CODE + 0x1_0000 * number as u64;
         rig.memory.write(at, &assemble(at, write)).unwrap();
         let mut s = Rig::long_mode();
         (s.rip, s.gpr[7], s.gpr[3]) = (at, number as u64, WINDOW_RAM);
-        s.gpr[4] = STACK - 0x800 * number as u64;
-        if number == 0 { rig.cpu.set_state(&s) } else { second.set_state(&s) }
+        s.gpr[4] = STACK - 0x400 * number as u64;
+        cpu.set_state(&s);
     }
     let budget = Budget { wait: false, ..Budget::UNLIMITED };
     std::thread::scope(|scope| {
-        let (first, second) = (&mut rig.cpu, &mut second);
-        let other = scope.spawn(|| second.run(budget));
-        assert_eq!(first.run(budget), Exit::Halted);
-        assert_eq!(other.join().unwrap(), Exit::Halted);
+        let running: Vec<_> = cpus.iter_mut().map(|cpu| scope.spawn(|| cpu.run(budget))).collect();
+        for thread in running {
+            assert_eq!(thread.join().unwrap(), Exit::Halted);
+        }
     });
-    [rig.cpu.state(), second.state()]
+    cpus.iter().map(|cpu| cpu.state()).collect()
 }
 
-fn same(rig: &mut Rig, write: impl Fn(&mut CodeAssembler)) -> [softcpu::CpuState; 2] {
-    both(rig, [&write, &write])
+fn same(rig: &mut Rig, write: impl Fn(&mut CodeAssembler)) -> Vec<softcpu::CpuState> {
+    run_all(rig, &[&write, &write])
 }
 
 #[test]
@@ -121,7 +128,7 @@ fn stores_become_visible_in_order() {
         a.jne(again).unwrap();
         a.hlt().unwrap();
     };
-    let end = both(&mut rig, [&producer, &consumer]);
+    let end = run_all(&mut rig, &[&producer, &consumer]);
     assert_eq!(end[1].gpr[6], 0, "the flag was seen without its data");
 }
 
@@ -170,7 +177,7 @@ fn code_changed_by_another_processor_is_noticed() {
         a.jne(again).unwrap();
         a.hlt().unwrap();
     };
-    let end = both(&mut rig, [&writer, &reader]);
+    let end = run_all(&mut rig, &[&writer, &reader]);
     assert_eq!(end[1].gpr[9], 0, "old code was executed");
 }
 

@@ -29,6 +29,9 @@ impl Builder<'_> {
         if i.op_count() > 1 && i.op1_kind() == OpKind::Register {
             op.r2 = encode(i.op1_register());
         }
+        if !self.announced(i) {
+            return self.slow(i, op, system::ud, false);
+        }
         if let Some((run, goes_on)) = slow_handler(i) {
             return self.slow(i, op, run, goes_on);
         }

@@ -145,6 +145,21 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Whether the guest's processor has the instruction; for those that need neither the host's help nor a bit of CR4.
+    fn announced(&self, i: &Instruction) -> bool {
+        use iced_x86::CpuidFeature as F;
+        match i.mnemonic() {
+            M::Cmpxchg16b => self.stubs.has(F::CMPXCHG16B),
+            M::Movbe => self.stubs.has(F::MOVBE),
+            M::Popcnt => self.stubs.has(F::POPCNT),
+            M::Rdrand => self.stubs.has(F::RDRAND),
+            M::Rdseed => self.stubs.has(F::RDSEED),
+            M::Clflushopt => self.stubs.has(F::CLFLUSHOPT),
+            M::Clwb => self.stubs.has(F::CLWB),
+            _ => true,
+        }
+    }
+
     fn slow(&mut self, i: &Instruction, op: &mut Op, run: Slow, goes_on: bool) -> Chosen {
         op.imm.set(self.owned.slow(SlowOp { run, instruction: *i }));
         if goes_on { (host::slow_next, false) } else { (host::slow_last, true) }
