@@ -5,6 +5,7 @@
 //! inside system calls.
 
 use libc::iovec;
+use parking_lot::Mutex;
 use std::io::{IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 
@@ -272,6 +273,53 @@ impl std::ops::Deref for AlignedBuf {
 impl std::ops::DerefMut for AlignedBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
+    }
+}
+
+/// Buffers that are used again, so that large ones are not mapped, zeroed and unmapped for every request.
+#[derive(Debug, Default)]
+pub(crate) struct BufferPool(Mutex<Vec<Vec<u8>>>);
+
+/// Most buffers that a pool keeps, and the longest.
+const POOL: (usize, usize) = (8, 1 << 20);
+
+impl BufferPool {
+    /// A buffer of `len` bytes that holds arbitrary old contents.
+    pub(crate) fn take(&self, len: usize) -> PoolBuf<'_> {
+        let mut bytes = self.0.lock().pop().unwrap_or_default();
+        if bytes.len() < len {
+            bytes.resize(len, 0);
+        }
+        PoolBuf { pool: self, bytes, len }
+    }
+}
+
+/// A buffer that returns to its pool when it is dropped.
+pub(crate) struct PoolBuf<'a> {
+    pool: &'a BufferPool,
+    bytes: Vec<u8>,
+    len: usize,
+}
+
+impl std::ops::Deref for PoolBuf<'_> {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+impl std::ops::DerefMut for PoolBuf<'_> {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[..self.len]
+    }
+}
+
+impl Drop for PoolBuf<'_> {
+    fn drop(&mut self) {
+        let mut pool = self.pool.0.lock();
+        if pool.len() < POOL.0 && self.bytes.capacity() <= POOL.1 {
+            pool.push(std::mem::take(&mut self.bytes));
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Copying the state of a disk at one instant while it changes.
 
+use super::parallel::each_dirty;
 use super::{DirtyMap, JobControl, copy};
 use crate::disk::Observer;
 use crate::ranges::RangeLocks;
@@ -90,16 +91,22 @@ pub fn backup(source: &Disk, target: &Disk, changed: Option<&DirtyMap>, control:
 }
 
 fn save_all(source: &Disk, shared: &Shared, control: &JobControl) -> Result<()> {
-    let mut buffer = Vec::new();
-    while let Some(granule) = shared.todo.next(0) {
-        let (_, len) = shared.todo.bytes(granule, shared.size);
-        control.step(len)?;
-        let layers = source.layers();
-        shared.save(Below::new(&layers), granule, &mut buffer)?;
-        if let Some(error) = shared.error.lock().take() {
-            return Err(error);
-        }
-    }
+    // Granules that the guest saved first are not marked any more.
+    each_dirty(
+        &shared.todo,
+        1,
+        || Ok(Vec::new()),
+        |run, buffer| {
+            let granule = run.start;
+            control.step(shared.todo.bytes(granule, shared.size).1)?;
+            let layers = source.layers();
+            shared.save(Below::new(&layers), granule, buffer)?;
+            match shared.error.lock().take() {
+                Some(error) => Err(error),
+                None => Ok(()),
+            }
+        },
+    )?;
     match shared.error.lock().take() {
         Some(error) => Err(error),
         None => Ok(()),

@@ -1,5 +1,6 @@
 //! Merging layers of a chain while the disk is in use.
 
+use super::parallel::each_piece;
 use super::{JobControl, Mirror, MirrorMode, copy};
 use crate::{Below, Disk, Error, Layer, Result, Source};
 use std::sync::Arc;
@@ -30,12 +31,16 @@ pub fn commit(disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
     let size = layers[index].size();
     control.begin(size);
     let source = Below::new(&layers[index..]);
-    let mut buffer = Vec::new();
-    for offset in (0..size).step_by(PIECE as usize) {
-        let len = PIECE.min(size - offset);
-        control.step(len)?;
-        copy::copy_range(source, Some(1), &target, offset, len, &mut buffer)?;
-    }
+    each_piece(
+        size,
+        PIECE,
+        0,
+        || Ok(Vec::new()),
+        |offset, len, buffer| {
+            control.step(len)?;
+            copy::copy_range(source, Some(1), &target, offset, len, buffer)
+        },
+    )?;
     parent.flush()?;
     disk.drop_layers(index, index + 1)
 }
@@ -73,9 +78,8 @@ pub fn rebase(
     let top = &layers[0];
     check_snapshots(top)?;
     control.begin(top.size());
-    let (old, mut buffers) = (Below::new(&layers[1..]), (Vec::new(), Vec::new()));
-    each_below(top, control, |offset, len| {
-        let (a, b) = (&mut buffers.0, &mut buffers.1);
+    let old = Below::new(&layers[1..]);
+    each_below(top, control, |offset, len, (a, b): &mut (Vec<u8>, Vec<u8>)| {
         a.resize(len as usize, 0);
         b.resize(len as usize, 0);
         old.read(crate::Scatter::new(a), offset)?;
@@ -102,10 +106,10 @@ fn populate(
     top: &Arc<dyn Layer>,
     rest: &[Arc<dyn Layer>],
     control: &JobControl,
-    wanted: impl Fn(Option<usize>, bool) -> bool,
+    wanted: impl Fn(Option<usize>, bool) -> bool + Sync,
 ) -> Result<()> {
     let below = Below::new(rest);
-    each_below(top, control, |offset, len| {
+    each_below(top, control, |offset, len, _: &mut ()| {
         let mut done = 0;
         while done < len {
             let (extent, holder) = below.map(offset + done, len - done)?;
@@ -119,26 +123,35 @@ fn populate(
     })
 }
 
-/// Calls `f` with every range, of at most [`PIECE`] bytes, that a layer does not hold.
-fn each_below(
+/// Calls `f` with every range, of at most [`PIECE`] bytes, that a layer does not hold. Several threads do so,
+/// each with a state of its own.
+fn each_below<S: Default>(
     top: &Arc<dyn Layer>,
     control: &JobControl,
-    mut f: impl FnMut(u64, u64) -> Result<()>,
+    f: impl Fn(u64, u64, &mut S) -> Result<()> + Sync,
 ) -> Result<()> {
-    let size = top.size();
-    let mut offset = 0;
-    while offset < size {
-        let extent = {
-            let _pass = top.enter();
-            top.resolve_read(offset, (size - offset).min(PIECE))?
-        };
-        if extent.source == Source::Below {
-            control.step(extent.len)?;
-            f(offset, extent.len)?;
-        } else {
-            control.skip(extent.len)?;
-        }
-        offset += extent.len;
-    }
-    Ok(())
+    each_piece(
+        top.size(),
+        PIECE,
+        0,
+        || Ok(S::default()),
+        |start, len, state| {
+            let end = start + len;
+            let mut offset = start;
+            while offset < end {
+                let extent = {
+                    let _pass = top.enter();
+                    top.resolve_read(offset, end - offset)?
+                };
+                if extent.source == Source::Below {
+                    control.step(extent.len)?;
+                    f(offset, extent.len, state)?;
+                } else {
+                    control.skip(extent.len)?;
+                }
+                offset += extent.len;
+            }
+            Ok(())
+        },
+    )
 }

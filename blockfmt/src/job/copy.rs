@@ -1,8 +1,8 @@
 //! Copying and comparing whole disks.
 
 use super::JobControl;
-use crate::{Below, Disk, Error, Layer, Result, Scatter, Source};
-use std::num::NonZero;
+use super::parallel::each_piece;
+use crate::{Below, Disk, Error, Result, Scatter, Source};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Largest piece that is moved at once.
@@ -29,41 +29,6 @@ impl Default for ConvertOptions {
     }
 }
 
-/// Runs `work` on every piece of a disk, on several threads. The first error ends all of them.
-fn each_piece(
-    size: u64,
-    piece: u64,
-    threads: usize,
-    work: impl Fn(u64, u64, &mut Vec<u8>) -> Result<()> + Sync,
-) -> Result<()> {
-    let threads = match threads {
-        0 => std::thread::available_parallelism().map_or(1, NonZero::get).min(16),
-        n => n,
-    };
-    let next = AtomicU64::new(0);
-    let run = || {
-        let mut buffer = Vec::new();
-        loop {
-            let offset = next.fetch_add(piece, Ordering::Relaxed);
-            if offset >= size {
-                return Ok(());
-            }
-            if let Err(error) = work(offset, piece.min(size - offset), &mut buffer) {
-                next.store(size, Ordering::Relaxed);
-                return Err(error);
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
-        let mine = run();
-        helpers.into_iter().fold(mine, |result, helper| match helper.join() {
-            Ok(other) => result.and(other),
-            Err(panic) => std::panic::resume_unwind(panic),
-        })
-    })
-}
-
 /// Copies all of `source` to `target`, which is at least as large, and flushes it.
 pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &JobControl) -> Result<()> {
     let size = source.size();
@@ -71,52 +36,95 @@ pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &
         return Err(Error::InvalidOption("The target is smaller than the source".into()));
     }
     control.begin(size);
-    let target_layer = target.layers().remove(0);
-    let piece = match options.compress {
-        true if target_layer.as_qcow2().is_none() => {
-            return Err(Error::unsupported(target_layer.storage().name(), "compression"));
+    match options.compress {
+        true => convert_compressed(source, target, options, control)?,
+        false => {
+            let piece = PIECE.max(target.layers()[0].cluster_size());
+            each_piece(
+                size,
+                piece,
+                options.threads,
+                || Ok(Vec::new()),
+                |offset, len, buffer| {
+                    let mut done = 0;
+                    while done < len {
+                        done += convert_some(
+                            source,
+                            target,
+                            offset + done,
+                            len - done,
+                            buffer,
+                            options,
+                            control,
+                        )?;
+                    }
+                    Ok(())
+                },
+            )?;
         }
-        true => target_layer.cluster_size(),
-        false => PIECE.max(target_layer.cluster_size()),
-    };
-    each_piece(size, piece, options.threads, |offset, len, buffer| {
-        let mut done = 0;
-        if options.compress {
-            let cluster = buffer;
-            cluster.resize(piece as usize, 0);
-            if let (Source::Zero { .. }, n) = whole(source, offset, len)?
-                && n == len
-                && options.target_is_zero
-            {
-                return control.skip(len);
-            }
-            control.step(len)?;
-            source.read(Scatter::new(&mut cluster[..len as usize]), offset)?;
-            cluster[len as usize..].fill(0);
-            return compress_cluster(&*target_layer, target, offset, &cluster[..], len, options);
-        }
-        while done < len {
-            let at = offset + done;
-            let (extent, n) = whole(source, at, len - done)?;
-            match extent {
-                Source::Zero { .. } if options.target_is_zero => control.skip(n)?,
-                Source::Zero { .. } => {
-                    control.step(n)?;
-                    target.write_zeroes(at, n, true)?;
-                }
-                _ => {
-                    control.step(n)?;
-                    buffer.resize(buffer.len().max(n as usize), 0);
-                    let data = &mut buffer[..n as usize];
-                    source.read_at(data, at)?;
-                    write_sparse(target, data, at, options)?;
-                }
-            }
-            done += n;
-        }
-        Ok(())
-    })?;
+    }
     target.flush()
+}
+
+/// Converts the start of a range and returns its length.
+fn convert_some(
+    source: &Disk,
+    target: &Disk,
+    at: u64,
+    len: u64,
+    buffer: &mut Vec<u8>,
+    options: ConvertOptions,
+    control: &JobControl,
+) -> Result<u64> {
+    let (extent, n) = whole(source, at, len)?;
+    match extent {
+        Source::Zero { .. } if options.target_is_zero => control.skip(n)?,
+        Source::Zero { .. } => {
+            control.step(n)?;
+            target.write_zeroes(at, n, true)?;
+        }
+        _ => {
+            control.step(n)?;
+            buffer.resize(buffer.len().max(n as usize), 0);
+            let data = &mut buffer[..n as usize];
+            source.read_at(data, at)?;
+            write_sparse(target, data, at, options)?;
+        }
+    }
+    Ok(n)
+}
+
+/// Converts cluster by cluster, each compressed if that makes it smaller.
+fn convert_compressed(
+    source: &Disk,
+    target: &Disk,
+    options: ConvertOptions,
+    control: &JobControl,
+) -> Result<()> {
+    let layer = target.layers().remove(0);
+    let Some(qcow2) = layer.as_qcow2() else {
+        return Err(Error::unsupported(layer.storage().name(), "compression"));
+    };
+    let size = layer.cluster_size();
+    let state = || Ok((qcow2.compressor()?, vec![0; size as usize]));
+    each_piece(source.size(), size, options.threads, state, |offset, len, (compressor, cluster)| {
+        if options.target_is_zero
+            && let (Source::Zero { .. }, n) = whole(source, offset, len)?
+            && n == len
+        {
+            return control.skip(len);
+        }
+        control.step(len)?;
+        source.read(Scatter::new(&mut cluster[..len as usize]), offset)?;
+        cluster[len as usize..].fill(0);
+        if options.target_is_zero && options.detect_zeroes && is_zero(cluster) {
+            return Ok(());
+        }
+        match compressor.compress(cluster) {
+            Some(bytes) => qcow2.write_compressed(offset, bytes),
+            None => target.write_at(&cluster[..len as usize], offset),
+        }
+    })
 }
 
 /// The source of the bytes at `offset` and how many share it.
@@ -125,23 +133,6 @@ fn whole(disk: &Disk, offset: u64, len: u64) -> Result<(Source, u64)> {
     let source =
         if extent.source == Source::Below { Source::Zero { allocated: false } } else { extent.source };
     Ok((source, extent.len))
-}
-
-fn compress_cluster(
-    layer: &dyn Layer,
-    target: &Disk,
-    offset: u64,
-    cluster: &[u8],
-    len: u64,
-    options: ConvertOptions,
-) -> Result<()> {
-    if options.target_is_zero && options.detect_zeroes && is_zero(cluster) {
-        return Ok(());
-    }
-    match layer.as_qcow2().and_then(|q| Some((q, q.compress(cluster)?))) {
-        Some((qcow2, bytes)) => qcow2.write_compressed(offset, &bytes),
-        None => target.write_at(&cluster[..len as usize], offset),
-    }
 }
 
 /// Writes data without its runs of zeros.
@@ -191,24 +182,29 @@ pub fn compare(a: &Disk, b: &Disk, control: &JobControl) -> Result<Comparison> {
     control.begin(size);
     let first = AtomicU64::new(u64::MAX);
     let layers = [a.layers(), b.layers()];
-    each_piece(size, PIECE, 0, |offset, len, buffer| {
-        if offset > first.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        control.step(len)?;
-        buffer.resize(2 * PIECE as usize, 0);
-        let (left, right) = buffer.split_at_mut(PIECE as usize);
-        let (left, right) = (&mut left[..len as usize], &mut right[..len as usize]);
-        // Bytes beyond the end of a disk read as zeros through `Below`.
-        Below::new(&layers[0]).read(Scatter::new(left), offset)?;
-        Below::new(&layers[1]).read(Scatter::new(right), offset)?;
-        if left != right
-            && let Some(at) = left.iter().zip(&*right).position(|(x, y)| x != y)
-        {
-            first.fetch_min(offset + at as u64, Ordering::Relaxed);
-        }
-        Ok(())
-    })?;
+    each_piece(
+        size,
+        PIECE,
+        0,
+        || Ok(vec![0; 2 * PIECE as usize]),
+        |offset, len, buffer| {
+            if offset > first.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            control.step(len)?;
+            let (left, right) = buffer.split_at_mut(PIECE as usize);
+            let (left, right) = (&mut left[..len as usize], &mut right[..len as usize]);
+            // Bytes beyond the end of a disk read as zeros through `Below`.
+            Below::new(&layers[0]).read(Scatter::new(left), offset)?;
+            Below::new(&layers[1]).read(Scatter::new(right), offset)?;
+            if left != right
+                && let Some(at) = left.iter().zip(&*right).position(|(x, y)| x != y)
+            {
+                first.fetch_min(offset + at as u64, Ordering::Relaxed);
+            }
+            Ok(())
+        },
+    )?;
     Ok(match first.into_inner() {
         u64::MAX => Comparison::Identical,
         at => Comparison::Differs(at),

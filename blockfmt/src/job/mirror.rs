@@ -1,15 +1,19 @@
 //! Copying a disk that is in use, and switching over to the copy.
 
+use super::parallel::each_dirty;
 use super::{DirtyMap, JobControl, copy};
 use crate::disk::Observer;
 use crate::ranges::RangeLocks;
 use crate::{Below, Disk, Error, Result};
 use parking_lot::Mutex;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Granules that are copied at once and tracked.
+/// Unit in which changes are tracked.
 const GRANULE: u64 = 256 << 10;
+/// Most granules that are copied at once.
+const RUN: u64 = 4;
 
 /// When the guest's writes reach the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,13 +38,15 @@ struct Shared {
 }
 
 impl Shared {
-    fn copy(&self, source: Below<'_>, granule: u64, buffer: &mut Vec<u8>) -> Result<()> {
-        let (offset, len) = self.dirty.bytes(granule, source.size().min(self.target.size()));
+    /// Copies a run of granules whose marks were taken.
+    fn copy(&self, source: Below<'_>, run: Range<u64>, buffer: &mut Vec<u8>) -> Result<()> {
+        let size = source.size().min(self.target.size());
+        let (offset, end) = (self.dirty.bytes(run.start, size).0, self.dirty.bytes(run.end, size).0);
         // Two copies of the same granule in the wrong order would leave old data in the target.
-        let _range = self.ranges.lock(granule..granule + 1);
-        let result = copy::copy_range(source, self.depth, &self.target, offset, len, buffer);
+        let _range = self.ranges.lock(run);
+        let result = copy::copy_range(source, self.depth, &self.target, offset, end - offset, buffer);
         if result.is_err() {
-            self.dirty.mark(offset, len);
+            self.dirty.mark(offset, end - offset);
         }
         result
     }
@@ -56,7 +62,7 @@ impl Observer for Shared {
         let mut buffer = Vec::new();
         for granule in offset / granularity..=(offset + len - 1) / granularity {
             if self.dirty.take(granule)
-                && let Err(error) = self.copy(disk, granule, &mut buffer)
+                && let Err(error) = self.copy(disk, granule..granule + 1, &mut buffer)
             {
                 self.failed.store(true, Ordering::Release);
                 *self.error.lock() = Some(error);
@@ -110,18 +116,9 @@ impl Mirror {
     pub fn run(self, control: &JobControl) -> Result<Self> {
         control.begin(self.source.size());
         let mut counted = self.shared.dirty.count();
-        let mut buffer = Vec::new();
-        while let Some(first) = self.shared.dirty.next(0) {
-            let mut granule = Some(first);
-            while let Some(g) = granule {
-                let (_, len) = self.shared.dirty.bytes(g, self.source.size());
-                control.step(len)?;
-                if self.shared.dirty.take(g) {
-                    let layers = self.source.layers();
-                    self.shared.copy(Below::new(&layers), g, &mut buffer)?;
-                }
-                granule = self.shared.dirty.next(g + 1);
-            }
+        while self.shared.dirty.next(0).is_some() {
+            let layers = self.source.layers();
+            self.copy_marked(Below::new(&layers), |bytes| control.step(bytes))?;
             if let Some(error) = self.shared.error.lock().take() {
                 return Err(error);
             }
@@ -153,12 +150,34 @@ impl Mirror {
         source.switch_layers(target, |layers| self.complete(Below::new(layers), control))
     }
 
+    /// Copies every granule that is marked, after `before` allowed that many bytes.
+    fn copy_marked(&self, source: Below<'_>, before: impl Fn(u64) -> Result<()> + Sync) -> Result<()> {
+        let dirty = &self.shared.dirty;
+        each_dirty(
+            dirty,
+            RUN,
+            || Ok(Vec::new()),
+            |run, buffer| {
+                let (first, end) =
+                    (dirty.bytes(run.start, source.size()).0, dirty.bytes(run.end, source.size()).0);
+                before(end - first)?;
+                // A guest that blocks on its copies may have taken some of them.
+                let mut from = run.start;
+                while from < run.end {
+                    let taken = (from..run.end).take_while(|granule| dirty.take(*granule)).count() as u64;
+                    if taken > 0 {
+                        self.shared.copy(source, from..from + taken, buffer)?;
+                    }
+                    from += taken.max(1);
+                }
+                Ok(())
+            },
+        )
+    }
+
     fn complete(&self, source: Below<'_>, control: &JobControl) -> Result<()> {
-        let mut buffer = Vec::new();
-        while let Some(granule) = self.shared.dirty.next(0) {
-            control.check()?;
-            self.shared.dirty.take(granule);
-            self.shared.copy(source, granule, &mut buffer)?;
+        while self.shared.dirty.next(0).is_some() {
+            self.copy_marked(source, |_| control.check())?;
         }
         self.shared.target.flush()
     }

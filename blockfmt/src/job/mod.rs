@@ -1,6 +1,7 @@
 //! Long-running work on disks: copying, merging, mirroring, backing up.
 //!
-//! A job runs on the thread that calls it and returns when it is done; the embedder decides about threads.
+//! A job runs on the thread that calls it, with helpers for more processors, and returns when it is done and
+//! its helpers have ended.
 //! A [`JobControl`], shared with other threads, cancels it, limits its rate and reports its progress.
 //! Guests keep using the disk meanwhile.
 //!
@@ -15,6 +16,7 @@ mod copy;
 mod dirty;
 mod measure;
 mod mirror;
+mod parallel;
 
 pub use backup::backup;
 pub use chain::{commit, rebase, stream};

@@ -7,7 +7,8 @@ use super::proto::{
 };
 use super::stream::Stream;
 use crate::{Result, Source};
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, Read, Write};
+use std::time::{Duration, Instant};
 
 const EINVAL: u32 = 22;
 const EPERM: u32 = 1;
@@ -16,6 +17,12 @@ const EOVERFLOW: u32 = 75;
 const MAX_EXTENTS: usize = 1024;
 /// Memory for payload that a connection keeps between requests.
 const KEEP_BYTES: usize = 1 << 20;
+/// Bytes read from a client at once.
+const INPUT_BYTES: usize = 64 << 10;
+/// Replies of this length are sent without waiting for more.
+const OUTPUT_BYTES: usize = 256 << 10;
+/// Time that a reply may wait for others.
+const MAX_WAIT: Duration = Duration::from_micros(50);
 
 #[derive(Clone, Copy, Debug)]
 struct Request {
@@ -29,32 +36,87 @@ struct Request {
 /// What a request led to.
 enum Outcome {
     Done,
-    /// The payload to send is in the buffer, after room for headers.
+    /// The payload is at the end of the unsent replies, after its header.
     Data,
     Status(Vec<(u64, u64)>),
     Failed(u32),
 }
 
 /// Serves requests until the client leaves.
+///
+/// Requests that arrived together are read with one system call and answered with one, unless the first
+/// answer would wait noticeably longer for that.
 pub(super) fn run(stream: &mut Stream, session: &Session) -> io::Result<()> {
-    let mut buf = Vec::new();
+    let mut link =
+        Link { input: BufReader::with_capacity(INPUT_BYTES, stream), out: Vec::new(), payload: Vec::new() };
+    let header_len = if session.extended { 32 } else { 28 };
+    let mut waiting: Option<Instant> = None;
     loop {
-        let Some(request) = read_request(stream, session)? else { return Ok(()) };
+        let late = waiting.is_some_and(|since| since.elapsed() >= MAX_WAIT);
+        if late || link.out.len() >= OUTPUT_BYTES || link.input.buffer().len() < header_len {
+            link.send()?;
+            waiting = None;
+        }
+        let Some(request) = read_request(&mut link.input, session)? else { return Ok(()) };
         if request.command == command::DISC {
-            return Ok(());
+            return link.send();
         }
-        let outcome = perform(stream, session, &request, &mut buf)?;
-        send(stream, session, &request, &outcome, &mut buf)?;
-        if buf.len() > KEEP_BYTES {
-            buf = Vec::new();
+        if !matches!(request.command, command::READ | command::BLOCK_STATUS) {
+            link.receive_payload(&request)?;
         }
+        if request.command == command::FLUSH || request.flags & command_flag::FUA != 0 {
+            link.send()?; // this one takes long
+            waiting = None;
+        }
+        let start = link.out.len();
+        let outcome = perform(&mut link, session, &request);
+        reply(&mut link.out, start, session, &request, &outcome);
+        waiting = waiting.or_else(|| Some(Instant::now()));
     }
 }
 
-fn read_request(stream: &mut Stream, session: &Session) -> io::Result<Option<Request>> {
+/// Both directions of a connection with their buffers.
+struct Link<'a> {
+    input: BufReader<&'a mut Stream>,
+    /// Replies that are not sent yet.
+    out: Vec<u8>,
+    /// The payload of a write.
+    payload: Vec<u8>,
+}
+
+impl Link<'_> {
+    fn send(&mut self) -> io::Result<()> {
+        if !self.out.is_empty() {
+            self.input.get_mut().write_all(&self.out)?;
+            self.out.clear();
+            self.out.shrink_to(KEEP_BYTES);
+        }
+        Ok(())
+    }
+
+    /// Takes the payload of a write from the socket, whatever becomes of the request.
+    fn receive_payload(&mut self, r: &Request) -> io::Result<()> {
+        if r.command != command::WRITE {
+            return Ok(());
+        }
+        if r.len > MAX_PAYLOAD {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a write is too long"));
+        }
+        // Our replies must not wait for a client that sends slowly.
+        if (self.input.buffer().len() as u64) < r.len {
+            self.send()?;
+        }
+        self.payload.truncate(KEEP_BYTES);
+        self.payload.shrink_to(KEEP_BYTES);
+        self.payload.resize(self.payload.len().max(r.len as usize), 0);
+        self.input.read_exact(&mut self.payload[..r.len as usize])
+    }
+}
+
+fn read_request(input: &mut impl Read, session: &Session) -> io::Result<Option<Request>> {
     let mut b = [0; 32];
     let len = if session.extended { 32 } else { 28 };
-    if let Err(error) = stream.read_exact(&mut b[..len]) {
+    if let Err(error) = input.read_exact(&mut b[..len]) {
         // Leaving without a word is common.
         let left = error.kind() == io::ErrorKind::UnexpectedEof;
         return if left { Ok(None) } else { Err(error) };
@@ -74,20 +136,9 @@ fn read_request(stream: &mut Stream, session: &Session) -> io::Result<Option<Req
     }))
 }
 
-/// Bytes that are kept free before the payload of a read, for the largest header and an offset.
-const ROOM: usize = 40;
-
-fn perform(stream: &mut Stream, session: &Session, r: &Request, buf: &mut Vec<u8>) -> io::Result<Outcome> {
+fn perform(link: &mut Link<'_>, session: &Session, r: &Request) -> Outcome {
     use command_flag as f;
     let disk = &session.export.disk;
-    if r.command == command::WRITE {
-        // The payload has to leave the socket whatever happens.
-        if r.len > MAX_PAYLOAD {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a write is too long"));
-        }
-        buf.resize(buf.len().max(r.len as usize), 0);
-        stream.read_exact(&mut buf[..r.len as usize])?;
-    }
     let allowed = match r.command {
         command::READ => f::DF | f::FUA,
         command::WRITE_ZEROES => f::FUA | f::NO_HOLE,
@@ -95,23 +146,23 @@ fn perform(stream: &mut Stream, session: &Session, r: &Request, buf: &mut Vec<u8
         _ => f::FUA,
     };
     if r.flags & !allowed != 0 {
-        return Ok(Outcome::Failed(EINVAL));
+        return Outcome::Failed(EINVAL);
     }
     let changes = matches!(r.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
     if changes && session.read_only() {
-        return Ok(Outcome::Failed(EPERM));
+        return Outcome::Failed(EPERM);
     }
     if r.len == 0 && r.command != command::FLUSH {
-        return Ok(Outcome::Failed(EINVAL));
+        return Outcome::Failed(EINVAL);
     }
     let result = match r.command {
-        command::READ if r.len > MAX_PAYLOAD => return Ok(Outcome::Failed(EOVERFLOW)),
+        command::READ if r.len > MAX_PAYLOAD => return Outcome::Failed(EOVERFLOW),
         command::READ => {
-            let end = ROOM + r.len as usize;
-            buf.resize(buf.len().max(end), 0);
-            disk.read_at(&mut buf[ROOM..end], r.offset).map(|()| Outcome::Data)
+            let from = link.out.len() + data_header_len(session);
+            link.out.resize(from + r.len as usize, 0);
+            disk.read_at(&mut link.out[from..], r.offset).map(|()| Outcome::Data)
         }
-        command::WRITE => disk.write_at(&buf[..r.len as usize], r.offset).map(|()| Outcome::Done),
+        command::WRITE => disk.write_at(&link.payload[..r.len as usize], r.offset).map(|()| Outcome::Done),
         command::FLUSH => disk.flush().map(|()| Outcome::Done),
         command::TRIM => disk.discard(r.offset, r.len).map(|()| Outcome::Done),
         command::WRITE_ZEROES => {
@@ -119,16 +170,16 @@ fn perform(stream: &mut Stream, session: &Session, r: &Request, buf: &mut Vec<u8
             disk.write_zeroes(r.offset, r.len, unmap).map(|()| Outcome::Done)
         }
         command::BLOCK_STATUS if session.allocation => status(session, r).map(Outcome::Status),
-        _ => return Ok(Outcome::Failed(EINVAL)),
+        _ => return Outcome::Failed(EINVAL),
     };
     let result = match result {
         Ok(outcome) if changes && r.flags & f::FUA != 0 => disk.flush().map(|()| outcome),
         other => other,
     };
-    Ok(result.unwrap_or_else(|error| {
+    result.unwrap_or_else(|error| {
         tracing::debug!(%error, "An NBD request failed");
         Outcome::Failed(error_number(&error))
-    }))
+    })
 }
 
 /// Lengths and states of the extents at the start of a range.
@@ -172,36 +223,44 @@ fn header(session: &Session, r: &Request, kind: u16, len: u64) -> Vec<u8> {
     out
 }
 
-fn send(
-    stream: &mut Stream,
-    session: &Session,
-    r: &Request,
-    outcome: &Outcome,
-    buf: &mut [u8],
-) -> io::Result<()> {
+/// Length of what precedes the payload of a read.
+fn data_header_len(session: &Session) -> usize {
+    match (session.structured, session.extended) {
+        (false, _) => 16,
+        (true, false) => 20 + 8,
+        (true, true) => 32 + 8,
+    }
+}
+
+/// Adds the reply to a request, which begins at `start` of the unsent replies.
+fn reply(out: &mut Vec<u8>, start: usize, session: &Session, r: &Request, outcome: &Outcome) {
+    if !matches!(outcome, Outcome::Data) {
+        out.truncate(start); // a read that failed leaves its room
+    }
     if !session.structured {
         let error = if let Outcome::Failed(error) = outcome { *error } else { 0 };
-        let mut out = SIMPLE_REPLY_MAGIC.to_be_bytes().to_vec();
-        out.extend(error.to_be_bytes());
-        out.extend(r.cookie.to_be_bytes());
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
+        header[4..8].copy_from_slice(&error.to_be_bytes());
+        header[8..].copy_from_slice(&r.cookie.to_be_bytes());
         return match outcome {
-            Outcome::Data => send_data(stream, &out, buf, r.len),
-            _ => stream.write_all(&out),
+            Outcome::Data => out[start..start + 16].copy_from_slice(&header),
+            _ => out.extend(header),
         };
     }
     match outcome {
-        Outcome::Done => stream.write_all(&header(session, r, chunk::NONE, 0)),
+        Outcome::Done => out.extend(header(session, r, chunk::NONE, 0)),
         Outcome::Data => {
-            let mut out = header(session, r, chunk::OFFSET_DATA, r.len + 8);
-            out.extend(r.offset.to_be_bytes());
-            send_data(stream, &out, buf, r.len)
+            let mut header = header(session, r, chunk::OFFSET_DATA, r.len + 8);
+            header.extend(r.offset.to_be_bytes());
+            out[start..start + header.len()].copy_from_slice(&header);
         }
         Outcome::Status(extents) => {
             let count = extents.len() as u64;
-            let mut out = match session.extended {
+            out.extend(match session.extended {
                 true => header(session, r, chunk::BLOCK_STATUS_EXT, 8 + count * 16),
                 false => header(session, r, chunk::BLOCK_STATUS, 4 + count * 8),
-            };
+            });
             out.extend(CONTEXT_ID.to_be_bytes());
             if session.extended {
                 out.extend((count as u32).to_be_bytes());
@@ -215,20 +274,11 @@ fn send(
                     out.extend((*state as u32).to_be_bytes());
                 }
             }
-            stream.write_all(&out)
         }
         Outcome::Failed(error) => {
-            let mut out = header(session, r, chunk::ERROR, 6);
+            out.extend(header(session, r, chunk::ERROR, 6));
             out.extend(error.to_be_bytes());
             out.extend(0u16.to_be_bytes()); // no message
-            stream.write_all(&out)
         }
     }
-}
-
-/// Sends a header and the payload in the buffer with one system call.
-fn send_data(stream: &mut Stream, header: &[u8], buf: &mut [u8], len: u64) -> io::Result<()> {
-    let start = ROOM - header.len();
-    buf[start..ROOM].copy_from_slice(header);
-    stream.write_all(&buf[start..ROOM + len as usize])
 }

@@ -6,6 +6,7 @@ use crate::{Error, Gather, Result, Scatter};
 use parking_lot::Mutex;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -42,6 +43,8 @@ pub struct FileStorage {
     /// Serialises read-modify-write cycles of unaligned direct writes.
     bounce: Mutex<()>,
     flush_failed: AtomicBool,
+    /// A range that held data when it was last looked for; see [`FileStorage::forget_data`].
+    known_data: Mutex<Range<u64>>,
 }
 
 impl FileStorage {
@@ -90,6 +93,7 @@ impl FileStorage {
             align: if options.direct { 4096 } else { 1 },
             bounce: Mutex::new(()),
             flush_failed: AtomicBool::new(false),
+            known_data: Mutex::default(),
         })
     }
 
@@ -100,6 +104,12 @@ impl FileStorage {
 
     fn raw(&self) -> RawFd {
         self.file.as_raw_fd()
+    }
+
+    /// Looks for holes again from now on. To take a hole for data is never wrong, only slower, so this is
+    /// called where this process makes holes; holes that others make are found sooner or later.
+    fn forget_data(&self) {
+        *self.known_data.lock() = 0..0;
     }
 
     /// Reads until the end of the list or of the file; returns the number of bytes read.
@@ -231,6 +241,7 @@ impl Storage for FileStorage {
                 false => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             };
         }
+        self.forget_data();
         self.file.set_len(len)
     }
 
@@ -287,6 +298,7 @@ impl Storage for FileStorage {
         if len == 0 {
             return Ok(());
         }
+        self.forget_data();
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         if unmap && self.fallocate(punch, offset, len)? {
             if !self.block_device && self.len()? < end {
@@ -303,6 +315,7 @@ impl Storage for FileStorage {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         checked_end(offset, len)?;
         if len > 0 {
+            self.forget_data();
             self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)?;
         }
         Ok(())
@@ -327,6 +340,12 @@ impl Storage for FileStorage {
         if self.block_device {
             return Ok((true, len));
         }
+        // A file system may walk the whole file to find the next hole, so what it found is kept: a disk is
+        // mapped piece by piece.
+        let mut known = self.known_data.lock();
+        if known.contains(&offset) {
+            return Ok((true, known.end.min(end) - offset));
+        }
         // SAFETY: system calls on an open descriptor without pointers.
         let seek = |whence| match unsafe { libc::lseek(self.raw(), offset as i64, whence) } {
             -1 => Err(io::Error::last_os_error()),
@@ -341,9 +360,10 @@ impl Storage for FileStorage {
         if data > offset {
             return Ok((false, data.min(end) - offset));
         }
-        let hole = seek(libc::SEEK_HOLE)?;
         // Another thread may have punched a hole between the two calls.
-        Ok((true, hole.clamp(offset + 1, end) - offset))
+        let hole = seek(libc::SEEK_HOLE)?.max(offset + 1);
+        *known = offset..hole;
+        Ok((true, hole.min(end) - offset))
     }
 
     fn zero_beyond_end(&self) -> bool {

@@ -1,4 +1,4 @@
-//! A storage that remembers every write and flush, to reconstruct what a crash could leave behind.
+//! Storages that remember every write and flush, to reconstruct what a crash could leave behind.
 
 use super::{FileId, Storage};
 use crate::{Gather, Scatter};
@@ -31,33 +31,52 @@ pub enum Event {
     Mark(u64),
 }
 
+/// The events of several storages in one order.
+type Log = Arc<Mutex<Vec<(usize, Event)>>>;
+
 /// Passes everything to another storage and records it.
 #[derive(Debug)]
 pub struct RecordingStorage {
     inner: Arc<dyn Storage>,
-    events: Mutex<Vec<Event>>,
+    name: String,
+    log: Log,
+    index: usize,
 }
 
 impl RecordingStorage {
     /// Records what happens to `inner` from now on.
     pub fn new(inner: Arc<dyn Storage>) -> Self {
-        RecordingStorage { inner, events: Mutex::new(Vec::new()) }
+        RecordingStorage { name: inner.name(), inner, log: Log::default(), index: 0 }
+    }
+
+    /// Records what happens to several storages, under new names, in one record.
+    pub fn group(members: Vec<(String, Arc<dyn Storage>)>) -> Vec<Arc<Self>> {
+        let log = Log::default();
+        let members = members.into_iter().enumerate();
+        members
+            .map(|(index, (name, inner))| Arc::new(RecordingStorage { inner, name, log: log.clone(), index }))
+            .collect()
     }
 
     /// Adds a mark to the record.
     pub fn mark(&self, value: u64) {
-        self.events.lock().push(Event::Mark(value));
+        self.log.lock().push((self.index, Event::Mark(value)));
     }
 
-    /// A copy of the record.
+    /// A copy of the record of this storage.
     pub fn events(&self) -> Vec<Event> {
-        self.events.lock().clone()
+        self.log.lock().iter().filter(|(index, _)| *index == self.index).map(|(_, e)| e.clone()).collect()
+    }
+
+    /// A copy of the record of all storages of the group, with their numbers.
+    pub fn group_events(&self) -> Vec<(usize, Event)> {
+        self.log.lock().clone()
     }
 }
 
 impl Storage for RecordingStorage {
     fn name(&self) -> String {
-        self.inner.name()
+        self.name.clone()
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -65,9 +84,9 @@ impl Storage for RecordingStorage {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut events = self.events.lock();
+        let mut events = self.log.lock();
         self.inner.set_len(len)?;
-        events.push(Event::SetLen(len));
+        events.push((self.index, Event::SetLen(len)));
         Ok(())
     }
 
@@ -77,23 +96,23 @@ impl Storage for RecordingStorage {
 
     fn writev(&self, src: Gather<'_>, offset: u64) -> io::Result<()> {
         let data = src.to_vec();
-        let mut events = self.events.lock();
+        let mut events = self.log.lock();
         self.inner.writev(Gather::new(&data), offset)?;
-        events.push(Event::Write { offset, data });
+        events.push((self.index, Event::Write { offset, data }));
         Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
-        let mut events = self.events.lock();
+        let mut events = self.log.lock();
         self.inner.flush()?;
-        events.push(Event::Flush);
+        events.push((self.index, Event::Flush));
         Ok(())
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let mut events = self.events.lock();
+        let mut events = self.log.lock();
         self.inner.write_zeroes(offset, len, unmap)?;
-        events.push(Event::Zero { offset, len });
+        events.push((self.index, Event::Zero { offset, len }));
         Ok(())
     }
 
@@ -102,16 +121,16 @@ impl Storage for RecordingStorage {
         if end <= offset {
             return Ok(());
         }
-        let mut events = self.events.lock();
+        let mut events = self.log.lock();
         self.inner.discard(offset, end - offset)?;
-        events.push(Event::Zero { offset, len: end - offset });
+        events.push((self.index, Event::Zero { offset, len: end - offset }));
         Ok(())
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut events = self.events.lock();
+        let mut events = self.log.lock();
         self.inner.allocate(offset, len)?;
-        events.push(Event::SetLen(self.inner.len()?));
+        events.push((self.index, Event::SetLen(self.inner.len()?)));
         Ok(())
     }
 

@@ -1,6 +1,8 @@
 //! Helpers of the integration tests.
 #![allow(dead_code, reason = "each test uses some of the helpers")]
 
+pub mod crash;
+
 use std::path::Path;
 use std::process::{Command, Output};
 

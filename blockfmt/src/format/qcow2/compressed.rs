@@ -65,10 +65,19 @@ impl Qcow2 {
             .ok_or_else(|| self.corrupt("a compressed cluster is damaged"))
     }
 
-    /// Compresses a whole cluster; `None` if that does not make it smaller.
-    pub fn compress(&self, cluster: &[u8]) -> Option<Vec<u8>> {
-        let compression = self.header.lock().compression;
-        compress(compression, cluster).filter(|c| (c.len() as u64) < self.p.cluster)
+    /// What compresses clusters for this image; each thread that does so needs its own.
+    pub fn compressor(&self) -> Result<Compressor> {
+        let cluster = self.p.cluster as usize;
+        let fail = |e| self.io("compress for", e);
+        let engine = match self.header.lock().compression {
+            Compression::Zlib => {
+                // Smaller windows than usual are part of the format: readers rely on 4 KiB.
+                let level = flate2::Compression::default();
+                Engine::Zlib(flate2::Compress::new_with_window_bits(level, false, 12))
+            }
+            Compression::Zstd => Engine::Zstd(zstd::bulk::Compressor::new(0).map_err(fail)?),
+        };
+        Ok(Compressor { engine, out: vec![0; cluster] })
     }
 
     /// Stores the compressed form of a guest cluster that is not allocated yet.
@@ -146,16 +155,35 @@ fn decompress(compression: Compression, input: &[u8], len: usize) -> Option<Vec<
     }
 }
 
-fn compress(compression: Compression, input: &[u8]) -> Option<Vec<u8>> {
-    match compression {
-        Compression::Zlib => {
-            let mut out = vec![0; input.len()];
-            let mut deflate =
-                flate2::Compress::new_with_window_bits(flate2::Compression::default(), false, 12);
-            let status = deflate.compress(input, &mut out, flate2::FlushCompress::Finish).ok()?;
-            out.truncate(deflate.total_out() as usize);
-            (status == flate2::Status::StreamEnd).then_some(out)
-        }
-        Compression::Zstd => zstd::bulk::compress(input, 0).ok(),
+enum Engine {
+    Zlib(flate2::Compress),
+    Zstd(zstd::bulk::Compressor<'static>),
+}
+
+/// Compresses whole clusters; keeps its tables and buffers from one to the next.
+pub struct Compressor {
+    engine: Engine,
+    out: Vec<u8>,
+}
+
+impl std::fmt::Debug for Compressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Compressor").field("cluster", &self.out.len()).finish_non_exhaustive()
+    }
+}
+
+impl Compressor {
+    /// The compressed form of a cluster; `None` if that is not smaller.
+    pub fn compress(&mut self, cluster: &[u8]) -> Option<&[u8]> {
+        let len = match &mut self.engine {
+            Engine::Zlib(deflate) => {
+                deflate.reset();
+                let status = deflate.compress(cluster, &mut self.out, flate2::FlushCompress::Finish).ok()?;
+                (status == flate2::Status::StreamEnd).then_some(deflate.total_out() as usize)?
+            }
+            // Fails if the output does not fit.
+            Engine::Zstd(zstd) => zstd.compress_to_buffer(cluster, &mut self.out[..]).ok()?,
+        };
+        (len < cluster.len()).then_some(&self.out[..len])
     }
 }

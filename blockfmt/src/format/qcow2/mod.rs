@@ -25,6 +25,7 @@ mod zero;
 
 pub use bitmap::BitmapInfo;
 pub use check::{CheckReport, Repair};
+pub use compressed::Compressor;
 pub use create::Qcow2Options;
 pub(crate) use create::create;
 pub use header::Compression;
@@ -33,6 +34,7 @@ pub use snapshot::Snapshot;
 
 use super::LayerOptions;
 use crate::gate::Gate;
+use crate::iobuf::BufferPool;
 use crate::ranges::RangeLocks;
 use crate::{Error, Result, Storage};
 use bitmap::Recording;
@@ -116,6 +118,7 @@ pub struct Qcow2 {
     flusher: Flusher,
     compressed: Compressed,
     recording: Recording,
+    buffers: BufferPool,
 }
 
 impl Qcow2 {
@@ -169,6 +172,7 @@ impl Qcow2 {
             flusher: Flusher::default(),
             compressed: Compressed::default(),
             recording: Recording::default(),
+            buffers: BufferPool::default(),
             storage,
         };
         if !read_only && let Err(error) = image.prepare_for_writing(stale) {

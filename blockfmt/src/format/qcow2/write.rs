@@ -93,9 +93,8 @@ impl Qcow2 {
             _ if src.is_none() => return Ok(same as usize),
             _ => {}
         }
-        let mut copy = Vec::new();
+        let mut copy = self.buffers.take(if src.is_none() { len as usize } else { 0 });
         if src.is_none() {
-            copy.resize(len as usize, 0);
             below.read(Scatter::new(&mut copy), offset)?;
         }
         self.ensure_table(first)?;
@@ -154,13 +153,14 @@ impl Qcow2 {
         }
         self.barrier.store(true, Ordering::Release);
         let end = offset + src.len() as u64;
-        let mut head = vec![0; (offset - step.from) as usize];
-        let mut tail = vec![0; (step.to - end) as usize];
-        self.read_guest(Scatter::new(&mut head), step.from, below)?;
-        self.read_guest(Scatter::new(&mut tail), end, below)?;
+        let before = (offset - step.from) as usize;
+        let mut edges = self.buffers.take(before + (step.to - end) as usize);
+        let (head, tail) = edges.split_at_mut(before);
+        self.read_guest(Scatter::new(head), step.from, below)?;
+        self.read_guest(Scatter::new(tail), end, below)?;
         match head.is_empty() && tail.is_empty() {
             true => write(src, offset),
-            false => src.with_edges(&head, &tail, |all| write(all, step.from)),
+            false => src.with_edges(head, tail, |all| write(all, step.from)),
         }
     }
 

@@ -1,12 +1,14 @@
 //! Runs `qemu-img bench` and this crate on equal images and prints both rates and their ratio.
 //!
 //! `cargo bench -p blockfmt --bench qemu [-- NAME...]` runs the cases whose names contain a NAME. Images
-//! live in `/dev/shm` (1 GiB each); set `NACRE_BENCH_DIR` to measure another file system.
+//! live in `/dev/shm` (1 GiB each); set `NACRE_BENCH_DIR` to measure another file system. Both sides take
+//! turns; the best of three rounds counts, and the ratio of processor times tells on a busy machine.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
 
-use blockfmt::format::qcow2::{Compression, Qcow2Options};
-use blockfmt::job::{self, ConvertOptions, JobControl};
+mod jobs;
+
+use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -41,58 +43,102 @@ impl Bench {
         self.filters.is_empty() || self.filters.iter().any(|f| name.contains(f.as_str()))
     }
 
-    /// Measures one load on images that `prepare` makes, QEMU first, and prints the best of some rounds.
+    /// Measures one load on images that `prepare` makes, QEMU first.
     fn case(&self, name: &str, load: Load, format: Format, prepare: impl Fn(&Path)) {
-        if !self.wanted(name) {
-            return;
-        }
-        let (mut theirs, mut ours) = (0f64, 0f64);
         let path = self.at("bench.img");
-        for round in 0..ROUNDS {
+        self.measured(name, load.count as f64, "op/s", |round| {
             if round == 0 || load.write {
                 prepare(&path);
             }
-            theirs = theirs.max(qemu_bench(&path, load, format));
+            // The time without start and end, as the program says.
+            let mut seconds = 0.0;
+            let cost = Cost::children(|| seconds = qemu_bench(&path, load, format));
+            let theirs = Cost { seconds, ..cost };
             if load.write {
                 prepare(&path);
             }
             let disk = OpenOptions::new(format).open(&path).unwrap();
-            ours = ours.max(our_bench(&disk, load));
-        }
-        std::fs::remove_file(&path).unwrap();
-        report(name, theirs, ours, "op/s");
+            (theirs, Cost::own(|| our_bench(&disk, load)))
+        });
+        let _ = std::fs::remove_file(&path);
     }
 
-    /// Compares the time of a command of QEMU's with the time of `run`.
-    fn timed(&self, name: &str, bytes: u64, theirs: impl Fn(), ours: impl Fn()) {
+    /// Compares what `run`, which is told the number of the round, costs QEMU and us. The shortest times
+    /// and the least processor times of all rounds count.
+    fn measured(&self, name: &str, amount: f64, unit: &str, run: impl Fn(usize) -> (Cost, Cost)) {
         if !self.wanted(name) {
             return;
         }
-        let rate = |f: &dyn Fn()| {
-            let start = Instant::now();
-            f();
-            bytes as f64 / start.elapsed().as_secs_f64() / 1e6
-        };
-        let best = |f: &dyn Fn()| (0..ROUNDS).map(|_| rate(f)).fold(0f64, f64::max);
-        report(name, best(&theirs), best(&ours), "MB/s");
+        let costs: Vec<_> = (0..ROUNDS).map(run).collect();
+        let best = |cost: &dyn Fn(&(Cost, Cost)) -> f64| costs.iter().map(cost).fold(f64::MAX, f64::min);
+        let (theirs, ours) = (best(&|c| c.0.seconds), best(&|c| c.1.seconds));
+        let cpu = best(&|c| c.0.cpu) / best(&|c| c.1.cpu);
+        println!(
+            "{name:<40} QEMU {:>8.0} {unit}  here {:>8.0} {unit}  ratio {:>5.2}  by CPU time {cpu:>5.2}",
+            amount / theirs,
+            amount / ours,
+            theirs / ours
+        );
+    }
+
+    /// Compares a command of QEMU's with `ours` on a whole disk.
+    fn timed(&self, name: &str, prepare: impl Fn(), theirs: impl Fn(), ours: impl Fn()) {
+        self.measured(name, SIZE as f64 / 1e6, "MB/s", |round| {
+            if round == 0 {
+                prepare();
+            }
+            (Cost::children(&theirs), Cost::own(&ours))
+        });
     }
 }
 
-fn report(name: &str, theirs: f64, ours: f64, unit: &str) {
-    println!(
-        "{name:<40} QEMU {theirs:>10.0} {unit}   here {ours:>10.0} {unit}   ratio {:>6.2}",
-        ours / theirs
-    );
+/// What something took.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    /// Seconds on the clock.
+    seconds: f64,
+    /// Seconds of processors.
+    cpu: f64,
+}
+
+impl Cost {
+    fn of(cpu: impl Fn() -> f64, f: impl FnOnce()) -> Self {
+        let (start, before) = (Instant::now(), cpu());
+        f();
+        Cost { seconds: start.elapsed().as_secs_f64(), cpu: cpu() - before }
+    }
+
+    /// The cost of work in this process.
+    fn own(f: impl FnOnce()) -> Self {
+        Cost::of(|| cpu_time(libc::RUSAGE_SELF), f)
+    }
+
+    /// The cost of processes that `f` starts and waits for.
+    fn children(f: impl FnOnce()) -> Self {
+        Cost::of(|| cpu_time(libc::RUSAGE_CHILDREN), f)
+    }
+}
+
+fn cpu_time(who: i32) -> f64 {
+    // SAFETY: all zeros is a valid value of this plain structure, and the call fills it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        assert_eq!(libc::getrusage(who, &raw mut usage), 0);
+        usage
+    };
+    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
 fn qemu(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output();
     let output = output
-        .unwrap_or_else(|e| panic!("cannot run {program} ({e}); install the Debian package qemu-utils"));
+        .unwrap_or_else(|e| panic!("cannot run {program} ({e}); install the packages qemu-utils and fio"));
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Runs a load and returns its seconds.
 fn qemu_bench(path: &Path, load: Load, format: Format) -> f64 {
     let text = |n: u64| n.to_string();
     let (count, depth, size, step) =
@@ -106,11 +152,10 @@ fn qemu_bench(path: &Path, load: Load, format: Format) -> f64 {
     let out = qemu("qemu-img", &args);
     let line = out.lines().find(|l| l.starts_with("Run completed")).unwrap();
     let seconds: f64 = line.split_whitespace().nth(3).unwrap().parse().unwrap();
-    load.count as f64 / seconds
+    seconds
 }
 
-fn our_bench(disk: &Disk, load: Load) -> f64 {
-    let start = Instant::now();
+fn our_bench(disk: &Disk, load: Load) {
     std::thread::scope(|scope| {
         for thread in 0..load.threads {
             scope.spawn(move || {
@@ -127,7 +172,6 @@ fn our_bench(disk: &Disk, load: Load) -> f64 {
             });
         }
     });
-    load.count as f64 / start.elapsed().as_secs_f64()
 }
 
 fn create(path: &Path, options: CreateOptions) {
@@ -185,10 +229,18 @@ fn run(bench: &Bench) {
     bench.case("qcow2 allocate 4k, 2 threads", Load { threads: 2, ..allocate }, Format::Qcow2, empty);
     let sequential = Load { size: 65536, ..allocate };
     bench.case("qcow2 allocate whole clusters", sequential, Format::Qcow2, empty);
+    let two = Load { threads: 2, ..sequential };
+    bench.case("qcow2 allocate whole clusters, 2 threads", two, Format::Qcow2, empty);
 
-    full(Format::Qcow2)(&bench.at("base.qcow2"));
+    let base = bench.at("base.qcow2");
+    let make_base = || {
+        if !base.exists() {
+            full(Format::Qcow2)(&base);
+        }
+    };
     for extended_l2 in [false, true] {
         let child = |path: &Path| {
+            make_base();
             let qcow2 = Qcow2Options { extended_l2, ..Qcow2Options::default() };
             let options = CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2);
             create(path, options.backing("base.qcow2", Format::Qcow2));
@@ -198,6 +250,7 @@ fn run(bench: &Bench) {
     }
     for depth in [8, 32] {
         let chain = |path: &Path| {
+            make_base();
             let mut parent = "base.qcow2".to_owned();
             for n in 1..depth {
                 let name = format!("link{n}.qcow2");
@@ -216,44 +269,7 @@ fn run(bench: &Bench) {
         let one = Load { count: 50_000, depth: 1, ..read };
         bench.case(&format!("chain of {depth}, read qd1"), one, Format::Qcow2, chain);
     }
-    conversions(bench);
-}
-
-fn conversions(bench: &Bench) {
-    let (raw, qcow2, out) = (bench.at("base.raw"), bench.at("base.qcow2"), bench.at("out"));
-    full(Format::Raw)(&raw);
-    let convert = |from: Format, source: &Path, to: Format, options: Qcow2Options, compress: bool| {
-        create(&out, CreateOptions::new(to, SIZE).qcow2(options));
-        let source = OpenOptions::new(from).read_only(true).open(source).unwrap();
-        let target = OpenOptions::new(to).open(&out).unwrap();
-        let options = ConvertOptions { compress, ..ConvertOptions::default() };
-        job::convert(&source, &target, options, &JobControl::new()).unwrap();
-        target.close().unwrap();
-    };
-    let theirs = |from: Format, source: &Path, to: Format, more: &[&str]| {
-        let _ = std::fs::remove_file(&out);
-        let (source, target) = (source.to_str().unwrap(), out.to_str().unwrap());
-        let args = [&["convert", "-f", from.name(), "-O", to.name()][..], more, &[source, target]].concat();
-        qemu("qemu-img", &args);
-    };
-    let plain = Qcow2Options::default;
-    bench.timed(
-        "convert raw to qcow2",
-        SIZE,
-        || theirs(Format::Raw, &raw, Format::Qcow2, &[]),
-        || convert(Format::Raw, &raw, Format::Qcow2, plain(), false),
-    );
-    bench.timed(
-        "convert qcow2 to raw",
-        SIZE,
-        || theirs(Format::Qcow2, &qcow2, Format::Raw, &[]),
-        || convert(Format::Qcow2, &qcow2, Format::Raw, plain(), false),
-    );
-    let zstd = || Qcow2Options { compression: Compression::Zstd, ..plain() };
-    bench.timed(
-        "convert raw to qcow2, zstd",
-        SIZE,
-        || theirs(Format::Raw, &raw, Format::Qcow2, &["-c", "-o", "compression_type=zstd"]),
-        || convert(Format::Raw, &raw, Format::Qcow2, zstd(), true),
-    );
+    jobs::conversions(bench);
+    jobs::chains(bench);
+    jobs::exports(bench);
 }
