@@ -1,0 +1,394 @@
+//! Crashes while jobs run: what the guest flushed is there whichever layer counts as the active one, a job
+//! that was acknowledged stays done, and one that was not may be started again.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
+
+mod common;
+
+use blockfmt::format::LayerOptions;
+use blockfmt::format::qcow2::{Qcow2, Qcow2Options};
+use blockfmt::format::vhd::Vhd;
+use blockfmt::job::{self, ConvertOptions, JobControl, Mirror, MirrorMode};
+use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
+use blockfmt::{BackingRef, CreateOptions, Disk, Format, Layer, Storage};
+use common::Rng;
+use common::crash::{History, SECTOR, SIZE, corruptions, crash, rounds, sector};
+use std::sync::{Arc, Mutex};
+
+/// The mark of a job that was acknowledged.
+const DONE: u64 = 1 << 40;
+
+/// Files of a chain "base" <- "mid" <- "top", and another base and an empty target.
+const NAMES: [&str; 5] = ["base", "mid", "top", "other", "target"];
+
+struct Rig {
+    start: Vec<MemoryStorage>,
+    target_format: Format,
+    history: History,
+}
+
+fn group(images: &[MemoryStorage]) -> Vec<Arc<RecordingStorage>> {
+    let named = NAMES.iter().zip(images);
+    RecordingStorage::group(
+        named.map(|(n, i)| ((*n).to_owned(), Arc::new(i.clone()) as Arc<dyn Storage>)).collect(),
+    )
+}
+
+fn index(name: &str) -> usize {
+    NAMES.iter().position(|n| *n == name).unwrap()
+}
+
+/// Opens the layers from `name` down, as the headers say.
+fn layers(
+    files: &[Arc<RecordingStorage>],
+    name: &str,
+    target: Format,
+) -> blockfmt::Result<Vec<Arc<dyn Layer>>> {
+    let mut out: Vec<Arc<dyn Layer>> = Vec::new();
+    let mut next = Some(name.to_owned());
+    while let Some(name) = next {
+        let storage: Arc<dyn Storage> = files[index(&name)].clone();
+        let options = LayerOptions::default();
+        let layer: Arc<dyn Layer> = match (name.as_str(), target) {
+            ("target", Format::Vhd) => Arc::new(Vhd::open(storage, &options)?),
+            _ => Arc::new(Qcow2::open(storage, &options)?),
+        };
+        next = layer.backing().map(|b| b.path);
+        out.push(layer);
+    }
+    Ok(out)
+}
+
+impl Rig {
+    fn new(rng: &mut Rng, cluster_size: u64, target_format: Format) -> Self {
+        let start: Vec<_> = NAMES.iter().map(|_| MemoryStorage::new()).collect();
+        let files = group(&start);
+        let qcow2 = Qcow2Options { cluster_size, ..Qcow2Options::default() };
+        for (n, file) in files.iter().enumerate() {
+            let format = if NAMES[n] == "target" { target_format } else { Format::Qcow2 };
+            let mut options = CreateOptions::new(format, SIZE).qcow2(qcow2.clone());
+            options.vhd.block_size = 512 << 10;
+            if let Some(parent) = match n {
+                1 => Some("base"),
+                2 => Some("mid"),
+                _ => None,
+            } {
+                options = options.backing(parent, Format::Qcow2);
+            }
+            options.create_on(file.clone()).unwrap();
+        }
+        let filled = SIZE / SECTOR as u64 * 3 / 4;
+        let mut history = History::new(filled);
+        let base = Disk::from_layers(layers(&files, "base", target_format).unwrap(), false).unwrap();
+        base.write_at(&(1..=filled).flat_map(sector).collect::<Vec<_>>(), 0).unwrap();
+        drop(base);
+        let other = Disk::from_layers(layers(&files, "other", target_format).unwrap(), false).unwrap();
+        other.write_at(&rng.bytes(SIZE as usize / 2), SIZE / 4).unwrap();
+        drop(other);
+        for name in ["mid", "top"] {
+            let disk = Disk::from_layers(layers(&files, name, target_format).unwrap(), false).unwrap();
+            history.run(&disk, None, rng, 20);
+            disk.close().unwrap();
+        }
+        history.settle();
+        // The recorders share what they wrap only by name: take the contents out.
+        let start = files.iter().map(|file| image(file)).collect();
+        Rig { start, target_format, history }
+    }
+}
+
+fn image(file: &Arc<RecordingStorage>) -> MemoryStorage {
+    let file: &dyn Storage = &**file;
+    let mut bytes = vec![0; file.length().unwrap() as usize];
+    file.read_at(&mut bytes, 0).unwrap();
+    MemoryStorage::from_bytes(&bytes)
+}
+
+/// A job: the files, the disk that is in use, and the control.
+type Run = fn(&[Arc<RecordingStorage>], &Disk, &JobControl) -> blockfmt::Result<()>;
+
+struct Scenario {
+    name: &'static str,
+    run: Run,
+    /// The active image once the job is done.
+    after: &'static str,
+    /// Whether the guest writes while the job runs.
+    busy: bool,
+    /// Whether "target" holds the contents of the start when the job is done.
+    copies: bool,
+    target: Format,
+}
+
+impl Scenario {
+    fn check(&self, seed: u64, cluster_size: u64) {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut rng = Rng(seed);
+        let Rig { start, target_format, history } = Rig::new(&mut rng, cluster_size, self.target);
+        let original = history.contents();
+        let files = group(&start);
+        let disk = Disk::from_layers(layers(&files, "top", target_format).unwrap(), false).unwrap();
+        let guest = Arc::new(Mutex::new((history, Rng(seed + 1000))));
+        let control = JobControl::new().on_progress({
+            let (guest, disk, record, busy) = (guest.clone(), disk.clone(), files[0].clone(), self.busy);
+            move |progress| {
+                // Only once the job has begun to look, and never from two of its threads at once.
+                if busy
+                    && progress.done > 0
+                    && let Ok(mut guest) = guest.try_lock()
+                {
+                    let (history, rng) = &mut *guest;
+                    history.run(&disk, Some(&record), rng, 6);
+                }
+            }
+        });
+        (self.run)(&files, &disk, &control).unwrap();
+        drop(control); // with its handle to the disk
+        files[0].mark(DONE);
+        let mut guest = guest.lock().unwrap();
+        let (history, guest_rng) = &mut *guest;
+        history.run(&disk, Some(&files[0]), guest_rng, 15);
+        drop(disk);
+
+        let events = files[0].group_events();
+        for round in 0..rounds(60) {
+            let at = rng.below(events.len() as u64 + 1) as usize;
+            let marks = || {
+                events[..at]
+                    .iter()
+                    .rev()
+                    .filter_map(|(_, e)| if let Event::Mark(m) = e { Some(*m) } else { None })
+            };
+            let done = marks().any(|m| m == DONE);
+            let mark = marks().find(|m| *m != DONE).unwrap_or(0);
+            let images = crash(&start, &events, at, &mut rng);
+            let what = format!(
+                "{} with clusters of {cluster_size}, crash {round} at event {at} of {} ({})",
+                self.name,
+                events.len(),
+                if done { "done" } else { "not done" }
+            );
+            if round % 10 == 0 {
+                for (name, image) in NAMES.iter().zip(&images) {
+                    std::fs::write(dir.path().join(name), image.to_vec()).unwrap();
+                }
+                for (n, image) in images.iter().enumerate() {
+                    if (NAMES[n] != "target" || self.target == Format::Qcow2)
+                        && let Some(report) = corruptions(image, dir.path())
+                    {
+                        panic!("{what}: {}: {report}", NAMES[n]);
+                    }
+                }
+            }
+            let survivors = group(&images);
+            let active = if done { self.after } else { "top" };
+            let open = |name| {
+                Disk::from_layers(layers(&survivors, name, target_format).expect(&what), false).unwrap()
+            };
+            let disk = open(active);
+            history.check(&disk, mark, &what);
+            if done && self.copies {
+                let mut seen = vec![0; SIZE as usize];
+                open("target").read_at(&mut seen, 0).expect(&what);
+                assert!(seen == original, "{what}: the copy is not what was copied");
+            }
+            if !done && round % 4 == 0 {
+                // Start it again; it changes nothing that the guest sees.
+                let mut before = vec![0; SIZE as usize];
+                disk.read_at(&mut before, 0).unwrap();
+                match (self.run)(&survivors, &disk, &JobControl::new()) {
+                    Ok(()) => {}
+                    // The last step of the job had been made; there is nothing left to merge.
+                    Err(blockfmt::Error::InvalidOption(_)) => {}
+                    Err(error) => panic!("{what}: {error:?}"),
+                }
+                let mut after = vec![0; SIZE as usize];
+                disk.read_at(&mut after, 0).unwrap();
+                assert!(before == after, "{what}: the second run changed the disk");
+            }
+        }
+    }
+}
+
+fn target(files: &[Arc<RecordingStorage>], format: Format) -> blockfmt::Result<Disk> {
+    Disk::from_layers(layers(files, "target", format)?, false)
+}
+
+#[test]
+fn merging() {
+    let plain = Scenario {
+        name: "commit of the active layer",
+        run: |_, disk, control| job::commit(disk, 0, control),
+        after: "mid",
+        busy: true,
+        copies: false,
+        target: Format::Qcow2,
+    };
+    plain.check(1, 65536);
+    plain.check(2, 4096);
+    let inner = Scenario {
+        name: "commit of an inner layer",
+        run: |_, disk, control| job::commit(disk, 1, control),
+        after: "top",
+        ..plain
+    };
+    inner.check(3, 65536);
+    inner.check(4, 512);
+}
+
+#[test]
+fn pulling() {
+    let all = Scenario {
+        name: "stream",
+        run: |_, disk, control| job::stream(disk, 0, None, control),
+        after: "top",
+        busy: true,
+        copies: false,
+        target: Format::Qcow2,
+    };
+    all.check(11, 65536);
+    all.check(12, 4096);
+    Scenario {
+        name: "stream of a part",
+        run: |_, disk, control| job::stream(disk, 0, Some(2), control),
+        ..all
+    }
+    .check(13, 16384);
+    Scenario {
+        name: "rebase",
+        run: |files, disk, control| {
+            let new = layers(files, "other", Format::Qcow2)?;
+            let reference = BackingRef { path: "other".into(), format: Some("qcow2".into()) };
+            job::rebase(disk, &new, Some(&reference), control)
+        },
+        ..all
+    }
+    .check(14, 16384);
+}
+
+#[test]
+fn copying() {
+    let mirror = Scenario {
+        name: "mirror",
+        run: |files, disk, control| {
+            let target = target(files, Format::Qcow2)?;
+            Mirror::start(disk, &target, MirrorMode::Background, None)?.run(control)?.pivot(control)
+        },
+        after: "target",
+        busy: true,
+        copies: false,
+        target: Format::Qcow2,
+    };
+    mirror.check(21, 65536);
+    Scenario {
+        name: "write-blocking mirror to VHD",
+        run: |files, disk, control| {
+            let target = target(files, Format::Vhd)?;
+            Mirror::start(disk, &target, MirrorMode::WriteBlocking, None)?.run(control)?.pivot(control)
+        },
+        target: Format::Vhd,
+        ..mirror
+    }
+    .check(22, 65536);
+    for format in [Format::Qcow2, Format::Vhd] {
+        let run: Run = match format {
+            Format::Qcow2 => {
+                |files, disk, control| job::backup(disk, &target(files, Format::Qcow2)?, None, control)
+            }
+            _ => |files, disk, control| job::backup(disk, &target(files, Format::Vhd)?, None, control),
+        };
+        Scenario { name: "backup", run, after: "top", copies: true, target: format, ..mirror }
+            .check(23, 4096);
+    }
+    Scenario {
+        name: "compressing conversion",
+        run: |files, disk, control| {
+            let target = target(files, Format::Qcow2)?;
+            // A second run finds what the first one left.
+            let options =
+                ConvertOptions { compress: true, target_is_zero: false, ..ConvertOptions::default() };
+            job::convert(disk, &target, options, control)
+        },
+        after: "top",
+        busy: false,
+        copies: true,
+        target: Format::Qcow2,
+    }
+    .check(25, 65536);
+}
+
+/// Internal snapshots and bitmaps of one image.
+#[test]
+fn snapshots_and_bitmaps() {
+    for (seed, cluster_size) in [(31, 65536), (32, 4096), (33, 512)] {
+        snapshot_run(seed, cluster_size);
+    }
+}
+
+fn snapshot_run(seed: u64, cluster_size: u64) {
+    let mut rng = Rng(seed);
+    let start = MemoryStorage::new();
+    let qcow2 = Qcow2Options { cluster_size, ..Qcow2Options::default() };
+    let create = CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2);
+    let inner = Arc::new(start);
+    create.create_on(inner.clone()).unwrap();
+    let start = [MemoryStorage::clone(&inner)];
+    let record = Arc::new(RecordingStorage::new(inner));
+    let image = Arc::new(Qcow2::open(record.clone(), &LayerOptions::default()).unwrap());
+    let disk = Disk::from_layers(vec![image.clone()], false).unwrap();
+    let mut history = History::new(0);
+    // What each snapshot held, and those that exist.
+    let (mut saved, mut live): (Vec<(String, History)>, Vec<String>) = Default::default();
+    for step in 0..9 {
+        history.run(&disk, Some(&record), &mut rng, 10);
+        match step % 3 {
+            0 | 1 => {
+                disk.flush().unwrap();
+                history.marks += 1;
+                record.mark(history.marks);
+                image.create_snapshot(&format!("s{step}")).unwrap();
+                live.push(format!("s{step}"));
+                saved.push((format!("s{step}"), history.present()));
+            }
+            _ if rng.below(2) == 0 => {
+                let name = &live[rng.below(live.len() as u64) as usize];
+                image.revert_to_snapshot(name).unwrap();
+                history.becomes(&saved.iter().find(|(n, _)| n == name).unwrap().1);
+                history.marks += 1;
+                record.mark(history.marks);
+            }
+            _ => image.delete_snapshot(&live.remove(0)).unwrap(),
+        }
+        if step == 4 {
+            image.add_bitmap("changes", 4096).unwrap();
+        }
+    }
+    history.run(&disk, Some(&record), &mut rng, 10);
+    drop((disk, image));
+
+    let events = record.group_events();
+    for round in 0..rounds(120) {
+        let at = rng.below(events.len() as u64 + 1) as usize;
+        let mark =
+            events[..at].iter().rev().find_map(|(_, e)| if let Event::Mark(m) = e { Some(*m) } else { None });
+        let survivor = Arc::new(crash(&start, &events, at, &mut rng).remove(0));
+        let what = format!(
+            "snapshots with clusters of {cluster_size}, crash {round} at event {at} of {}",
+            events.len()
+        );
+        let image = Arc::new(Qcow2::open(survivor, &LayerOptions::default()).expect(&what));
+        let disk = Disk::from_layers(vec![image.clone()], false).unwrap();
+        history.check(&disk, mark.unwrap_or(0), &what);
+        // A bitmap that claims to be complete was closed properly, which happens at the very end only.
+        for bitmap in image.bitmaps().expect(&what) {
+            let complete = !bitmap.inconsistent && image.bitmap("changes").is_ok_and(|map| map.count() > 0);
+            assert!(!complete || at + 40 > events.len(), "{what}: the bitmap counts as complete");
+        }
+        // What is written now must not reach the snapshots, and each holds what it held.
+        for name in image.snapshots().expect(&what).into_iter().map(|s| s.name) {
+            disk.write_at(&rng.bytes(300_000), rng.below(SIZE - 300_000)).expect(&what);
+            image.revert_to_snapshot(&name).expect(&what);
+            let state = &saved.iter().find(|(n, _)| *n == name).unwrap().1;
+            state.check(&disk, u64::MAX, &format!("{what}: snapshot {name}"));
+        }
+    }
+}
