@@ -1,5 +1,6 @@
 //! One instance of a format.
 
+use crate::format::check::{CheckReport, Repair};
 use crate::gate::Pass;
 use crate::storage::Storage;
 use crate::{Format, Gather, Result, Scatter};
@@ -279,6 +280,12 @@ pub trait Layer: Send + Sync + Debug {
     fn set_backing(&self, backing: Option<&BackingRef>) -> Result<()> {
         let _ = backing;
         Err(crate::Error::unsupported(self.storage().name(), "backing files"))
+    }
+
+    /// Checks the image and repairs what `repair` allows. Nobody else may use the image meanwhile.
+    fn check(&self, repair: Repair) -> Result<CheckReport> {
+        let _ = repair;
+        Err(crate::Error::unsupported(self.storage().name(), "checks"))
     }
 
     /// The layer as a qcow2 image, for operations that only qcow2 has.

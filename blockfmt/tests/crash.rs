@@ -9,6 +9,7 @@ mod common;
 
 use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::format::vhd::{VhdKind, VhdOptions};
+use blockfmt::format::vhdx::{VhdxKind, VhdxOptions};
 use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{CreateOptions, Format, OpenOptions, Storage};
 use common::crash::{History, SECTOR, SIZE, corruptions, crash, rounds, sector};
@@ -93,6 +94,19 @@ fn vhd_images() {
     }
     let vhd = VhdOptions { block_size: 512 << 10, ..VhdOptions::default() };
     run_on("differencing VHD", CreateOptions::new(Format::Vhd, SIZE).vhd(vhd), true, 33);
+}
+
+#[test]
+fn vhdx_images() {
+    for (n, kind) in [VhdxKind::Fixed, VhdxKind::Dynamic].into_iter().enumerate() {
+        let vhdx = VhdxOptions { kind, block_size: Some(1 << 20), ..VhdxOptions::default() };
+        run_on("VHDX", CreateOptions::new(Format::Vhdx, SIZE).vhdx(vhdx), false, 41 + n as u64);
+    }
+    for logical_sector in [512, 4096] {
+        let vhdx = VhdxOptions { block_size: Some(1 << 20), logical_sector, ..VhdxOptions::default() };
+        let seed = 43 + u64::from(logical_sector);
+        run_on("differencing VHDX", CreateOptions::new(Format::Vhdx, SIZE).vhdx(vhdx), true, seed);
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::format::qcow2::Qcow2Options;
 use crate::format::vhd::VhdOptions;
+use crate::format::vhdx::VhdxOptions;
 use crate::storage::{FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Format, Result, Storage, format};
 use std::path::Path;
@@ -36,6 +37,8 @@ pub struct CreateOptions {
     pub qcow2: Qcow2Options,
     /// Options that only VHD has.
     pub vhd: VhdOptions,
+    /// Options that only VHDX has.
+    pub vhdx: VhdxOptions,
 }
 
 impl CreateOptions {
@@ -48,6 +51,7 @@ impl CreateOptions {
             backing: None,
             qcow2: Qcow2Options::default(),
             vhd: VhdOptions::default(),
+            vhdx: VhdxOptions::default(),
         }
     }
 
@@ -72,6 +76,12 @@ impl CreateOptions {
     /// Sets the options that only VHD has.
     pub fn vhd(mut self, vhd: VhdOptions) -> Self {
         self.vhd = vhd;
+        self
+    }
+
+    /// Sets the options that only VHDX has.
+    pub fn vhdx(mut self, vhdx: VhdxOptions) -> Self {
+        self.vhdx = vhdx;
         self
     }
 

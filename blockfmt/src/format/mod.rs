@@ -1,8 +1,10 @@
 //! The formats.
 
+pub mod check;
 pub mod qcow2;
 pub mod raw;
 pub mod vhd;
+pub mod vhdx;
 
 use crate::disk::CreateOptions;
 use crate::{Error, Layer, Result, Storage};
@@ -22,11 +24,13 @@ pub enum Format {
     /// Virtual PC's and Hyper-V's first format (QEMU calls it "vpc").
     #[serde(rename = "vpc")]
     Vhd,
+    /// Hyper-V's second format.
+    Vhdx,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: &'static [Format] = &[Format::Raw, Format::Qcow2, Format::Vhd];
+    pub const ALL: &'static [Format] = &[Format::Raw, Format::Qcow2, Format::Vhd, Format::Vhdx];
 
     /// The name that QEMU and this crate use.
     pub fn name(self) -> &'static str {
@@ -34,6 +38,7 @@ impl Format {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
             Format::Vhd => "vpc",
+            Format::Vhdx => "vhdx",
         }
     }
 }
@@ -69,7 +74,7 @@ pub struct LayerOptions {
 pub(crate) fn data_file_name(format: Format, storage: &Arc<dyn Storage>) -> Result<Option<String>> {
     match format {
         Format::Qcow2 => qcow2::data_file_name(storage),
-        Format::Raw | Format::Vhd => Ok(None),
+        Format::Raw | Format::Vhd | Format::Vhdx => Ok(None),
     }
 }
 
@@ -83,6 +88,7 @@ pub(crate) fn open_layer(
         Format::Raw => Ok(Arc::new(raw::Raw::open(storage, options)?)),
         Format::Qcow2 => Ok(Arc::new(qcow2::Qcow2::open(storage, options)?)),
         Format::Vhd => Ok(Arc::new(vhd::Vhd::open(storage, options)?)),
+        Format::Vhdx => Ok(Arc::new(vhdx::Vhdx::open(storage, options)?)),
     }
 }
 
@@ -96,5 +102,6 @@ pub(crate) fn create_layer(
         Format::Raw => raw::create(&storage, options),
         Format::Qcow2 => qcow2::create(storage, data_file, options),
         Format::Vhd => vhd::create(&storage, options),
+        Format::Vhdx => vhdx::create(&storage, options),
     }
 }

@@ -2,6 +2,7 @@
 
 use super::header::{Header, compatible, extension, incompatible};
 use super::{Qcow2, map};
+use crate::format::check::{CheckReport, Repair};
 use crate::layer::LayerPass;
 use crate::{BackingRef, Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Storage};
 use std::sync::Arc;
@@ -165,6 +166,10 @@ impl Layer for Qcow2 {
         header.set_backing(backing)?;
         self.write_header(&mut header)?;
         self.storage.sync()
+    }
+
+    fn check(&self, repair: Repair) -> Result<CheckReport> {
+        Qcow2::check(self, repair)
     }
 
     fn as_qcow2(&self) -> Option<&Qcow2> {

@@ -23,8 +23,8 @@ mod walk;
 mod write;
 mod zero;
 
+pub use super::check::{CheckReport, Repair};
 pub use bitmap::BitmapInfo;
-pub use check::{CheckReport, Repair};
 pub use compressed::Compressor;
 pub use create::Qcow2Options;
 pub(crate) use create::create;
