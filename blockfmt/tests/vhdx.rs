@@ -316,7 +316,8 @@ fn sizes_grow_and_limits_hold() {
     disk.write_at(&[6; 4096], (1 << 40) - 4096).unwrap();
     assert_clean(&disk);
     drop(disk);
-    let read = ["-c", "read -P 5 8589930496 4096", "-c", "read -P 6 1099511623680 4096", "-c", "read -P 0 100G 1M"];
+    let read =
+        ["-c", "read -P 5 8589930496 4096", "-c", "read -P 6 1099511623680 4096", "-c", "read -P 0 100G 1M"];
     let out = qemu_ok("qemu-io", &[&["-f", "vhdx"], &read[..], &[text(&path)]].concat());
     assert!(!out.contains("failed"), "{out}");
     qemu_ok("qemu-img", &["check", "-f", "vhdx", text(&path)]);

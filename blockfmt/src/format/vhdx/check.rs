@@ -1,8 +1,8 @@
 //! Checking and repairing.
 
+use super::Vhdx;
 use super::bat::Usage;
 use super::header::REGION_TABLES;
-use super::Vhdx;
 use crate::format::check::{CheckReport, Repair};
 use crate::{Error, Result};
 

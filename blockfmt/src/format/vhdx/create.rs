@@ -104,9 +104,9 @@ pub(crate) fn create(storage: &Arc<dyn Storage>, options: &CreateOptions) -> Res
         storage.truncate(end)?;
     }
     match options.preallocation {
-        Preallocation::Falloc => storage
-            .allocate(payload, end - payload)
-            .map_err(|e| Error::io("allocate", storage.name(), e))?,
+        Preallocation::Falloc => {
+            storage.allocate(payload, end - payload).map_err(|e| Error::io("allocate", storage.name(), e))?
+        }
         Preallocation::Full => raw::write_zero_bytes(storage, payload, end - payload)?,
         Preallocation::Off | Preallocation::Metadata => {}
     }
@@ -125,7 +125,7 @@ pub(crate) fn create(storage: &Arc<dyn Storage>, options: &CreateOptions) -> Res
         }
     }
     storage.write_at(&metadata.to_bytes()?, metadata_region.offset)?;
-    let table = Regions::new(bat, metadata_region);
+    let table = Regions::table(bat, metadata_region);
     for at in REGION_TABLES {
         storage.write_at(&table, at)?;
     }

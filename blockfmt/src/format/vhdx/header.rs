@@ -207,7 +207,7 @@ pub(super) struct Regions {
 
 impl Regions {
     /// The table of a new image.
-    pub fn new(bat: Region, metadata: Region) -> Vec<u8> {
+    pub fn table(bat: Region, metadata: Region) -> Vec<u8> {
         let mut b = vec![0; REGION_TABLE_BYTES];
         put(&mut b, 0, b"regi");
         put(&mut b, 8, &2u32.to_le_bytes());
@@ -290,7 +290,7 @@ mod tests {
     fn a_region_table_survives_a_round_trip_and_no_flipped_bit() {
         let bat = Region { offset: 3 << 20, len: MIB };
         let metadata = Region { offset: 2 << 20, len: MIB };
-        let table = Regions::new(bat, metadata);
+        let table = Regions::table(bat, metadata);
         let parsed = Regions::parse([table.clone(), table.clone()], "x").unwrap();
         assert_eq!((parsed.bat, parsed.metadata), (bat, metadata));
         for at in [0, 8, 20, 60, 65535] {

@@ -296,7 +296,8 @@ impl Vhdx {
     fn zero_absent(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
         let (end, sector) = (offset + len, self.p.sector);
         let block = offset / self.p.block;
-        let covers = offset.is_multiple_of(self.p.block) && (len == self.p.block || end == self.virtual_size());
+        let covers =
+            offset.is_multiple_of(self.p.block) && (len == self.p.block || end == self.virtual_size());
         let entry = self.with_pages(|meta| meta.payload(&self.p, block))?;
         if covers && entry.state() == state::NOT_PRESENT {
             let mut meta = self.meta.write();

@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result, bail};
 use blockfmt::format::qcow2::Compression;
+use blockfmt::format::vhd::VhdKind;
+use blockfmt::format::vhdx::VhdxKind;
 use blockfmt::job::JobControl;
 use blockfmt::{CreateOptions, Disk, Format, LockMode, OpenOptions, OpenPolicy, Preallocation};
 use clap::Args;
@@ -95,7 +97,8 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 /// Options of new images, with qemu-img's names.
 pub fn apply_options(create: &mut CreateOptions, list: &[String]) -> Result<()> {
-    let q = &mut create.qcow2;
+    use Format::{Qcow2, Vhd, Vhdx};
+    let (format, q) = (create.format, &mut create.qcow2);
     for option in list.iter().flat_map(|l| l.split(',')).filter(|o| !o.is_empty()) {
         let (key, value) = option.split_once('=').unwrap_or((option, "on"));
         let size = || parse_size(value).map_err(anyhow::Error::msg).with_context(|| format!("Option {key}"));
@@ -104,12 +107,9 @@ pub fn apply_options(create: &mut CreateOptions, list: &[String]) -> Result<()> 
             "off" | "false" | "no" => Ok(false),
             _ => Err(anyhow::anyhow!("Option {key} is on or off")),
         };
-        if create.format != Format::Qcow2 && !["preallocation", "size"].contains(&key) {
-            bail!("Format {} has no option {key:?}", create.format);
-        }
-        match key {
-            "size" => create.size = size()?,
-            "preallocation" => {
+        match (key, format) {
+            ("size", _) => create.size = size()?,
+            ("preallocation", _) => {
                 create.preallocation = match value {
                     "off" => Preallocation::Off,
                     "metadata" => Preallocation::Metadata,
@@ -118,25 +118,36 @@ pub fn apply_options(create: &mut CreateOptions, list: &[String]) -> Result<()> 
                     _ => bail!("Preallocation is off, metadata, falloc or full"),
                 }
             }
-            "compat" => match value {
+            ("compat", Qcow2) => match value {
                 "0.10" | "v2" => q.version = 2,
                 "1.1" | "v3" => q.version = 3,
                 _ => bail!("Option compat is 0.10 or 1.1"),
             },
-            "cluster_size" => q.cluster_size = size()?,
-            "refcount_bits" => q.refcount_bits = u32::try_from(size()?)?,
-            "compression_type" => {
+            ("cluster_size", Qcow2) => q.cluster_size = size()?,
+            ("refcount_bits", Qcow2) => q.refcount_bits = u32::try_from(size()?)?,
+            ("compression_type", Qcow2) => {
                 q.compression = match value {
                     "zlib" => Compression::Zlib,
                     "zstd" => Compression::Zstd,
                     _ => bail!("Option compression_type is zlib or zstd"),
                 }
             }
-            "extended_l2" => q.extended_l2 = flag()?,
-            "lazy_refcounts" => q.lazy_refcounts = flag()?,
-            "data_file" => q.data_file = Some(value.into()),
-            "data_file_raw" => q.data_file_raw = flag()?,
-            _ => bail!("Format {} has no option {key:?}", create.format),
+            ("extended_l2", Qcow2) => q.extended_l2 = flag()?,
+            ("lazy_refcounts", Qcow2) => q.lazy_refcounts = flag()?,
+            ("data_file", Qcow2) => q.data_file = Some(value.into()),
+            ("data_file_raw", Qcow2) => q.data_file_raw = flag()?,
+            ("subformat", Vhd | Vhdx) => {
+                (create.vhd.kind, create.vhdx.kind) = match value {
+                    "dynamic" => (VhdKind::Dynamic, VhdxKind::Dynamic),
+                    "fixed" => (VhdKind::Fixed, VhdxKind::Fixed),
+                    _ => bail!("Option subformat is dynamic or fixed"),
+                }
+            }
+            ("block_size", Vhdx) => create.vhdx.block_size = Some(u32::try_from(size()?)?),
+            ("log_size", Vhdx) => create.vhdx.log_size = u32::try_from(size()?)?,
+            ("block_state_zero", Vhdx) => create.vhdx.zero_blocks = flag()?,
+            ("logical_sector_size", Vhdx) => create.vhdx.logical_sector = u32::try_from(size()?)?,
+            _ => bail!("Format {format} has no option {key:?}"),
         }
     }
     Ok(())
@@ -191,5 +202,9 @@ mod tests {
         assert!(apply_options(&mut create, &["colour=red".into()]).is_err());
         let mut raw = CreateOptions::new(Format::Raw, 0);
         assert!(apply_options(&mut raw, &["cluster_size=64k".into()]).is_err());
+        let mut vhdx = CreateOptions::new(Format::Vhdx, 0);
+        apply_options(&mut vhdx, &["subformat=fixed,block_size=2M,log_size=4M".into()]).unwrap();
+        assert_eq!((vhdx.vhdx.kind, vhdx.vhdx.block_size), (VhdxKind::Fixed, Some(2 << 20)));
+        assert_eq!(vhdx.vhdx.log_size, 4 << 20);
     }
 }

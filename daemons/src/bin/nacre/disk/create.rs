@@ -13,6 +13,7 @@ use std::process::ExitCode;
   nacre disk create -f qcow2 disk.qcow2 20G
   nacre disk create -f qcow2 -o cluster_size=128k,extended_l2=on disk.qcow2 20G
   nacre disk create -f qcow2 -b base.qcow2 -F qcow2 child.qcow2
+  nacre disk create -f vhdx -o subformat=fixed disk.vhdx 20G
   nacre disk create -f raw -o preallocation=full disk.raw 20G")]
 pub struct Create {
     /// Format of the new image.

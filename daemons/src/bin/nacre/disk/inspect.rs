@@ -2,7 +2,7 @@
 
 use super::common::{Image, Work, apply_options, human, policy, print_json};
 use anyhow::{Context, Result};
-use blockfmt::format::qcow2::{CheckReport, Repair};
+use blockfmt::format::check::{CheckReport, Repair};
 use blockfmt::job::{self, Comparison};
 use blockfmt::{CreateOptions, Format, OpenOptions, Source};
 use clap::Args;
@@ -180,7 +180,7 @@ pub fn repair(args: RepairArgs) -> ExitCode {
 }
 
 pub fn check(args: Check) -> ExitCode {
-    if args.image.format != Format::Qcow2 {
+    if !matches!(args.image.format, Format::Qcow2 | Format::Vhdx) {
         eprintln!("nacre: Format {} has nothing to check", args.image.format);
         return ExitCode::from(63);
     }
@@ -207,7 +207,7 @@ fn try_check(args: &Check) -> Result<CheckReport> {
     let disk = options.open(&args.image.path);
     let disk = disk.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
     let layer = disk.layers().remove(0);
-    let report = layer.as_qcow2().context("The image is not qcow2")?.check(repair)?;
+    let report = layer.check(repair)?;
     if args.json {
         print_json(&report)?;
         return Ok(report);
