@@ -15,6 +15,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+/* Names no layer. */
+#define NACRE_NO_LAYER ((size_t)-1)
+
 /*
  The result of a call. Numbers never change their meaning; new ones are added at the end.
  */
@@ -100,6 +103,32 @@ enum nacre_accel {
 };
 
 /*
+ What happened to a lease.
+ */
+enum nacre_keeper_event {
+    /*
+     Nothing: there is no event.
+     */
+    NACRE_LEASE_NONE = 0,
+    /*
+     The lease is held.
+     */
+    NACRE_LEASE_ACQUIRED = 1,
+    /*
+     The lease was renewed.
+     */
+    NACRE_LEASE_RENEWED = 2,
+    /*
+     No renewal succeeded for a while; it will expire if that goes on.
+     */
+    NACRE_LEASE_WARNING = 3,
+    /*
+     The lease is gone, and every lock with it: stop what they protect at once, and free them.
+     */
+    NACRE_LEASE_LOST = 4,
+};
+
+/*
  Why a machine stopped.
  */
 enum nacre_stop_reason {
@@ -168,6 +197,70 @@ enum nacre_vm_event {
 };
 
 /*
+ Where a port of a switch leads to.
+ */
+enum nacre_port_kind {
+    /*
+     A Unix stream socket that the switch listens on (`target`: its path); QEMU's and passt's framing.
+     */
+    NACRE_PORT_UNIX = 1,
+    /*
+     A Unix stream socket that the switch connects to (`target`: its path), for example passt's.
+     */
+    NACRE_PORT_UNIX_CONNECT = 2,
+    /*
+     A tap interface, made when it does not exist (`target`: its name).
+     */
+    NACRE_PORT_TAP = 3,
+    /*
+     A DHCP server and gateway inside the switch (`target`: its network, such as "10.0.0.0/24").
+     */
+    NACRE_PORT_DHCP = 4,
+};
+
+/*
+ How a mirror follows its source.
+ */
+enum nacre_mirror_mode {
+    /*
+     Changes are copied some time after they happened.
+     */
+    NACRE_MIRROR_BACKGROUND = 1,
+    /*
+     A write of the source is complete when the target has it too.
+     */
+    NACRE_MIRROR_WRITE_BLOCKING = 2,
+};
+
+/*
+ How a mirror ends.
+ */
+enum nacre_mirror_end {
+    /*
+     The source stays in use; the target is a copy of this moment.
+     */
+    NACRE_MIRROR_FINISH = 1,
+    /*
+     The source's handle, and every machine that uses it, goes on with the target.
+     */
+    NACRE_MIRROR_PIVOT = 2,
+};
+
+/*
+ How a lock is held.
+ */
+enum nacre_lock_mode {
+    /*
+     By this host alone.
+     */
+    NACRE_LOCK_EXCLUSIVE = 1,
+    /*
+     By any number of hosts that only read.
+     */
+    NACRE_LOCK_SHARED = 2,
+};
+
+/*
  An open disk: a chain of images. Free it with `nacre_disk_free`.
  */
 struct nacre_disk;
@@ -176,6 +269,21 @@ struct nacre_disk;
  An error object: a code, a message, and the chain of causes. Free it with `nacre_error_free`.
  */
 struct nacre_error;
+
+/*
+ Work on disks that runs in a thread of its own. Free it with `nacre_job_free`, which cancels it if need be.
+ */
+struct nacre_job;
+
+/*
+ Holds this host's lease on a shared volume and renews it. Free it with `nacre_keeper_free`.
+ */
+struct nacre_keeper;
+
+/*
+ A lock that this host holds. Free it with `nacre_lock_free`.
+ */
+struct nacre_lock;
 
 /*
  A virtual switch with its worker threads. Free it with `nacre_switch_free`.
@@ -283,6 +391,85 @@ struct nacre_disk_options {
      The serial number that a guest sees, at most 20 bytes; null for none.
      */
     const char *id;
+};
+
+/*
+ A lease volume and this host's place on it. Set `struct_size` and the required fields, and zero the rest.
+ */
+struct nacre_keeper_options {
+    /*
+     `sizeof(struct nacre_keeper_options)`.
+     */
+    size_t struct_size;
+    /*
+     The shared file or block device. Required.
+     */
+    const char *path;
+    /*
+     The lockspace's name, at most 48 bytes. Required.
+     */
+    const char *space;
+    /*
+     This host's name, at most 48 bytes. Required, except to format.
+     */
+    const char *name;
+    /*
+     Where the lockspace begins on the volume, in bytes.
+     */
+    uint64_t offset;
+    /*
+     This host's number, 1 to `hosts`, which no other host may have. Required, except to format.
+     */
+    uint16_t host;
+    /*
+     The highest host number in use; 0 for 64.
+     */
+    uint16_t hosts;
+    /*
+     How long one lease I/O may take, in seconds; the same on every host; 0 for 10. Eight times this after the last
+     renewal, a lease has expired.
+     */
+    uint16_t io_timeout;
+    /*
+     How long after its last feeding a watchdog resets its host, in seconds; the same on every host; 0 for 60.
+     */
+    uint16_t watchdog_timeout;
+    /*
+     Sector size, 512 or 4096; 0 for 512.
+     */
+    uint32_t sector_size;
+    /*
+     Every host has a working watchdog, so that one that is silent for the dead-time is gone. Without this, its
+     locks can be taken only after `nacre_keeper_declare_gone`.
+     */
+    bool watchdogs;
+    /*
+     Must be zero.
+     */
+    uint8_t reserved[3];
+    /*
+     Feed this watchdog device while the lease is fresh or no lock is held; null for none.
+     */
+    const char *watchdog;
+};
+
+/*
+ A fencing token: `version` rises with every change of a lock's owner, so storage that remembers the highest one can
+ refuse a late writer.
+ */
+struct nacre_fencing_token {
+    /*
+     Higher than that of every earlier owner of the lock.
+     */
+    uint64_t version;
+    /*
+     How many times the owner's host has taken its lease.
+     */
+    uint64_t generation;
+    /*
+     The owner's host number.
+     */
+    uint64_t host;
 };
 
 /*
@@ -525,6 +712,28 @@ enum nacre_status nacre_disk_write(const struct nacre_disk *disk,
                                    struct nacre_error **error);
 
 /*
+ The number of images in the disk's chain; layer 0 is the active one, the last has no parent.
+
+ # Safety
+ `layers` is null or points to room for a `size_t`; `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_layers(const struct nacre_disk *disk,
+                                    size_t *layers,
+                                    struct nacre_error **error);
+
+/*
+ Takes an external snapshot of a disk in use: creates the image `options->path` on top of the present one and
+ continues in it. Of the other options only the format counts.
+
+ # Safety
+ `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `error` is
+ null or points to room for a pointer.
+ */
+enum nacre_status nacre_disk_snapshot(const struct nacre_disk *disk,
+                                      const struct nacre_disk_create_options *options,
+                                      struct nacre_error **error);
+
+/*
  Makes everything written so far durable.
 
  # Safety
@@ -599,6 +808,300 @@ int nacre_error_message(const struct nacre_error *error,
  Frees an error object. Null and stale handles are ignored.
  */
 void nacre_error_free(struct nacre_error *error);
+
+/*
+ Merges a layer of a disk into its parent and removes it from the chain. Layer 0 is the active one; the disk stays in
+ use meanwhile.
+
+ # Safety
+ `job` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_disk_commit(const struct nacre_disk *disk,
+                                    size_t layer,
+                                    struct nacre_job **job,
+                                    struct nacre_error **error);
+
+/*
+ Pulls what the layers between `layer` and `base` hold up into `layer` and removes them from the chain. With
+ `NACRE_NO_LAYER` as `base`, `layer` depends on nothing afterwards. The disk stays in use meanwhile.
+
+ # Safety
+ `job` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_disk_stream(const struct nacre_disk *disk,
+                                    size_t layer,
+                                    size_t base,
+                                    struct nacre_job **job,
+                                    struct nacre_error **error);
+
+/*
+ Copies all of a disk that nobody writes to a new and empty one of at least its size. `compress` stores compressed
+ clusters, which only qcow2 has.
+
+ # Safety
+ `job` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_disk_convert(const struct nacre_disk *source,
+                                     const struct nacre_disk *target,
+                                     bool compress,
+                                     struct nacre_job **job,
+                                     struct nacre_error **error);
+
+/*
+ Copies a disk as it is at this moment, while it stays in use, to one of at least its size.
+
+ # Safety
+ `job` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_disk_backup(const struct nacre_disk *source,
+                                    const struct nacre_disk *target,
+                                    struct nacre_job **job,
+                                    struct nacre_error **error);
+
+/*
+ Compares two disks; the job's result is 0 when they read the same (the longer one may end with zeros), otherwise 1
+ plus the offset of the first difference.
+
+ # Safety
+ `job` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_disk_compare(const struct nacre_disk *a,
+                                     const struct nacre_disk *b,
+                                     struct nacre_job **job,
+                                     struct nacre_error **error);
+
+/*
+ Copies a disk to another one of at least its size and follows its changes until `nacre_job_complete`. `mode` is one
+ of `enum nacre_mirror_mode`.
+
+ # Safety
+ `job` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_disk_mirror(const struct nacre_disk *source,
+                                    const struct nacre_disk *target,
+                                    uint32_t mode,
+                                    struct nacre_job **job,
+                                    struct nacre_error **error);
+
+/*
+ Waits until a mirror follows its source, at most `timeout_ms` milliseconds (for ever when negative), and completes
+ it: `end` is one of `enum nacre_mirror_end`. Returns `NACRE_TIMEOUT` when it is not ready then; `NACRE_WRONG_STATE`
+ when the job has ended or its completion was asked for already. Any other kind of job completes by itself.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_job_complete(const struct nacre_job *job,
+                                     uint32_t end,
+                                     int64_t timeout_ms,
+                                     struct nacre_error **error);
+
+/*
+ Waits until a job has ended, at most `timeout_ms` milliseconds (for ever when negative). Returns the job's own
+ status, or `NACRE_TIMEOUT` while it runs. `result` (may be null) receives what the job found out, 0 for most.
+
+ # Safety
+ `result` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_job_wait(const struct nacre_job *job,
+                                 int64_t timeout_ms,
+                                 uint64_t *result,
+                                 struct nacre_error **error);
+
+/*
+ How far a job is, in bytes: those dealt with and those to deal with in total, as far as is known. The total of a
+ mirror grows with its source's changes.
+
+ # Safety
+ `done`, `total` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_job_progress(const struct nacre_job *job,
+                                     uint64_t *done,
+                                     uint64_t *total,
+                                     struct nacre_error **error);
+
+/*
+ Limits a job to this many bytes a second; 0 lifts the limit.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_job_set_rate(const struct nacre_job *job,
+                                     uint64_t bytes_per_second,
+                                     struct nacre_error **error);
+
+/*
+ Asks a job to end soon; it ends with `NACRE_CANCELLED` unless it was over already. The disks stay usable; commit,
+ stream and a new convert may be started again.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_job_cancel(const struct nacre_job *job,
+                                   struct nacre_error **error);
+
+/*
+ A descriptor that polls as readable when the job has ended. It belongs to the job: poll it, do not read or close
+ it. -1 when the handle is bad.
+ */
+int nacre_job_event_fd(const struct nacre_job *job);
+
+/*
+ Cancels a job if it runs, waits for its end, and frees it.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_job_free(struct nacre_job *job, struct nacre_error **error);
+
+/*
+ Formats a lockspace on an existing file or device, once, before any host uses it. It needs room for one area (1 MiB
+ with 512-byte sectors, 8 MiB with 4096-byte ones), and one more for each resource behind it.
+
+ # Safety
+ `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `error` is
+ null or points to room for a pointer.
+ */
+enum nacre_status nacre_lease_format_space(const struct nacre_keeper_options *options,
+                                           struct nacre_error **error);
+
+/*
+ Formats the lease area number `index` (from 0) behind a lockspace for a resource, such as a disk, of this name.
+
+ # Safety
+ As `nacre_lease_format_space`; `resource` is null or a terminated string.
+ */
+enum nacre_status nacre_lease_format_resource(const struct nacre_keeper_options *options,
+                                              uint32_t index,
+                                              const char *resource,
+                                              struct nacre_error **error);
+
+/*
+ Opens a lease volume and begins to take this host's lease on it; see `nacre_keeper_wait_held`.
+
+ # Safety
+ `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `keeper` and
+ `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_keeper_open(const struct nacre_keeper_options *options,
+                                    struct nacre_keeper **keeper,
+                                    struct nacre_error **error);
+
+/*
+ Waits until the lease is held, at most `timeout_ms` milliseconds (for ever when negative). It takes two to five I/O
+ timeouts, or the dead-time when another host had the number.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_keeper_wait_held(const struct nacre_keeper *keeper,
+                                         int64_t timeout_ms,
+                                         struct nacre_error **error);
+
+/*
+ How many milliseconds locks may still be used if no renewal succeeds from now on; 0 without a lease.
+
+ # Safety
+ `milliseconds` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_keeper_expires_in(const struct nacre_keeper *keeper,
+                                          uint64_t *milliseconds,
+                                          struct nacre_error **error);
+
+/*
+ A descriptor that polls as readable while there are events. It belongs to the keeper: poll it, do not read or close
+ it. -1 when the handle is bad.
+ */
+int nacre_keeper_event_fd(const struct nacre_keeper *keeper);
+
+/*
+ Takes the oldest event; `NACRE_LEASE_NONE` when there is none.
+
+ # Safety
+ `event` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_keeper_next_event(const struct nacre_keeper *keeper,
+                                          enum nacre_keeper_event *event,
+                                          struct nacre_error **error);
+
+/*
+ Says that a host's power was seen off, so that its locks can be taken. A host that is merely silent may still write:
+ call this only after fencing.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_keeper_declare_gone(const struct nacre_keeper *keeper,
+                                            uint16_t host,
+                                            struct nacre_error **error);
+
+/*
+ Frees a keeper. Its lease is given back when its last lock has been freed, too.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_keeper_free(struct nacre_keeper *keeper, struct nacre_error **error);
+
+/*
+ Takes the lock of a resource, trying again while another host holds it until `timeout_ms` milliseconds are over (for
+ ever when negative, once when 0). `mode` is one of `enum nacre_lock_mode`. Returns `NACRE_BUSY` when another host
+ holds it.
+
+ # Safety
+ `resource` is null or a terminated string. `lock` and `error` are null or point to room for a pointer.
+ */
+enum nacre_status nacre_keeper_lock(const struct nacre_keeper *keeper,
+                                    uint32_t index,
+                                    const char *resource,
+                                    uint32_t mode,
+                                    int64_t timeout_ms,
+                                    struct nacre_lock **lock,
+                                    struct nacre_error **error);
+
+/*
+ Whether a lock may be used now: the lease that it was taken under has not expired since. Ask before every write
+ that must not happen without the lock.
+
+ # Safety
+ `held` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_lock_is_held(const struct nacre_lock *lock,
+                                     bool *held,
+                                     struct nacre_error **error);
+
+/*
+ The lock's fencing token.
+
+ # Safety
+ `token` and `error` are null or point to room for their values.
+ */
+enum nacre_status nacre_lock_token(const struct nacre_lock *lock,
+                                   struct nacre_fencing_token *token,
+                                   struct nacre_error **error);
+
+/*
+ Makes another host the owner of an exclusive lock in one step, for a live migration: stop writing first. The other
+ host then calls `nacre_keeper_lock`. After `NACRE_WRONG_STATE` the lock may be the other host's; it must not be used
+ any more. After other errors `nacre_lock_is_held` tells the truth.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_lock_hand_over(const struct nacre_lock *lock,
+                                       uint16_t host,
+                                       struct nacre_error **error);
+
+/*
+ Gives a lock back, waits until other hosts can take it, and frees it. Close what it protects first. On failure it is
+ freed as well, and others can take it once the lease has expired. While another thread uses the lock, it is given
+ back when that call returns.
+
+ # Safety
+ `error` is null or points to room for a pointer.
+ */
+enum nacre_status nacre_lock_free(struct nacre_lock *lock,
+                                  struct nacre_error **error);
 
 /*
  Makes a switch without ports; its workers start at once.

@@ -103,3 +103,26 @@ pub unsafe fn put<T>(out: *mut T, name: &str, value: T) -> Result<(), Failure> {
     unsafe { out.write_unaligned(value) };
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{nacre_error_free, nacre_error_message, nacre_error_status};
+
+    #[test]
+    fn a_panic_becomes_a_status_and_an_error_object() {
+        let mut error = std::ptr::null_mut();
+        // SAFETY: `error` has room for a pointer.
+        let status = unsafe { guard(&mut error, || panic!("injected {}", 7)) };
+        assert_eq!(status, nacre_status::NACRE_INTERNAL);
+        assert_eq!(nacre_error_status(error), status);
+        let mut text = [0u8; 64];
+        // SAFETY: the buffer has the size that is given.
+        let len = unsafe { nacre_error_message(error, 0, text.as_mut_ptr().cast(), text.len()) };
+        assert_eq!(&text[..len as usize], b"Internal error: injected 7");
+        nacre_error_free(error);
+        // SAFETY: null is allowed.
+        let status = unsafe { guard(std::ptr::null_mut(), || panic!("injected")) };
+        assert_eq!(status, nacre_status::NACRE_INTERNAL);
+    }
+}

@@ -88,6 +88,11 @@ pub(crate) fn failure(error: blockfmt::Error) -> Failure {
     Failure::from_error(status, &error)
 }
 
+/// The disk behind a handle.
+pub(crate) fn get(disk: *const nacre_disk) -> Result<Arc<Disk>, Failure> {
+    DISKS.get(disk)
+}
+
 /// Parses a required format name.
 ///
 /// # Safety
@@ -240,6 +245,46 @@ pub unsafe extern "C" fn nacre_disk_write(
         // SAFETY: the caller promised `len` readable bytes.
         let slice = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), len) };
         disk.write_at(slice, offset).map_err(failure)
+    };
+    // SAFETY: promised by the caller.
+    unsafe { guard(error, body) }
+}
+
+/// The number of images in the disk's chain; layer 0 is the active one, the last has no parent.
+///
+/// # Safety
+/// `layers` is null or points to room for a `size_t`; `error` is null or points to room for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nacre_disk_layers(
+    disk: *const nacre_disk,
+    layers: *mut usize,
+    error: *mut *mut nacre_error,
+) -> nacre_status {
+    // SAFETY: promised by the caller.
+    unsafe { guard(error, || put(layers, "layers", DISKS.get(disk)?.layers().len())) }
+}
+
+/// Takes an external snapshot of a disk in use: creates the image `options->path` on top of the present one and
+/// continues in it. Of the other options only the format counts.
+///
+/// # Safety
+/// `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `error` is
+/// null or points to room for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nacre_disk_snapshot(
+    disk: *const nacre_disk,
+    options: *const nacre_disk_create_options,
+    error: *mut *mut nacre_error,
+) -> nacre_status {
+    let body = || {
+        let disk = DISKS.get(disk)?;
+        // SAFETY: promised by the caller, here and below.
+        let o = unsafe { options::read(options) }?;
+        // SAFETY: as above.
+        let path = unsafe { text::required(o.path, "path") }?;
+        // SAFETY: as above.
+        let create = CreateOptions::new(unsafe { format(o.format, "format") }?, disk.size());
+        disk.snapshot(path.as_ref(), &create).map_err(failure)
     };
     // SAFETY: promised by the caller.
     unsafe { guard(error, body) }

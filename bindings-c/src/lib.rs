@@ -20,6 +20,8 @@ pub mod border;
 pub mod disk;
 pub mod error;
 pub mod handle;
+pub mod job;
+pub mod lease;
 pub mod options;
 pub mod status;
 pub mod switch;

@@ -58,6 +58,19 @@ fn compile(source: &Path, link: Link, out: &Path) -> PathBuf {
     exe
 }
 
+/// valgrind that fails at the first invalid access or definite leak.
+fn valgrind() -> Command {
+    let mut valgrind = Command::new("valgrind");
+    valgrind.args([
+        "--error-exitcode=9",
+        "--leak-check=full",
+        "--show-leak-kinds=definite",
+        "--errors-for-leak-kinds=definite",
+        "-q",
+    ]);
+    valgrind
+}
+
 #[test]
 fn hostile_callers_get_errors() {
     let source = crate_dir().join("tests/c/hostile.c");
@@ -73,16 +86,7 @@ fn hostile_callers_get_errors() {
 fn hostile_callers_are_clean_under_valgrind() {
     let dir = tempfile::tempdir().unwrap();
     let exe = compile(&crate_dir().join("tests/c/hostile.c"), Link::Shared, dir.path());
-    run(Command::new("valgrind")
-        .args([
-            "--error-exitcode=9",
-            "--leak-check=full",
-            "--show-leak-kinds=definite",
-            "--errors-for-leak-kinds=definite",
-            "-q",
-        ])
-        .arg(exe)
-        .arg(dir.path()));
+    run(valgrind().arg(exe).arg(dir.path()));
 }
 
 #[test]
@@ -106,6 +110,51 @@ fn example_disk_chain() {
         let output = run(Command::new(exe).arg(dir.path()));
         assert_eq!(String::from_utf8_lossy(&output.stdout), "1048576 bytes\nfrom the base\nfrom the child\n");
     }
+}
+
+#[test]
+fn example_disk_jobs() {
+    let source = crate_dir().join("../examples/c/disk_jobs.c");
+    for link in [Link::Shared, Link::Static] {
+        let dir = tempfile::tempdir().unwrap();
+        let exe = compile(&source, link, dir.path());
+        let output = run(Command::new(exe).arg(dir.path()));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(text, "2 layers\n1 layer\nbefore\nafter!\nmoving\n");
+    }
+}
+
+#[test]
+fn example_disk_lease() {
+    let dir = tempfile::tempdir().unwrap();
+    let exe = compile(&crate_dir().join("../examples/c/disk_lease.c"), Link::Shared, dir.path());
+    let (leases, image) = (dir.path().join("leases"), dir.path().join("disk.qcow2"));
+    let host = |number: &str| {
+        let mut command = Command::new(&exe);
+        command.arg(&leases).arg(&image).arg(number);
+        command
+    };
+    run(&mut host("0"));
+    let first = run(&mut host("1"));
+    assert!(String::from_utf8_lossy(&first.stdout).starts_with("host 1 reads '' under token "), "{first:?}");
+    let second = run(&mut host("2"));
+    let text = String::from_utf8_lossy(&second.stdout);
+    assert!(text.starts_with("host 2 reads 'written by host-1' under token "), "{text}");
+}
+
+/// Python without any binding.
+#[test]
+fn example_python() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = tiny_guest(dir.path());
+    let output = run(Command::new("python3")
+        .arg(crate_dir().join("../examples/python/nacre_tour.py"))
+        .arg(library_dir().join("libnacre.so"))
+        .arg(&guest)
+        .arg(dir.path()));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.starts_with("disk: from python\nerror: "), "{text}");
+    assert!(text.contains("none.qcow2") && text.ends_with("console: hello\nreason: 1\n"), "{text}");
 }
 
 #[test]
@@ -143,10 +192,21 @@ fn example_boot() {
 }
 
 #[test]
+fn hostile_callers_of_jobs_and_leases_get_errors() {
+    let dir = tempfile::tempdir().unwrap();
+    let exe = compile(&crate_dir().join("tests/c/hostile_jobs.c"), Link::Shared, dir.path());
+    let output = run(Command::new(&exe).arg(dir.path()));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "hostile: ok\n");
+    let dir = tempfile::tempdir().unwrap();
+    run(valgrind().arg(exe).arg(dir.path()));
+}
+
+#[test]
 fn hostile_callers_of_machines_get_errors() {
     let dir = tempfile::tempdir().unwrap();
     let guest = tiny_guest(dir.path());
     let exe = compile(&crate_dir().join("tests/c/hostile_vm.c"), Link::Shared, dir.path());
-    let output = run(Command::new(exe).arg(guest));
+    let output = run(Command::new(&exe).arg(&guest));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "hostile: ok\n");
+    run(valgrind().arg(exe).arg(guest));
 }

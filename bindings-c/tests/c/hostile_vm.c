@@ -34,6 +34,17 @@ static int entries(const char *path)
     return n;
 }
 
+/* Guest RAM is in memfds. */
+static int mappings(void)
+{
+    char line[512];
+    int n = 0;
+    FILE *f = fopen("/proc/self/maps", "r");
+    while (fgets(line, sizeof line, f)) n += strstr(line, "memfd:") != NULL;
+    fclose(f);
+    return n;
+}
+
 static void *wait_for(void *vm)
 {
     enum nacre_stop_reason reason = 0;
@@ -119,11 +130,13 @@ int main(int argc, char **argv)
     EXPECT(nacre_vm_free(vm, NULL), NACRE_OK);
     pthread_join(t, NULL);
     for (int i = 0; i < 16; i++) EXPECT(nacre_vm_build(&o, &vms[i], NULL), NACRE_OK);
+    CHECK(mappings() >= 16);
     for (int i = 0; i < 16; i += 2) EXPECT(nacre_vm_start(vms[i], NULL), NACRE_OK);
     for (int i = 0; i < 16; i += 2) EXPECT(nacre_vm_wait(vms[i], 60000, &reason, NULL, NULL), NACRE_OK);
     for (int i = 0; i < 16; i++) EXPECT(nacre_vm_free(vms[i], NULL), NACRE_OK);
     CHECK(entries("/proc/self/task") == threads);
     CHECK(entries("/proc/self/fd") == files);
+    CHECK(mappings() == 0);
     if (!bad) puts("hostile: ok");
     return bad;
 }
