@@ -34,6 +34,7 @@ mod event;
 mod lacp;
 mod mac_table;
 mod metrics;
+pub mod openflow;
 pub mod packet;
 pub mod pipeline;
 mod port;

@@ -74,6 +74,16 @@ impl Switch {
         removed
     }
 
+    /// Whether there is a group with this number.
+    pub fn has_group(&self, id: u32) -> bool {
+        self.shared.tables.read().groups.contains_key(&id)
+    }
+
+    /// Whether there is a meter with this number.
+    pub fn has_meter(&self, id: u32) -> bool {
+        self.shared.tables.read().meters.contains_key(&id)
+    }
+
     /// All groups.
     pub fn groups(&self) -> BTreeMap<u32, Group> {
         self.shared.tables.read().groups.clone()

@@ -88,6 +88,16 @@ impl Epoll {
         Ok(())
     }
 
+    /// Watches `fd` for readability and room to write, as wanted; `new`: for the first time.
+    pub fn set(&self, fd: RawFd, token: u64, read: bool, write: bool, new: bool) -> io::Result<()> {
+        let events = if read { libc::EPOLLIN } else { 0 } | if write { libc::EPOLLOUT } else { 0 };
+        let mut ev = libc::epoll_event { events: events as u32, u64: token };
+        let op = if new { libc::EPOLL_CTL_ADD } else { libc::EPOLL_CTL_MOD };
+        // SAFETY: `ev` lives through the call.
+        cvt(unsafe { libc::epoll_ctl(self.0.as_raw_fd(), op, fd, &mut ev) })?;
+        Ok(())
+    }
+
     /// Stops watching `fd`. A descriptor that is not watched is no error.
     pub fn remove(&self, fd: RawFd) {
         // SAFETY: EPOLL_CTL_DEL ignores the event argument.
@@ -258,6 +268,44 @@ fn socket(domain: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> io::
     let fd = cvt(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, protocol) })?;
     // SAFETY: the call returned a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Starts to connect to an address without waiting: the stream becomes writable when it is done.
+pub fn connect_tcp(to: &std::net::SocketAddr) -> io::Result<std::net::TcpStream> {
+    use std::net::SocketAddr;
+    // SAFETY: sockaddr_storage is plain data for which zero is valid.
+    let mut a: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let (domain, len) = match to {
+        SocketAddr::V4(v4) => {
+            let sin = libc::sockaddr_in {
+                sin_family: libc::AF_INET as u16,
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: sockaddr_storage is larger than, and aligned for, every address.
+            unsafe { (&raw mut a).cast::<libc::sockaddr_in>().write(sin) };
+            (libc::AF_INET, size_of::<libc::sockaddr_in>())
+        }
+        SocketAddr::V6(v6) => {
+            let sin6 = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as u16,
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut a).cast::<libc::sockaddr_in6>().write(sin6) };
+            (libc::AF_INET6, size_of::<libc::sockaddr_in6>())
+        }
+    };
+    let s = socket(domain, libc::SOCK_STREAM, 0)?;
+    // SAFETY: `a` is an address of the length given.
+    match cvt(unsafe { libc::connect(s.as_raw_fd(), (&raw const a).cast(), len as libc::socklen_t) }) {
+        Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => Err(e),
+        _ => Ok(s.into()),
+    }
 }
 
 /// Sets an interface's UP flag.

@@ -116,7 +116,7 @@ pub struct ConntrackAction {
 }
 
 /// How a learned rule is made.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LearnSpec {
     /// The rule without the parts that depend on the packet.
     pub base: FlowSpec,

@@ -11,8 +11,8 @@ mod table;
 pub use action::{Action, ConntrackAction, Instructions, LearnSpec, LearnStep, Location};
 pub use group::{Bucket, Group, GroupKind};
 pub use meter::{Meter, MeterConfig};
-pub(crate) use table::Tables;
 pub use table::{FlowEntry, FlowFilter, FlowSpec};
+pub(crate) use table::{GROUPS_MAX, RULES_MAX, Tables};
 
 use crate::packet::key::{Field, FlowKey};
 
@@ -44,6 +44,12 @@ impl Match {
     /// Whether a packet with `key` matches.
     pub fn matches(&self, key: &FlowKey) -> bool {
         key.matches(&self.value, &self.mask)
+    }
+
+    /// Whether some packet matches both.
+    pub fn overlaps(&self, other: &Match) -> bool {
+        let both = |i: usize| self.mask.w[i] & other.mask.w[i];
+        (0..self.mask.w.len()).all(|i| (self.value.w[i] ^ other.value.w[i]) & both(i) == 0)
     }
 
     /// Whether everything that `other` matches is matched by this too.

@@ -11,9 +11,9 @@ use crate::packet::key::FlowKey;
 use crate::port::PortId;
 
 /// Most rules in one switch.
-const RULES_MAX: usize = 1_000_000;
+pub(crate) const RULES_MAX: usize = 1_000_000;
 /// Most groups and most meters.
-const GROUPS_MAX: usize = 65_536;
+pub(crate) const GROUPS_MAX: usize = 65_536;
 
 /// A rule as it is added.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,10 +1,13 @@
 //! `nacre-switch`: a virtual switch as a process of its own.
 
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
+use vswitch::openflow::{OpenFlowConfig, OpenFlowServer, OpenFlowTarget};
 use vswitch::{
     GatewayConfig, GatewayPort, NetdevPort, PortConfig, StreamMode, StreamPort, Switch, SwitchConfig,
     VhostUserOptions, VhostUserPort,
@@ -44,6 +47,13 @@ struct Args {
     /// Run a DHCP server for this network (a.b.c.d/prefix) at its first address.
     #[arg(long, value_name = "NETWORK")]
     dhcp: Option<String>,
+    /// Speak OpenFlow 1.0 and 1.3: ptcp:ADDRESS:PORT and punix:PATH wait for tools and controllers, tcp:ADDRESS:PORT
+    /// and unix:PATH connect to a controller; snoop:punix:PATH shows what is said. May be repeated.
+    #[arg(long, value_name = "TARGET")]
+    openflow: Vec<OpenFlowTarget>,
+    /// Number by which OpenFlow controllers know the switch, in hexadecimal; a random one unless given.
+    #[arg(long, value_name = "HEX", value_parser = hexadecimal)]
+    datapath_id: Option<u64>,
     /// Worker threads.
     #[arg(long, default_value_t = 1)]
     workers: usize,
@@ -66,10 +76,18 @@ fn main() -> Result<()> {
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     signals.thread_block().context("Cannot block signals")?;
     let switch = Switch::builder().workers(args.workers.max(1)).cores(args.cores.clone()).build()?;
+    let switch = Arc::new(switch);
     match &args.config {
         Some(path) => apply(&switch, path)?,
         None => add_ports(&switch, &args)?,
     }
+    let openflow = OpenFlowConfig {
+        targets: args.openflow.clone(),
+        // 48 bits, as most tools expect.
+        datapath_id: args.datapath_id.unwrap_or_else(|| RandomState::new().hash_one(0) >> 16),
+    };
+    let _openflow =
+        (!openflow.targets.is_empty()).then(|| OpenFlowServer::start(&switch, &openflow)).transpose()?;
     for p in switch.ports() {
         println!("port {} {} {}", p.id, p.kind, p.name);
     }
@@ -82,6 +100,11 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn hexadecimal(s: &str) -> Result<u64, String> {
+    u64::from_str_radix(s.trim_start_matches("0x"), 16)
+        .map_err(|_| format!("\"{s}\" is not a hexadecimal number"))
 }
 
 fn apply(switch: &Switch, path: &Path) -> Result<()> {
