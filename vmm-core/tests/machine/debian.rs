@@ -52,10 +52,10 @@ fn boots(config: VmConfig, expected: &[&str]) {
 }
 
 #[test]
-fn debian_stable_boots_to_userland_with_one_and_two_cpus() {
+fn debian_stable_boots_to_userland_with_one_and_four_cpus() {
     let images = images("", &["kernel", "initrd"]);
     boots(config(&images, 1, "boottest"), &["initrd: userland reached"]);
-    boots(config(&images, 2, "boottest"), &["smp: Brought up 1 node, 2 CPUs", "initrd: userland reached"]);
+    boots(config(&images, 4, "boottest"), &["smp: Brought up 1 node, 4 CPUs", "initrd: userland reached"]);
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use super::Block;
-use super::op::{BlockPtr, RIP};
-use crate::cpu::{Cpu, mode};
+use super::op::{BlockPtr, OpPtr, not_entered};
+use crate::cpu::mode;
 
 /// Entries of the table by linear address.
 const JUMPS: usize = 4096;
@@ -17,13 +17,16 @@ const MAX_OPS: usize = 4 << 20;
 
 /// Maps a linear address to a block. `key` says when that was true.
 #[derive(Clone, Copy)]
+#[repr(align(32))]
 struct Jump {
     rip: u64,
     key: u64,
     block: BlockPtr,
+    /// The first operation of the block.
+    first: OpPtr,
 }
 
-const NO_JUMP: Jump = Jump { rip: 0, key: 0, block: BlockPtr::NULL };
+const NO_JUMP: Jump = Jump { rip: 0, key: 0, block: BlockPtr::NULL, first: OpPtr::NULL };
 
 /// All blocks of one processor.
 #[expect(clippy::vec_box, reason = "links and tables point to the blocks")]
@@ -96,15 +99,24 @@ impl BlockCache {
         self.update_keys();
     }
 
+    /// The first operation of the block at a linear address. The block may have been dropped: its first operation
+    /// then leaves.
     #[inline(always)]
-    pub fn jump(&self, rip: u64) -> Option<BlockPtr> {
+    pub fn jump(&self, rip: u64) -> Option<OpPtr> {
         let jump = &self.jumps[jump_slot(rip)];
         let known = jump.rip == rip && jump.key == self.keys[(jump.key & 1) as usize];
-        (known && jump.block.valid.get()).then_some(jump.block)
+        known.then_some(jump.first)
+    }
+
+    /// The block at a linear address.
+    pub fn block_at(&self, rip: u64) -> Option<BlockPtr> {
+        let jump = &self.jumps[jump_slot(rip)];
+        self.jump(rip).map(|_| jump.block).filter(|block| block.valid.get())
     }
 
     pub fn remember_jump(&mut self, rip: u64, global: bool, block: BlockPtr) {
-        self.jumps[jump_slot(rip)] = Jump { rip, key: self.keys[usize::from(global)], block };
+        self.jumps[jump_slot(rip)] =
+            Jump { rip, key: self.keys[usize::from(global)], block, first: block.first() };
     }
 
     /// Finds a block by guest-physical address.
@@ -140,7 +152,7 @@ impl BlockCache {
     /// Drops the blocks of a guest-physical page. They stay allocated until [`BlockCache::collect`].
     pub fn invalidate_page(&mut self, page: u64) {
         for block in self.pages.remove(&page).into_iter().flatten() {
-            block.valid.set(false);
+            drop_block(&block);
             self.ops -= block.ops.len();
             self.dead.push(block);
         }
@@ -148,7 +160,7 @@ impl BlockCache {
             if !block.valid.get() {
                 continue;
             }
-            block.valid.set(false);
+            drop_block(&block);
             let Some(blocks) = self.pages.get_mut(&(block.gpa & !0xfff)) else { continue };
             if let Some(at) = blocks.iter().position(|b| std::ptr::eq(&**b, block.0)) {
                 let block = blocks.swap_remove(at);
@@ -193,10 +205,8 @@ impl BlockCache {
     }
 }
 
-impl Cpu {
-    /// The block at RIP if the fast table knows it.
-    #[inline(always)]
-    pub(crate) fn cached_block(&self) -> Option<BlockPtr> {
-        self.blocks.jump(self.regs[usize::from(RIP)])
-    }
+/// Sees to it that a block is not entered any more, neither by a table nor by a link.
+fn drop_block(block: &Block) {
+    block.valid.set(false);
+    block.ops[0].handler.set(not_entered);
 }

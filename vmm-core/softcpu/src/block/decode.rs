@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 
 use super::Block;
+use super::liveness::overwritten_flags;
 use super::op::BlockPtr;
 use super::slow::slow_handler;
 use super::translate::Builder;
@@ -26,7 +27,7 @@ impl Cpu {
     /// Finds or decodes the block at RIP. `single` asks for a block of one instruction.
     pub(crate) fn find_block(&mut self, single: bool) -> Result<BlockPtr, Fault> {
         let rip = self.rip();
-        if !single && let Some(block) = self.blocks.jump(rip) {
+        if !single && let Some(block) = self.blocks.block_at(rip) {
             return Ok(block);
         }
         let mode = if single { self.mode | mode::SINGLE } else { self.mode };
@@ -75,13 +76,14 @@ impl Cpu {
 
     /// Decodes a block from RAM.
     fn decode(&mut self, linear: u64, gpa: u64, host: u64, mode: u16) -> Result<BlockPtr, Fault> {
-        let room = (PAGE_SIZE - gpa % PAGE_SIZE) as usize;
+        let offset = (gpa % PAGE_SIZE) as usize;
+        let room = PAGE_SIZE as usize - offset;
         let mut window = [0u8; WINDOW];
         let mut len = room.min(WINDOW);
         // SAFETY: `host` is the fetch translation of `gpa`, and `len` bytes are within its page.
         unsafe { host::copy(window.as_mut_ptr() as usize as u64, host, len) };
         let mut second_page = None;
-        let mut instructions = decode_window(&window[..len], mode, room <= len);
+        let mut instructions = decode_window(&window[..len], offset, mode, room <= len);
         if instructions.is_empty() {
             // The first instruction crosses into the next page, or is invalid.
             if room < MAX_LENGTH {
@@ -96,15 +98,15 @@ impl Cpu {
                     len = room + MAX_LENGTH;
                 }
             }
-            instructions = decode_window(&window[..len], mode | mode::SINGLE, false);
+            instructions = decode_window(&window[..len], offset, mode | mode::SINGLE, false);
             if instructions.is_empty() {
                 return Err(self.invalid_instruction(&window[..len.min(MAX_LENGTH)]));
             }
-            if instructions[0].next_ip() as usize <= room {
+            if instructions[0].len() <= room {
                 second_page = None;
             }
         }
-        let used = instructions.last().map_or(0, |i| i.next_ip() as usize);
+        let used = instructions.last().map_or(0, |i| i.next_ip() as usize - offset);
         self.mark_code(gpa, used.min(room) as u64);
         if let Some(page) = second_page {
             self.mark_code(page, (used - room) as u64);
@@ -137,7 +139,8 @@ impl Cpu {
             }
             len = i + 1;
         }
-        let instructions = decode_window(&window[..len], mode | mode::SINGLE, false);
+        let offset = (linear % PAGE_SIZE) as usize;
+        let instructions = decode_window(&window[..len], offset, mode | mode::SINGLE, false);
         if instructions.is_empty() {
             return Err(self.invalid_instruction(&window[..len]));
         }
@@ -184,10 +187,11 @@ impl Cpu {
         mode: u16,
         second_page: Option<u64>,
     ) -> Box<Block> {
-        let mut builder = Builder::new(mode, gpa & (PAGE_SIZE - 1), &mut self.stubs);
+        let mut builder = Builder::new(mode, &mut self.stubs);
         let total = instructions.len();
+        let quiet = overwritten_flags(instructions);
         for (i, instruction) in instructions.iter().enumerate() {
-            builder.instruction(instruction, (total - i) as u8, i + 1 == total);
+            builder.instruction(instruction, (total - i) as u8, quiet >> i & 1 != 0);
         }
         let (ops, owned) = builder.finish();
         Box::new(Block {
@@ -202,9 +206,9 @@ impl Cpu {
     }
 }
 
-/// Decodes up to the end of a block. Instruction pointers are relative to the window. Returns nothing if the
-/// first instruction is incomplete or invalid.
-fn decode_window(bytes: &[u8], mode: u16, page_end: bool) -> Vec<Instruction> {
+/// Decodes up to the end of a block. Instruction pointers are relative to the page, in which the window starts at
+/// `offset`. Returns nothing if the first instruction is incomplete or invalid.
+fn decode_window(bytes: &[u8], offset: usize, mode: u16, page_end: bool) -> Vec<Instruction> {
     let bits = if mode & mode::CODE64 != 0 {
         64
     } else if mode & mode::CODE32 != 0 {
@@ -213,7 +217,7 @@ fn decode_window(bytes: &[u8], mode: u16, page_end: bool) -> Vec<Instruction> {
         16
     };
     let limit = if mode & mode::SINGLE != 0 { 1 } else { MAX_INSTRUCTIONS };
-    let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::AMD);
+    let mut decoder = Decoder::with_ip(bits, bytes, offset as u64, DecoderOptions::AMD);
     let mut result = Vec::new();
     while result.len() < limit && decoder.can_decode() {
         // Keep clear of the end of the window, unless it is the end of the page.

@@ -2,6 +2,7 @@
 
 pub(crate) mod cache;
 mod decode;
+mod liveness;
 pub(crate) mod op;
 mod slow;
 mod translate;

@@ -16,6 +16,9 @@ use crate::cpu::Cpu;
 pub(crate) type Handler = fn(&mut Cpu, OpPtr) -> OpPtr;
 
 /// Register numbers above 15 that operations use. Entry [`ZERO`] is never written.
+///
+/// Between blocks this one is the instruction pointer. While operations execute it is the instruction pointer that
+/// the first byte of their page would have: jumps within a page need not change it, and [`Op::off`] completes it.
 pub(crate) const RIP: u8 = 16;
 pub(crate) const ZERO: u8 = 17;
 /// Base of FS, as 64-bit code sees it.
@@ -33,10 +36,10 @@ pub(crate) const X_ADDR32: u16 = 1 << 2;
 /// One decoded operation.
 #[repr(C)]
 pub(crate) struct Op {
-    pub handler: Handler,
+    pub handler: Cell<Handler>,
     /// Immediate, or a pointer: the first operation of the linked block, the boxed instruction.
     pub imm: Cell<u64>,
-    /// Displacement of the memory operand, or a branch target relative to the block.
+    /// Displacement of the memory operand, or a branch target relative to the page.
     pub disp: i32,
     /// Destination register.
     pub r1: u8,
@@ -54,7 +57,7 @@ pub(crate) struct Op {
     pub len: u8,
     /// Instructions from this one to the end of the block, inclusive.
     pub left: u8,
-    /// Offset of the instruction from the start of the block.
+    /// Offset of the instruction from the start of the page.
     pub off: u16,
     /// `X_` flags.
     pub x: u16,
@@ -138,7 +141,7 @@ macro_rules! go {
         if cfg!(debug_assertions) {
             return op;
         }
-        return (op.handler)($cpu, op);
+        return (op.handler.get())($cpu, op);
     }};
 }
 
@@ -153,22 +156,49 @@ macro_rules! next {
 macro_rules! enter {
     ($cpu:expr, $first:expr) => {{
         let first = $first;
-        let count = i64::from(first.left);
-        $cpu.fuel -= count;
+        $cpu.fuel -= i64::from(first.left);
         if $cpu.fuel < 0 {
-            $cpu.fuel += count;
-            return $crate::block::op::OpPtr::NULL;
+            return $crate::block::op::not_entered($cpu, first);
         }
         $crate::block::op::go!($cpu, first)
     }};
 }
 
-/// Goes on at the address in RIP, wherever that is.
+/// [`enter`] by a jump of its own, for the second way out of a handler.
+macro_rules! enter_apart {
+    ($cpu:expr, $first:expr) => {{
+        let first = $first;
+        $cpu.fuel -= i64::from(first.left);
+        if $cpu.fuel < 0 {
+            return $crate::block::op::not_entered($cpu, first);
+        }
+        if cfg!(debug_assertions) {
+            return first;
+        }
+        let handler = $crate::block::op::apart(first.handler.get());
+        return handler($cpu, first);
+    }};
+}
+
+/// Enters a block in any page, by its address and first operation.
+macro_rules! enter_page {
+    ($cpu:expr, $rip:expr, $first:expr) => {{
+        let first = $first;
+        $cpu.regs[usize::from($crate::block::op::RIP)] = $rip.wrapping_sub(u64::from(first.off));
+        $crate::block::op::enter!($cpu, first)
+    }};
+}
+
+/// Goes on at an address in any page.
 macro_rules! dispatch {
-    ($cpu:expr) => {{
-        match $cpu.cached_block() {
-            Some(block) => $crate::block::op::enter!($cpu, block.first()),
-            None => return $crate::block::op::OpPtr::NULL,
+    ($cpu:expr, $rip:expr) => {{
+        let rip = $rip;
+        match $cpu.blocks.jump(rip) {
+            Some(first) => $crate::block::op::enter_page!($cpu, rip, first),
+            None => {
+                $cpu.regs[usize::from($crate::block::op::RIP)] = rip;
+                return $crate::block::op::OpPtr::NULL;
+            }
         }
     }};
 }
@@ -183,7 +213,7 @@ macro_rules! check {
     };
 }
 
-pub(crate) use {check, dispatch, enter, go, next};
+pub(crate) use {check, dispatch, enter, enter_apart, enter_page, go, next};
 
 /// The instruction did not complete: RIP points to it again, and it does not count as executed.
 #[cold]
@@ -196,6 +226,29 @@ pub(crate) fn fault(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     OpPtr::NULL
 }
 
+/// The block was not entered: its instructions exceed the budget, or it was dropped. RIP points to it.
+#[cold]
+#[inline(never)]
+pub(crate) fn not_entered(cpu: &mut Cpu, first: OpPtr) -> OpPtr {
+    let rip = cpu.regs[usize::from(RIP)].wrapping_add(u64::from(first.off));
+    cpu.regs[usize::from(RIP)] = rip & cpu.rip_mask;
+    cpu.fuel += i64::from(first.left);
+    OpPtr::NULL
+}
+
+/// Returns its argument. Keeps the compiler from inlining the handler, and from merging the jump that follows with the
+/// same jump at another place: on their own they are predicted better.
+#[inline(always)]
+pub(crate) fn apart(mut handler: Handler) -> Handler {
+    #[cfg(target_arch = "x86_64")]
+    #[expect(clippy::pointers_in_nomem_asm_block, reason = "it is not followed")]
+    // SAFETY: no instruction.
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(reg) handler, options(nomem, nostack, preserves_flags));
+    }
+    handler
+}
+
 /// Leaves the block after an instruction that completed, with RIP behind it.
 #[inline(always)]
 pub(crate) fn leave(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
@@ -205,11 +258,12 @@ pub(crate) fn leave(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     OpPtr::NULL
 }
 
-/// Runs blocks from `first` on until one leaves.
+/// Runs blocks from `first` on, which is at RIP, until one leaves.
 #[inline(never)]
 pub(crate) fn execute(cpu: &mut Cpu, first: OpPtr) {
     let mut op = first;
+    cpu.regs[usize::from(RIP)] = cpu.regs[usize::from(RIP)].wrapping_sub(u64::from(first.off));
     while !op.is_null() {
-        op = (op.handler)(cpu, op);
+        op = (op.handler.get())(cpu, op);
     }
 }

@@ -154,6 +154,8 @@ pub struct Cpu {
     pub(crate) pdptes: [u64; 4],
     pub(crate) mp_state: MpState,
     pub(crate) shadow: bool,
+    /// Debug traps of the instruction that loaded SS wait for the next one.
+    pub(crate) traps_held: bool,
     pub(crate) nmi_blocked: bool,
     pub(crate) nmi_pending: bool,
 
@@ -256,6 +258,7 @@ impl Cpu {
             pdptes: [0; 4],
             mp_state: MpState::Running,
             shadow: false,
+            traps_held: false,
             nmi_blocked: false,
             nmi_pending: false,
             pending: None,

@@ -105,6 +105,7 @@ impl Cpu {
         self.flags &= !super::flags::RF;
         let trap = self.flags & TF != 0;
         let shadow = std::mem::take(&mut self.shadow);
+        self.traps_held = false;
         self.mode |= mode::SINGLE;
         self.blocks.set_mode(self.mode);
         let before = self.executed;
@@ -115,6 +116,9 @@ impl Cpu {
             self.shadow = false;
         }
         self.update_mode();
+        if self.traps_held && exit.is_none() {
+            return None;
+        }
         let hits = std::mem::take(&mut self.data_hits);
         let step = trap && self.executed != before && self.flags & TF != 0;
         if exit.is_none() && (step || hits != 0) {
@@ -123,6 +127,12 @@ impl Cpu {
             return self.deliver_pending();
         }
         exit
+    }
+
+    /// SS was loaded: neither interrupts nor debug traps before the next instruction has executed.
+    pub(crate) fn hold_events(&mut self) {
+        self.shadow = true;
+        self.traps_held = true;
     }
 
     fn at_breakpoint(&self) -> bool {

@@ -7,7 +7,7 @@ pub(crate) mod walk;
 use tlb::{Entry, Info, SLOW, index};
 use walk::Access;
 
-use crate::block::op::{Handler, OpPtr, fault};
+use crate::block::op::{Handler, OpPtr, apart, fault};
 use crate::cpu::{Cpu, Exception, Fault, mode, vector};
 use crate::memory::PAGE_SIZE;
 use crate::ops::width::Width;
@@ -53,7 +53,8 @@ impl Reach for Fast {
     }
     #[inline(always)]
     fn failed(cpu: &mut Cpu, op: OpPtr, general: Handler) -> OpPtr {
-        general(cpu, op)
+        // Inlined it would make this handler save registers after all.
+        apart(general)(cpu, op)
     }
 }
 
@@ -122,6 +123,14 @@ impl Cpu {
         let entry = self.entry(address);
         let last = address.wrapping_add(T::BYTES - 1);
         (entry.write == last & !OFFSET).then(|| address.wrapping_add(entry.addend))
+    }
+
+    /// Host address of two adjacent operands of eight bytes that are in one page, readable or writable.
+    #[inline(always)]
+    pub(crate) fn pair_host(&self, address: u64, write: bool) -> Option<u64> {
+        let entry = self.entry(address);
+        let known = if write { entry.write } else { entry.read };
+        (known == address.wrapping_add(15) & !OFFSET).then(|| address.wrapping_add(entry.addend))
     }
 
     /// Host address of `size` bytes that the TLB knows to be readable, or writable, and that are within one

@@ -15,6 +15,21 @@ pub(crate) trait Binary: 'static {
     fn run<T: Width>(cpu: &mut Cpu, a: u64, b: u64) -> u64;
 }
 
+/// One whose result does not depend on the flags.
+pub(crate) trait Pure: 'static {
+    fn value(a: u64, b: u64) -> u64;
+}
+
+/// The same operation when nobody sees the flags that it would set.
+pub(crate) struct Quiet<O>(PhantomData<O>);
+
+impl<O: Pure> Binary for Quiet<O> {
+    #[inline(always)]
+    fn run<T: Width>(_cpu: &mut Cpu, a: u64, b: u64) -> u64 {
+        O::value(a, b)
+    }
+}
+
 pub(crate) struct Add;
 pub(crate) struct Sub;
 pub(crate) struct And;
@@ -22,6 +37,20 @@ pub(crate) struct Or;
 pub(crate) struct Xor;
 pub(crate) struct Adc;
 pub(crate) struct Sbb;
+
+impl Pure for Add {
+    #[inline(always)]
+    fn value(a: u64, b: u64) -> u64 {
+        a.wrapping_add(b)
+    }
+}
+
+impl Pure for Sub {
+    #[inline(always)]
+    fn value(a: u64, b: u64) -> u64 {
+        a.wrapping_sub(b)
+    }
+}
 
 impl Binary for Add {
     #[inline(always)]
@@ -43,6 +72,13 @@ impl Binary for Sub {
 
 macro_rules! logic {
     ($name:ident, $op:tt) => {
+        impl Pure for $name {
+            #[inline(always)]
+            fn value(a: u64, b: u64) -> u64 {
+                a $op b
+            }
+        }
+
         impl Binary for $name {
             #[inline(always)]
             fn run<T: Width>(cpu: &mut Cpu, a: u64, b: u64) -> u64 {
@@ -129,27 +165,27 @@ pub(crate) fn test_reg_imm<T: Width, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpP
 }
 
 /// CMP of a register with memory.
-pub(crate) fn test_reg_mem<T: Width, E: Ea, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn test_reg_mem<T: Width, E: Ea, O: Binary, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
-    let b = check!(cpu, op, cpu.ld::<T>(address));
+    let b = reach!(R, cpu, op, R::ld::<T>(cpu, address), test_reg_mem::<T, E, O, General>);
     let a = T::get(cpu, op.r1);
     O::run::<T>(cpu, a, b);
     next!(cpu, op)
 }
 
 /// CMP and TEST of memory with a register.
-pub(crate) fn test_mem_reg<T: Width, E: Ea, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn test_mem_reg<T: Width, E: Ea, O: Binary, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
-    let a = check!(cpu, op, cpu.ld::<T>(address));
+    let a = reach!(R, cpu, op, R::ld::<T>(cpu, address), test_mem_reg::<T, E, O, General>);
     let b = T::get(cpu, op.r2);
     O::run::<T>(cpu, a, b);
     next!(cpu, op)
 }
 
 /// CMP and TEST of memory with an immediate.
-pub(crate) fn test_mem_imm<T: Width, E: Ea, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+pub(crate) fn test_mem_imm<T: Width, E: Ea, O: Binary, R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, false));
-    let a = check!(cpu, op, cpu.ld::<T>(address));
+    let a = reach!(R, cpu, op, R::ld::<T>(cpu, address), test_mem_imm::<T, E, O, General>);
     O::run::<T>(cpu, a, T::zx(op.imm.get()));
     next!(cpu, op)
 }

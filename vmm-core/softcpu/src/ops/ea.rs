@@ -23,6 +23,18 @@ impl Ea for Long {
     }
 }
 
+/// The same without segment base.
+pub(crate) struct Indexed;
+
+impl Ea for Indexed {
+    #[inline(always)]
+    fn linear<T: Width>(cpu: &mut Cpu, op: OpPtr, _write: bool) -> Result<u64, Fault> {
+        Ok(cpu.regs[usize::from(op.base)]
+            .wrapping_add(cpu.regs[usize::from(op.index)] << (op.scale & 3))
+            .wrapping_add(op.disp as i64 as u64))
+    }
+}
+
 /// The same without index and segment base.
 pub(crate) struct Base;
 

@@ -5,15 +5,20 @@
 
 use std::marker::PhantomData;
 
+use super::alu::{self, Binary};
 use super::ea::Ea;
 use super::width::Width;
-use crate::block::op::{OpPtr, check, enter, go};
+use crate::block::op::{OpPtr, apart, enter, enter_apart, go};
+use crate::cpu::Cpu;
 use crate::cpu::flags::Kind;
-use crate::cpu::{Cpu, Fault};
+use crate::mmu::{General, host};
 
 /// Where the two operands come from.
 pub(crate) trait Operands: 'static {
-    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Result<(u64, u64), Fault>;
+    /// The operands, if the TLB knows where they are.
+    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Option<(u64, u64)>;
+    /// Executes the comparison alone; the jump follows.
+    fn alone<T: Width, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr;
 }
 
 pub(crate) struct RegReg;
@@ -22,49 +27,75 @@ pub(crate) struct RegMem<E>(PhantomData<E>);
 pub(crate) struct MemReg<E>(PhantomData<E>);
 pub(crate) struct MemImm<E>(PhantomData<E>);
 
+#[inline(always)]
+fn load<T: Width, E: Ea>(cpu: &mut Cpu, op: OpPtr) -> Option<u64> {
+    let address = E::linear::<T>(cpu, op, false).ok()?;
+    // SAFETY: the TLB holds translations of mapped regions only.
+    cpu.read_host::<T>(address).map(|at| unsafe { host::load(at, T::BYTES) })
+}
+
 impl Operands for RegReg {
     #[inline(always)]
-    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Result<(u64, u64), Fault> {
-        Ok((T::get(cpu, op.r1), T::get(cpu, op.r2)))
+    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Option<(u64, u64)> {
+        Some((T::get(cpu, op.r1), T::get(cpu, op.r2)))
+    }
+    #[inline(always)]
+    fn alone<T: Width, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+        alu::test_reg_reg::<T, O>(cpu, op)
     }
 }
 
 impl Operands for RegImm {
     #[inline(always)]
-    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Result<(u64, u64), Fault> {
-        Ok((T::get(cpu, op.r1), T::zx(op.imm.get())))
+    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Option<(u64, u64)> {
+        Some((T::get(cpu, op.r1), T::zx(op.imm.get())))
+    }
+    #[inline(always)]
+    fn alone<T: Width, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+        alu::test_reg_imm::<T, O>(cpu, op)
     }
 }
 
 impl<E: Ea> Operands for RegMem<E> {
     #[inline(always)]
-    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Result<(u64, u64), Fault> {
-        let address = E::linear::<T>(cpu, op, false)?;
-        let b = cpu.ld::<T>(address)?;
-        Ok((T::get(cpu, op.r1), b))
+    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Option<(u64, u64)> {
+        let b = load::<T, E>(cpu, op)?;
+        Some((T::get(cpu, op.r1), b))
+    }
+    #[inline(always)]
+    fn alone<T: Width, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+        alu::test_reg_mem::<T, E, O, General>(cpu, op)
     }
 }
 
 impl<E: Ea> Operands for MemReg<E> {
     #[inline(always)]
-    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Result<(u64, u64), Fault> {
-        let address = E::linear::<T>(cpu, op, false)?;
-        let a = cpu.ld::<T>(address)?;
-        Ok((a, T::get(cpu, op.r2)))
+    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Option<(u64, u64)> {
+        let a = load::<T, E>(cpu, op)?;
+        Some((a, T::get(cpu, op.r2)))
+    }
+    #[inline(always)]
+    fn alone<T: Width, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+        alu::test_mem_reg::<T, E, O, General>(cpu, op)
     }
 }
 
 impl<E: Ea> Operands for MemImm<E> {
     #[inline(always)]
-    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Result<(u64, u64), Fault> {
-        let address = E::linear::<T>(cpu, op, false)?;
-        let a = cpu.ld::<T>(address)?;
-        Ok((a, T::zx(op.imm.get())))
+    fn get<T: Width>(cpu: &mut Cpu, op: OpPtr) -> Option<(u64, u64)> {
+        let a = load::<T, E>(cpu, op)?;
+        Some((a, T::zx(op.imm.get())))
+    }
+    #[inline(always)]
+    fn alone<T: Width, O: Binary>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+        alu::test_mem_imm::<T, E, O, General>(cpu, op)
     }
 }
 
 /// The comparison: sets the flags and evaluates a condition.
 pub(crate) trait Comparison: 'static {
+    /// What sets the flags.
+    type Operation: Binary;
     fn run<T: Width, const C: u8>(cpu: &mut Cpu, a: u64, b: u64) -> bool;
 }
 
@@ -77,6 +108,7 @@ pub(crate) fn can_fuse(condition: u8) -> bool {
 }
 
 impl Comparison for Cmp {
+    type Operation = alu::Sub;
     #[inline(always)]
     fn run<T: Width, const C: u8>(cpu: &mut Cpu, a: u64, b: u64) -> bool {
         let result = a.wrapping_sub(b);
@@ -94,6 +126,7 @@ impl Comparison for Cmp {
 }
 
 impl Comparison for Test {
+    type Operation = alu::And;
     #[inline(always)]
     fn run<T: Width, const C: u8>(cpu: &mut Cpu, a: u64, b: u64) -> bool {
         let result = a & b;
@@ -108,28 +141,21 @@ impl Comparison for Test {
     }
 }
 
-/// Goes one way of the jump, or executes it on its own if it is not linked.
-macro_rules! take {
-    ($cpu:expr, $jump:expr, $way:expr) => {{
-        let way = $way;
-        let link = way.imm.get();
-        if link == 0 {
-            go!($cpu, $jump);
-        }
-        let rip = &mut $cpu.regs[usize::from(crate::block::op::RIP)];
-        *rip = rip.wrapping_add(way.disp as i64 as u64) & $cpu.rip_mask;
-        enter!($cpu, OpPtr::from_link(link))
-    }};
-}
-
-/// Compares, then jumps or goes on; both ways are within the page.
+/// Compares, then jumps or goes on; both ways are within the page. A way that is not linked yet is left to the jump's
+/// own operation.
 pub(crate) fn fused<T: Width, S: Operands, O: Comparison, const C: u8>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
-    let (a, b) = check!(cpu, op, S::get::<T>(cpu, op));
+    let Some((a, b)) = S::get::<T>(cpu, op) else { return apart(S::alone::<T, O::Operation>)(cpu, op) };
     let jump = op.following();
     if O::run::<T, C>(cpu, a, b) {
-        take!(cpu, jump, jump)
+        let link = jump.imm.get();
+        if link == 0 {
+            go!(cpu, jump);
+        }
+        enter!(cpu, OpPtr::from_link(link))
     }
-    // Without this the compiler would select the way first, and jump at one place for both.
-    std::hint::black_box(());
-    take!(cpu, jump, jump.following())
+    let link = jump.following().imm.get();
+    if link == 0 {
+        go!(cpu, jump);
+    }
+    enter_apart!(cpu, OpPtr::from_link(link))
 }

@@ -23,16 +23,20 @@ pub(crate) fn reg<T: Width, M: Modify>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
 /// The operand is in memory.
 pub(crate) fn mem<T: Width, E: Ea, M: Modify>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     let address = check!(cpu, op, E::linear::<T>(cpu, op, true));
-    match cpu.write_host::<T>(address) {
-        Some(at) => {
-            // SAFETY: the TLB holds translations of mapped regions only.
-            let old = unsafe { host::load(at, T::BYTES) };
-            let new = M::apply::<T>(cpu, op, old);
-            // SAFETY: as above; `apply` does not change mappings.
-            unsafe { host::store(at, T::BYTES, new) };
-        }
-        None => check!(cpu, op, slow::<T, M>(cpu, op, address)),
-    }
+    let Some(at) = cpu.write_host::<T>(address) else { return mem_slow::<T, E, M>(cpu, op) };
+    // SAFETY: the TLB holds translations of mapped regions only.
+    let old = unsafe { host::load(at, T::BYTES) };
+    let new = M::apply::<T>(cpu, op, old);
+    // SAFETY: as above; `apply` does not change mappings.
+    unsafe { host::store(at, T::BYTES, new) };
+    next!(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn mem_slow<T: Width, E: Ea, M: Modify>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    let address = check!(cpu, op, E::linear::<T>(cpu, op, true));
+    check!(cpu, op, slow::<T, M>(cpu, op, address));
     next!(cpu, op)
 }
 

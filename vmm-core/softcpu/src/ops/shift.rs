@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 
+use super::alu::Quiet;
 use super::rmw::Modify;
 use super::width::Width;
 use crate::block::op::OpPtr;
@@ -11,6 +12,27 @@ use crate::cpu::flags::{CF, Kind, OF};
 /// A shift by a count that is already masked to 5 or 6 bits and not zero.
 pub(crate) trait Shift: 'static {
     fn run<T: Width>(cpu: &mut Cpu, value: u64, count: u32) -> u64;
+}
+
+impl Shift for Quiet<Shl> {
+    #[inline(always)]
+    fn run<T: Width>(_cpu: &mut Cpu, value: u64, count: u32) -> u64 {
+        value << count
+    }
+}
+
+impl Shift for Quiet<Shr> {
+    #[inline(always)]
+    fn run<T: Width>(_cpu: &mut Cpu, value: u64, count: u32) -> u64 {
+        value >> count
+    }
+}
+
+impl Shift for Quiet<Sar> {
+    #[inline(always)]
+    fn run<T: Width>(_cpu: &mut Cpu, value: u64, count: u32) -> u64 {
+        (T::sx(value) >> count) as u64
+    }
 }
 
 /// The count is the immediate.

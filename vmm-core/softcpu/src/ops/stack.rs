@@ -2,10 +2,10 @@
 
 use super::ea::Ea;
 use super::width::Width;
-use crate::block::op::{OpPtr, check, fault, leave, next};
+use crate::block::op::{OpPtr, apart, check, fault, leave, next};
 use crate::cpu::flags::{AC, DF, ID, IF, IOPL, NT, STATUS, TF};
 use crate::cpu::{Cpu, Fault, seg};
-use crate::mmu::{General, Reach, reach};
+use crate::mmu::{General, Reach, host, reach};
 
 impl Cpu {
     /// Mask of the stack pointer.
@@ -79,6 +79,34 @@ pub(crate) fn pop64_reg<R: Reach>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
     cpu.regs[4] = sp.wrapping_add(8);
     cpu.regs[usize::from(op.r1)] = value;
     next!(cpu, op)
+}
+
+/// Two of PUSH at once, if the TLB knows where.
+pub(crate) fn push64_pair(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    let second = op.following();
+    let sp = cpu.regs[4].wrapping_sub(16);
+    let Some(at) = cpu.pair_host(sp, true) else { return apart(push64_reg::<General>)(cpu, op) };
+    let (high, low) = (cpu.regs[usize::from(op.r1)], cpu.regs[usize::from(second.r1)]);
+    // SAFETY: the TLB holds translations of mapped regions only.
+    unsafe {
+        host::store(at + 8, 8, high);
+        host::store(at, 8, low);
+    }
+    cpu.regs[4] = sp;
+    next!(cpu, second)
+}
+
+/// Two of POP at once, if the TLB knows where.
+pub(crate) fn pop64_pair(cpu: &mut Cpu, op: OpPtr) -> OpPtr {
+    let second = op.following();
+    let sp = cpu.regs[4];
+    let Some(at) = cpu.pair_host(sp, false) else { return apart(pop64_reg::<General>)(cpu, op) };
+    // SAFETY: the TLB holds translations of mapped regions only.
+    let (low, high) = unsafe { (host::load(at, 8), host::load(at + 8, 8)) };
+    cpu.regs[4] = sp.wrapping_add(16);
+    cpu.regs[usize::from(op.r1)] = low;
+    cpu.regs[usize::from(second.r1)] = high;
+    next!(cpu, second)
 }
 
 pub(crate) fn push_reg<T: Width>(cpu: &mut Cpu, op: OpPtr) -> OpPtr {

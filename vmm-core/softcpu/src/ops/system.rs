@@ -241,7 +241,9 @@ pub(crate) fn mov_to_segment(cpu: &mut Cpu, instruction: &Instruction) -> Result
         }
     };
     cpu.load_segment(register, selector as u16)?;
-    cpu.shadow |= register == seg::SS;
+    if register == seg::SS {
+        cpu.hold_events();
+    }
     Ok(())
 }
 
@@ -261,7 +263,9 @@ pub(crate) fn pop_segment(cpu: &mut Cpu, instruction: &Instruction) -> Result<()
     let selector = cpu.peek_stack::<u16>()?;
     cpu.load_segment(register, selector as u16).inspect_err(|_| cpu.regs[4] = old)?;
     cpu.set_sp(old.wrapping_add(size));
-    cpu.shadow |= register == seg::SS;
+    if register == seg::SS {
+        cpu.hold_events();
+    }
     Ok(())
 }
 

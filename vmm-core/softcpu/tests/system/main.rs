@@ -12,3 +12,4 @@ mod modes;
 mod paging;
 mod rig;
 mod smp;
+mod transfers;

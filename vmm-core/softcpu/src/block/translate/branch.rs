@@ -7,7 +7,7 @@ use super::select::{by_condition, by_size, by_size_mem};
 use super::{Builder, has_memory, is_immediate};
 use crate::cpu::mode;
 use crate::mmu::Fast;
-use crate::ops::ea::{Base, Legacy, Long};
+use crate::ops::ea::{Base, Indexed, Legacy, Long};
 use crate::ops::operand::{address_size, size_of};
 use crate::ops::{flow, fused};
 
@@ -23,7 +23,10 @@ impl Builder<'_> {
         if size_of(&i, 0) == 2 || memory && address_size(&i) != 8 {
             return;
         }
-        let simple = op.index == ZERO && op.seg == ZERO;
+        if memory && op.seg != ZERO {
+            return;
+        }
+        let simple = op.index == ZERO;
         macro_rules! fused {
             ($s:ty, $o:ty) => {
                 by_condition!(@ condition, C => match size_of(&i, 0) {
@@ -33,28 +36,28 @@ impl Builder<'_> {
                 }; 2 3 4 5 6 7 8 9 12 13 14 15)
             };
         }
-        op.handler = match (i.mnemonic(), k0 == OpKind::Memory, k1 == OpKind::Memory, is_immediate(k1)) {
+        op.handler.set(match (i.mnemonic(), k0 == OpKind::Memory, k1 == OpKind::Memory, is_immediate(k1)) {
             (M::Cmp, false, false, false) => fused!(fused::RegReg, fused::Cmp),
             (M::Cmp, false, false, true) => fused!(fused::RegImm, fused::Cmp),
             (M::Cmp, true, _, true) if simple => fused!(fused::MemImm<Base>, fused::Cmp),
-            (M::Cmp, true, _, true) => fused!(fused::MemImm<Long>, fused::Cmp),
-            (M::Cmp, true, _, false) => fused!(fused::MemReg<Long>, fused::Cmp),
-            (M::Cmp, false, true, _) => fused!(fused::RegMem<Long>, fused::Cmp),
+            (M::Cmp, true, _, true) => fused!(fused::MemImm<Indexed>, fused::Cmp),
+            (M::Cmp, true, _, false) => fused!(fused::MemReg<Indexed>, fused::Cmp),
+            (M::Cmp, false, true, _) => fused!(fused::RegMem<Indexed>, fused::Cmp),
             (M::Test, false, false, false) => fused!(fused::RegReg, fused::Test),
             (M::Test, false, false, true) => fused!(fused::RegImm, fused::Test),
-            (M::Test, true, _, true) => fused!(fused::MemImm<Long>, fused::Test),
+            (M::Test, true, _, true) => fused!(fused::MemImm<Indexed>, fused::Test),
             _ => return,
-        };
+        });
     }
 
-    /// Sets where a near branch leads: relative to the block (`near`), or to the next instruction.
+    /// Sets where a near branch leads: relative to the page (`near`), or to the next instruction.
     fn target(&self, i: &Instruction, op: &mut Op) -> (bool, u64) {
         let (target, size) = match i.op0_kind() {
             OpKind::NearBranch16 => (i.near_branch16() as i16 as i64, 2),
             OpKind::NearBranch32 => (i.near_branch32() as i32 as i64, 4),
             _ => (i.near_branch64() as i64, 8),
         };
-        let near = size != 2 && (0..4096).contains(&(self.page_offset as i64 + target));
+        let near = size != 2 && (0..4096).contains(&target);
         op.disp = if near { target as i32 } else { (target - i.next_ip() as i64) as i32 };
         (near, size)
     }
@@ -66,10 +69,9 @@ impl Builder<'_> {
                 4 => flow::jump_reg::<u32>,
                 _ => flow::jump_reg::<u64>,
             },
-            OpKind::Memory => by_size_mem!(long, size_of(i, 0), flow::jump_mem),
+            OpKind::Memory => by_size_mem!(long, size_of(i, 0), flow::jump_mem, Fast),
             _ => match self.target(i, op) {
-                (true, 8) => flow::jump_near::<u64>,
-                (true, _) => flow::jump_near::<u32>,
+                (true, _) => flow::jump_near,
                 (false, 8) => flow::jump_far::<u64>,
                 (false, 4) => flow::jump_far::<u32>,
                 (false, _) => flow::jump_far::<u16>,
@@ -83,7 +85,7 @@ impl Builder<'_> {
             OpKind::Register => match i.op0_register().size() {
                 2 => flow::call_reg::<u16>,
                 4 => flow::call_reg::<u32>,
-                _ => flow::call_reg::<u64>,
+                _ => flow::call64_reg::<Fast>,
             },
             OpKind::Memory => by_size_mem!(long, size_of(i, 0), flow::call_mem),
             _ => match self.target(i, op) {
@@ -99,8 +101,7 @@ impl Builder<'_> {
     pub(super) fn jcc(&mut self, i: &Instruction, op: &mut Op) -> Handler {
         let target = self.target(i, op);
         by_condition!(i.condition_code() as u8 - 1, C => match target {
-            (true, 8) => flow::jcc_near::<u64, C> as Handler,
-            (true, _) => flow::jcc_near::<u32, C>,
+            (true, _) => flow::jcc_near::<C> as Handler,
             (false, 8) => flow::jcc_far::<u64, C>,
             (false, 4) => flow::jcc_far::<u32, C>,
             (false, _) => flow::jcc_far::<u16, C>,

@@ -4,10 +4,11 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 use super::super::op::{Handler, Op, X_STACK, ZERO};
 use super::super::slow::slow_handler;
-use super::select::{by_condition, by_size, by_size_hot, by_size_mem};
+use super::select::{by_condition, by_size, by_size_hot, by_size_mem, by_wide};
 use super::{Builder, Chosen, has_memory, is_immediate};
 use crate::mmu::Fast;
-use crate::ops::ea::{Base, Legacy, Long};
+use crate::ops::alu::Quiet;
+use crate::ops::ea::{Base, Indexed, Legacy, Long};
 use crate::ops::operand::{encode, segment_number, size_of};
 use crate::ops::{alu, bits, flow, host, mov, muldiv, rmw, shift, stack, system};
 
@@ -37,6 +38,8 @@ impl Builder<'_> {
         }
         let size = if i.op_count() > 0 { size_of(i, 0) } else { 0 };
         let locked = i.has_lock_prefix();
+        // Only the hottest forms are worth a variant that leaves the flags alone.
+        let quiet = self.quiet && size >= 4 && !memory0;
         macro_rules! modify {
             ($m:ty) => {
                 match (memory0, locked) {
@@ -58,19 +61,33 @@ impl Builder<'_> {
                 }
             }};
         }
+        macro_rules! quiet_binary {
+            ($o:ty) => {{
+                if !quiet || memory1 && (!long || op.seg != ZERO) {
+                    binary!($o)
+                } else if is_immediate(i.op1_kind()) {
+                    op.imm.set(i.immediate(1));
+                    by_wide!(size, rmw::reg, alu::WithImm<Quiet<$o>>)
+                } else if memory1 {
+                    by_wide!(size, alu::reg_mem, Indexed, Quiet<$o>, Fast)
+                } else {
+                    by_wide!(size, rmw::reg, alu::WithReg<Quiet<$o>>)
+                }
+            }};
+        }
         macro_rules! compare {
             ($o:ty) => {{
                 if is_immediate(i.op1_kind()) {
                     op.imm.set(i.immediate(1));
                     if memory0 {
-                        by_size_hot!(op, long, size, alu::test_mem_imm, $o)
+                        by_size_hot!(op, long, size, alu::test_mem_imm, $o, Fast)
                     } else {
                         by_size!(size, alu::test_reg_imm, $o)
                     }
                 } else if memory1 {
-                    by_size_hot!(op, long, size, alu::test_reg_mem, $o)
+                    by_size_hot!(op, long, size, alu::test_reg_mem, $o, Fast)
                 } else if memory0 {
-                    by_size_hot!(op, long, size, alu::test_mem_reg, $o)
+                    by_size_hot!(op, long, size, alu::test_mem_reg, $o, Fast)
                 } else {
                     by_size!(size, alu::test_reg_reg, $o)
                 }
@@ -83,6 +100,16 @@ impl Builder<'_> {
                 } else {
                     op.imm.set(i.immediate(1));
                     modify!(shift::ByImm<$s>)
+                }
+            }};
+        }
+        macro_rules! quiet_shifted {
+            ($s:ty) => {{
+                if quiet && i.op1_kind() != OpKind::Register {
+                    op.imm.set(i.immediate(1));
+                    by_wide!(size, rmw::reg, shift::ByImm<Quiet<$s>>)
+                } else {
+                    shifted!($s)
                 }
             }};
         }
@@ -131,15 +158,23 @@ impl Builder<'_> {
             };
         }
         let handler = match i.mnemonic() {
-            M::Add => binary!(alu::Add),
-            M::Or => binary!(alu::Or),
+            M::Add => quiet_binary!(alu::Add),
+            M::Or => quiet_binary!(alu::Or),
             M::Adc => binary!(alu::Adc),
             M::Sbb => binary!(alu::Sbb),
-            M::And => binary!(alu::And),
-            M::Sub => binary!(alu::Sub),
-            M::Xor => binary!(alu::Xor),
+            M::And => quiet_binary!(alu::And),
+            M::Sub => quiet_binary!(alu::Sub),
+            M::Xor => quiet_binary!(alu::Xor),
             M::Cmp => compare!(alu::Sub),
             M::Test => compare!(alu::And),
+            M::Inc if quiet => {
+                op.imm.set(1);
+                by_wide!(size, rmw::reg, alu::WithImm<Quiet<alu::Add>>)
+            }
+            M::Dec if quiet => {
+                op.imm.set(1);
+                by_wide!(size, rmw::reg, alu::WithImm<Quiet<alu::Sub>>)
+            }
             M::Inc => modify!(alu::Inc),
             M::Dec => modify!(alu::Dec),
             M::Neg => modify!(alu::Neg),
@@ -151,9 +186,9 @@ impl Builder<'_> {
             }
             M::Xchg if memory0 => by_size_mem!(long, size, rmw::locked, alu::Xchg),
             M::Xchg => by_size!(size, mov::xchg_reg_reg),
-            M::Shl | M::Sal => shifted!(shift::Shl),
-            M::Shr => shifted!(shift::Shr),
-            M::Sar => shifted!(shift::Sar),
+            M::Shl | M::Sal => quiet_shifted!(shift::Shl),
+            M::Shr => quiet_shifted!(shift::Shr),
+            M::Sar => quiet_shifted!(shift::Sar),
             M::Rol => shifted!(shift::Rol),
             M::Ror => shifted!(shift::Ror),
             M::Rcl => shifted!(shift::Rcl),

@@ -15,25 +15,35 @@ use super::{Owned, Slow, SlowOp};
 use crate::cpu::mode;
 use crate::hostop::StubCache;
 use crate::ops::operand::{address_size, encode, segment_number};
-use crate::ops::{flow, host, mov};
+use crate::ops::{flow, host, mov, stack};
 
 /// Collects the operations of one block.
 pub(crate) struct Builder<'a> {
     mode: u16,
-    /// Offset of the block in its page.
-    page_offset: u64,
     ops: Vec<Op>,
     owned: Owned,
     stubs: &'a mut StubCache,
     previous: Option<Instruction>,
+    /// The previous instruction is the second one of a pair.
+    paired: bool,
+    /// Nobody sees the status flags that the current instruction sets.
+    quiet: bool,
 }
 
 /// An operation under construction: the handler, and whether it ends the block.
 type Chosen = (Handler, bool);
 
 impl<'a> Builder<'a> {
-    pub fn new(mode: u16, page_offset: u64, stubs: &'a mut StubCache) -> Self {
-        Self { mode, page_offset, ops: Vec::new(), owned: Owned::default(), stubs, previous: None }
+    pub fn new(mode: u16, stubs: &'a mut StubCache) -> Self {
+        Self {
+            mode,
+            ops: Vec::new(),
+            owned: Owned::default(),
+            stubs,
+            previous: None,
+            paired: false,
+            quiet: false,
+        }
     }
 
     pub fn finish(self) -> (Vec<Op>, Owned) {
@@ -44,10 +54,13 @@ impl<'a> Builder<'a> {
         self.mode & mode::CODE64 != 0
     }
 
-    /// Adds an instruction; `left` counts it and those that follow, `last` says that none follows.
-    pub fn instruction(&mut self, instruction: &Instruction, left: u8, last: bool) {
+    /// Adds an instruction; `left` counts it and those that follow, `quiet` says that nobody sees the status flags that
+    /// it leaves.
+    pub fn instruction(&mut self, instruction: &Instruction, left: u8, quiet: bool) {
+        let last = left == 1;
+        self.quiet = quiet;
         let mut op = Op {
-            handler: mov::nop,
+            handler: Cell::new(mov::nop),
             imm: Cell::new(0),
             disp: 0,
             r1: 0,
@@ -62,10 +75,12 @@ impl<'a> Builder<'a> {
             x: 0,
         };
         let (handler, ends) = self.choose(instruction, &mut op);
-        op.handler = handler;
+        op.handler.set(handler);
         if last && !ends && instruction.is_jcc_short_or_near() {
             self.fuse(instruction.condition_code() as u8 - 1);
         }
+        let paired = !self.paired && self.pair(instruction);
+        self.paired = paired;
         self.previous = Some(*instruction);
         self.ops.push(op);
         if last && !ends {
@@ -73,17 +88,32 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Lets the operation of the previous PUSH or POP of a register execute this one as well. Returns whether it does.
+    fn pair(&mut self, instruction: &Instruction) -> bool {
+        let (Some(previous), Some(op)) = (self.previous, self.ops.last()) else { return false };
+        let register = |i: &Instruction| i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64();
+        // Not those whose operand is the stack pointer.
+        let simple = |i: &Instruction| register(i) && i.op0_register() != Register::RSP;
+        if previous.mnemonic() != instruction.mnemonic() || !simple(&previous) || !simple(instruction) {
+            return false;
+        }
+        match instruction.mnemonic() {
+            M::Push => op.handler.set(stack::push64_pair),
+            M::Pop => op.handler.set(stack::pop64_pair),
+            _ => return false,
+        }
+        true
+    }
+
     /// Ends the block with a jump to the instruction that follows it.
     fn go_on(&mut self, next: u64) {
-        let near = self.page_offset + next < 4096;
-        let (disp, handler) = match (near, self.code64()) {
-            (true, true) => (next as i32, flow::jump_near::<u64> as Handler),
-            (true, false) => (next as i32, flow::jump_near::<u32> as Handler),
+        let (disp, handler) = match (next < 4096, self.code64()) {
+            (true, _) => (next as i32, flow::jump_near as Handler),
             (false, true) => (0, flow::jump_far::<u64> as Handler),
             (false, false) => (0, flow::jump_far::<u32> as Handler),
         };
         self.ops.push(Op {
-            handler,
+            handler: Cell::new(handler),
             imm: Cell::new(0),
             disp,
             r1: 0,

@@ -17,9 +17,18 @@ macro_rules! by_size_hot {
     ($op:expr, $long:expr, $size:expr, $($f:ident)::+ $(, $g:ty)*) => {
         if $long && $op.index == ZERO && $op.seg == ZERO {
             by_size!($size, $($f)::+, Base $(, $g)*)
+        } else if $long && $op.seg == ZERO {
+            by_size!($size, $($f)::+, Indexed $(, $g)*)
         } else {
             by_size_mem!($long, $size, $($f)::+ $(, $g)*)
         }
+    };
+}
+
+/// The instance for an operand size of 4 or 8 bytes.
+macro_rules! by_wide {
+    ($size:expr, $($f:ident)::+ $(, $g:ty)*) => {
+        if $size == 4 { $($f)::+::<u32 $(, $g)*> as Handler } else { $($f)::+::<u64 $(, $g)*> as Handler }
     };
 }
 
@@ -50,4 +59,4 @@ macro_rules! by_condition {
     };
 }
 
-pub(super) use {by_condition, by_size, by_size_hot, by_size_mem};
+pub(super) use {by_condition, by_size, by_size_hot, by_size_mem, by_wide};
