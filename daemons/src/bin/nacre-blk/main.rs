@@ -42,10 +42,7 @@ struct Args {
 }
 
 fn main() -> Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    daemons::log_to_stderr("RUST_LOG", tracing_subscriber::filter::LevelFilter::ERROR);
     let args = Args::parse();
     anyhow::ensure!(
         !args.unix.is_empty() || !args.tcp.is_empty(),

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
+use tracing_subscriber::filter::LevelFilter;
 use vswitch::openflow::{OpenFlowConfig, OpenFlowServer, OpenFlowTarget};
 use vswitch::{
     GatewayConfig, GatewayPort, NetdevPort, PortConfig, StreamMode, StreamPort, Switch, SwitchConfig,
@@ -63,10 +64,7 @@ struct Args {
 }
 
 fn main() -> Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-        .with_writer(std::io::stderr)
-        .init();
+    daemons::log_to_stderr("RUST_LOG", LevelFilter::ERROR);
     let args = Args::parse();
     if args.schema {
         println!("{:#}", SwitchConfig::schema());

@@ -8,6 +8,7 @@ mod schema;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use tracing_subscriber::filter::LevelFilter;
 
 /// Runs virtual machines and manages their disks.
 #[derive(Parser)]
@@ -36,9 +37,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let log = tracing_subscriber::EnvFilter::try_from_env("NACRE_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(log).with_writer(std::io::stderr).init();
+    daemons::log_to_stderr("NACRE_LOG", LevelFilter::WARN);
     let result = match cli.command {
         Command::Run(args) => run::run(*args),
         Command::Accel(args) => accel::run(&args),
