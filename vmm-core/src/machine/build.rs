@@ -161,6 +161,10 @@ impl VmBuilder {
             Attached::pci(accel.clone(), memory.clone(), mmio.clone(), ports.clone(), power.clone())?
         };
         let sources = devices::attach_all(&mut attached, config)?;
+        let (virtio_console, held) = devices::open_console(&config.console_ports, &control.events)?;
+        if let Some(device) = virtio_console {
+            attached.add(device)?;
+        }
         for device in self.devices {
             attached.add(device)?;
         }
@@ -192,7 +196,7 @@ impl VmBuilder {
                     .chain(attached.units)
                     .collect(),
                 pm,
-                console: Mutex::new(Some(running)),
+                consoles: Mutex::new(std::iter::once(running).chain(held).collect()),
                 gdb: Mutex::new(None),
             },
             sources: Sources { bus: counters, ..sources },

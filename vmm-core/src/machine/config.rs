@@ -36,6 +36,8 @@ pub struct VmConfig {
     pub boot: BootConfig,
     /// The serial port COM1.
     pub console: ConsoleConfig,
+    /// Ports of a virtio console; the guest's `hvc0` is the first. There is no such device without ports.
+    pub console_ports: Vec<ConsolePortConfig>,
     /// virtio block devices, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
     /// virtio network devices, in the order in which the guest finds them.
@@ -65,6 +67,7 @@ impl Default for VmConfig {
             accel: AccelChoice::default(),
             boot: BootConfig::default(),
             console: ConsoleConfig::default(),
+            console_ports: Vec::new(),
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
@@ -272,7 +275,18 @@ impl LimitConfig {
     }
 }
 
-/// Where the serial console goes.
+/// A port of the virtio console.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsolePortConfig {
+    /// The host's end; not `stdio`, which the serial console alone can have.
+    pub to: ConsoleConfig,
+    /// The guest finds the port by this name in `/dev/virtio-ports`, unless it is the console.
+    #[serde(default)]
+    pub name: String,
+}
+
+/// Where the serial console, or a port of the virtio console, goes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ConsoleConfig {

@@ -1,4 +1,4 @@
-//! The serial console's other end: standard I/O, a pseudo-terminal, a socket or a file.
+//! The other end of the serial console and of virtio console ports: standard I/O, a pseudo-terminal, a socket or a file.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::ConsoleConfig;
 use crate::devices::legacy::{Serial, SerialOutput};
+use crate::devices::virtio::ConsolePort;
 
 const STACK_SIZE: usize = 64 << 10;
 /// How long output waits for a slow reader of a pseudo-terminal or socket before it is dropped, in milliseconds.
@@ -158,6 +159,18 @@ impl Console {
 
     pub(super) fn output(&self) -> Box<dyn SerialOutput> {
         Box::new(Output { sink: self.sink.clone(), drop_when_full: self.drop_when_full })
+    }
+
+    /// Makes a port of a virtio console; what is returned with it must live as long.
+    pub(super) fn into_port(self, name: &str) -> Result<(ConsolePort, RunningConsole), ConsoleError> {
+        let output = self.sink.lock().take().map(OwnedFd::from);
+        let port = match self.input {
+            Input::None => ConsolePort::new(name, None, output),
+            Input::Stream(file) => ConsolePort::new(name, Some(file.into()), output),
+            Input::Listener(listener) => ConsolePort::listening(name, listener)?,
+        };
+        let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        Ok((port, RunningConsole { stop, thread: None, _pty: self.pty, _socket: self.socket }))
     }
 
     /// Starts the thread that feeds `serial`, unless there is no input.

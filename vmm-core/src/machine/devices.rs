@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use blockfmt::{Format, OpenOptions, OpenPolicy};
 
-use super::config::{DiskConfig, NetBackendConfig, NetConfig, VmConfig};
+use super::config::{ConsoleConfig, ConsolePortConfig, DiskConfig, NetBackendConfig, NetConfig, VmConfig};
+use super::console::{self, RunningConsole};
+use super::events::{Events, VmEvent};
 use super::metrics::Sources;
 use super::{VmError, layout};
 use crate::accel;
@@ -16,7 +18,7 @@ use crate::devices::virtio::blk::BlkOptions;
 use crate::devices::virtio::mmio::MMIO_SIZE;
 use crate::devices::virtio::net::{NetBackend, NetOptions, StreamBackend, TapBackend};
 use crate::devices::virtio::vhost_user::VhostUserNetOptions;
-use crate::devices::virtio::{Blk, Net, Rng, VhostUser, VirtioDevice, VirtioMmio, VirtioPci, Vsock};
+use crate::devices::virtio::{Blk, Console, Net, Rng, VhostUser, VirtioDevice, VirtioMmio, VirtioPci, Vsock};
 use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
 use crate::pci::{HostBridge, Identity, PciRoot, PciWindows};
@@ -129,6 +131,35 @@ pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<S
         sources.balloon = Some(balloon);
     }
     Ok(sources)
+}
+
+/// The virtio console, unless it has no ports, and what must live as long as it.
+pub(super) fn open_console(
+    ports: &[ConsolePortConfig],
+    events: &Events,
+) -> Result<(Option<Arc<Console>>, Vec<RunningConsole>), VmError> {
+    let (mut open, mut running) = (Vec::new(), Vec::new());
+    for port in ports {
+        if port.to == ConsoleConfig::Stdio {
+            let what = "a port of the virtio console on stdio; give pty, socket, file or off";
+            return Err(VmError::Config(what.into()));
+        }
+        let end = console::Console::open(&port.to)?;
+        if let Some(path) = end.pty_path() {
+            events.push(VmEvent::ConsolePty(path.to_owned()));
+        }
+        let (port, held) = end.into_port(&port.name)?;
+        open.push(port);
+        running.push(held);
+    }
+    if open.is_empty() {
+        return Ok((None, running));
+    }
+    let console = Console::new(open).map_err(|source| match source.kind() {
+        std::io::ErrorKind::InvalidInput => VmError::Config(source.to_string()),
+        _ => VmError::Host { what: "an event descriptor", source },
+    })?;
+    Ok((Some(console), running))
 }
 
 /// What a device is called in counters.

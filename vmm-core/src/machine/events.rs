@@ -37,7 +37,8 @@ pub enum VmEvent {
     Paused,
     /// vCPUs run again.
     Resumed,
-    /// The serial console is at this pseudo-terminal.
+    /// The serial console is at this pseudo-terminal, or a port of the virtio console: the serial console comes first,
+    /// then the ports in their order.
     ConsolePty(PathBuf),
     /// The guest's kernel panicked.
     Panicked,

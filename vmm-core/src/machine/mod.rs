@@ -34,8 +34,8 @@ use parking_lot::Mutex;
 
 pub use self::build::VmBuilder;
 pub use self::config::{
-    AccelChoice, BootConfig, ConsoleConfig, DiskConfig, GdbConfig, LimitConfig, MemoryConfig,
-    NetBackendConfig, NetConfig, NumaConfig, PageConfig, VmConfig, VsockConfig,
+    AccelChoice, BootConfig, ConsoleConfig, ConsolePortConfig, DiskConfig, GdbConfig, LimitConfig,
+    MemoryConfig, NetBackendConfig, NetConfig, NumaConfig, PageConfig, VmConfig, VsockConfig,
 };
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};
@@ -159,7 +159,7 @@ struct Devices {
     /// Everything with a lifecycle, in the order in which it starts.
     units: Vec<Arc<dyn Lifecycle>>,
     pm: Arc<AcpiPm>,
-    console: Mutex<Option<RunningConsole>>,
+    consoles: Mutex<Vec<RunningConsole>>,
     gdb: Mutex<Option<GdbServer>>,
 }
 
@@ -294,7 +294,7 @@ impl Drop for Vm {
                 tracing::error!(%error, "A device did not complete its requests");
             }
         }
-        *self.devices.console.get_mut() = None;
+        self.devices.consoles.get_mut().clear();
         *self.devices.gdb.get_mut() = None;
         // Devices and buses refer to each other; cut that here.
         self.devices.mmio.clear();

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write, pipe};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use vmm_core::devices::virtio::{Console, ConsolePort, Rng};
 
@@ -153,4 +153,50 @@ fn ports_are_announced_and_opened() {
     guest.notify(4);
     drop(theirs);
     assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 0, 0]);
+}
+
+/// A client that connects, leaves, and another one: the guest learns of each.
+#[test]
+fn clients_of_a_listening_port_come_and_go() {
+    let path = std::env::temp_dir().join(format!("nacre-port-{}", std::process::id()));
+    let listener = UnixListener::bind(&path).unwrap();
+    let ports = vec![ConsolePort::new("", None, None), ConsolePort::listening("agent", listener).unwrap()];
+    let mut guest = Guest::new(Transport::PciMsix, Console::new(ports).unwrap());
+    let mut queues = guest.bring_up(SIZE | MULTIPORT, 32);
+    let mut buffers: Vec<_> = (0..12).map(|_| guest.writable(64)).collect();
+    for buffer in &buffers {
+        queues[2].submit(&[*buffer]);
+    }
+    let say = |guest: &mut Guest, queues: &mut Vec<DriverQueue>, port: u32, event: u16, value: u16| {
+        let message = [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
+        let buffer = guest.readable(&message);
+        guest.exchange(&mut queues[3], &[buffer]);
+    };
+    say(&mut guest, &mut queues, 1, 3, 1);
+    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), b"\x01\0\0\0\x07\0\x01\0agent");
+    say(&mut guest, &mut queues, 1, 6, 1);
+    // Nobody is there: what the guest writes is lost, and it does not wait.
+    let output = guest.readable(b"lost");
+    guest.exchange(&mut queues[5], &[output]);
+    let mut input = guest.writable(16);
+    queues[4].submit(&[input]);
+    guest.notify(4);
+    for text in [b"one!", b"two!"] {
+        let mut client = UnixStream::connect(&path).unwrap();
+        assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 1, 0], "opened");
+        let output = guest.readable(text);
+        guest.exchange(&mut queues[5], &[output]);
+        let mut bytes = [0; 4];
+        client.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, text);
+        client.write_all(b"ok").unwrap();
+        assert_eq!(guest.wait_used(&mut queues[4]).1, 2);
+        assert_eq!(guest.bytes(input)[..2], *b"ok");
+        input = guest.writable(16);
+        queues[4].submit(&[input]);
+        guest.notify(4);
+        drop(client);
+        assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 0, 0], "closed");
+    }
+    std::fs::remove_file(&path).unwrap();
 }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use vmm_core::machine::{
-    AccelChoice, ConsoleConfig, DiskConfig, GdbConfig, LimitConfig, NetBackendConfig, NetConfig, VmConfig,
-    VsockConfig,
+    AccelChoice, ConsoleConfig, ConsolePortConfig, DiskConfig, GdbConfig, LimitConfig, NetBackendConfig,
+    NetConfig, VmConfig, VsockConfig,
 };
 
 use super::pairs::Pairs;
@@ -27,6 +27,8 @@ Ctrl-A x ends the machine; Ctrl-A Ctrl-A sends Ctrl-A.
 Examples:
   nacre run --kernel /boot/vmlinuz --initrd initrd.img --cmdline console=ttyS0
   nacre run --kernel vmlinuz --disk path=child.qcow2,format=qcow2 --cmdline 'console=ttyS0 root=/dev/vda rw'
+  nacre run --kernel vmlinuz --console off --virtio-console pty --virtio-console socket=agent.sock,name=agent \\
+            --cmdline console=hvc0
   nacre run --config machine.json";
 
 /// Boot a kernel in a virtual machine and connect its serial console to the terminal.
@@ -80,6 +82,10 @@ pub struct Args {
     /// Where the serial console goes: stdio, pty, socket=PATH, file=PATH or off [default: stdio].
     #[arg(long, value_name = "WHERE", value_parser = parse_console)]
     console: Option<ConsoleConfig>,
+    /// A port of a virtio console: pty, socket=PATH, file=PATH or off and, after a comma, name=NAME. The guest's hvc0
+    /// is the first port; the others are in its /dev/virtio-ports by their names (may be repeated).
+    #[arg(long, value_name = "WHERE[,name=NAME]", value_parser = parse_port)]
+    virtio_console: Vec<ConsolePortConfig>,
     /// Offer counters in the text format of Prometheus, over HTTP on this Unix socket.
     #[arg(long, value_name = "SOCKET")]
     metrics: Option<PathBuf>,
@@ -149,6 +155,7 @@ impl Args {
         if let Some(console) = self.console {
             config.console = console;
         }
+        config.console_ports.extend(self.virtio_console);
         config.disks.extend(self.disk);
         config.nets.extend(self.net);
         if self.vsock.is_some() {
@@ -270,6 +277,14 @@ fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
     })
 }
 
+fn parse_port(text: &str) -> Result<ConsolePortConfig, String> {
+    let (place, name) = text.split_once(",name=").unwrap_or((text, ""));
+    match parse_console(place) {
+        Ok(to) if to != ConsoleConfig::Stdio => Ok(ConsolePortConfig { to, name: name.into() }),
+        _ => Err("give pty, socket=PATH, file=PATH or off, and perhaps ,name=NAME".into()),
+    }
+}
+
 /// `VCPU=CPUS`, where CPUS is a list of numbers and ranges.
 fn parse_pin(text: &str) -> anyhow::Result<(usize, Vec<usize>)> {
     let parse = || {
@@ -319,10 +334,20 @@ mod tests {
     }
 
     #[test]
+    fn console_ports_have_names() {
+        let line = ["run", "--kernel", "k", "--virtio-console", "off", "--virtio-console", "file=a,name=log"];
+        let config = Args::try_parse_from(line).unwrap().config().unwrap();
+        let port = |to, name: &str| ConsolePortConfig { to, name: name.into() };
+        let expected = [port(ConsoleConfig::Off, ""), port(ConsoleConfig::File("a".into()), "log")];
+        assert_eq!(config.console_ports, expected);
+    }
+
+    #[test]
     fn wrong_options_are_refused() {
         for line in [
             vec!["run"],
             vec!["run", "--kernel", "k", "--console", "socket="],
+            vec!["run", "--kernel", "k", "--virtio-console", "stdio"],
             vec!["run", "--kernel", "k", "--accel", "xen"],
             vec!["run", "--kernel", "k", "--disk", "path=d"],
             vec!["run", "--kernel", "k", "--disk", "path=d,format=raw,color=red"],

@@ -25,6 +25,8 @@ const PORT_NAME: u16 = 7;
 /// Messages that wait for the driver's buffers; more are dropped.
 const MAX_MESSAGES: usize = 256;
 const WAKE: u32 = u32::MAX;
+/// Added to the number of a port: somebody wants to connect to it.
+const LISTEN: u32 = 1 << 16;
 /// Bytes moved at once.
 const CHUNK: usize = 1024;
 
@@ -125,7 +127,9 @@ impl Ports {
                 if !name.is_empty() {
                     self.say(port, PORT_NAME, 1, name.as_bytes());
                 }
-                self.say(port, PORT_OPEN, 1, &[]);
+                if self.core.ports[port].is_connected() {
+                    self.say(port, PORT_OPEN, 1, &[]);
+                }
             }
             PORT_OPEN => {
                 self.core.opened.lock()[port] = value != 0;
@@ -185,11 +189,7 @@ impl Ports {
             match self.core.ports[port].read(&mut bytes[..room]) {
                 Ok(0) if room != 0 => {
                     queue.unpop();
-                    self.ended[port] = true;
-                    if self.multiport {
-                        self.say(port, PORT_OPEN, 0, &[]);
-                        self.deliver_messages(context)?;
-                    }
+                    self.end(port, context)?;
                 }
                 Ok(n) => {
                     self.chain.writer(&context.memory).write(&bytes[..n])?;
@@ -202,10 +202,56 @@ impl Ports {
                 Err(error) => {
                     tracing::info!(port, %error, "Console input ended");
                     queue.unpop();
-                    self.ended[port] = true;
+                    self.end(port, context)?;
                 }
             }
         }
+        self.input(port, context)
+    }
+
+    /// The host's end of a port hung up.
+    fn end(&mut self, port: usize, context: &mut Context) -> Result<(), DeviceError> {
+        let end = Arc::clone(&self.core.ports[port]);
+        if end.listener().is_some() {
+            for fd in end.input().into_iter().chain(end.output()) {
+                context.unwatch(fd);
+            }
+            end.hang_up();
+            self.listen(port, context)?;
+            // What waited for the client is lost, and must not wait any more.
+            self.write(port, context)?;
+        } else {
+            self.ended[port] = true;
+        }
+        self.say_open(port, false, context)
+    }
+
+    fn say_open(&mut self, port: usize, open: bool, context: &mut Context) -> Result<(), DeviceError> {
+        if self.multiport {
+            self.say(port, PORT_OPEN, open.into(), &[]);
+            self.deliver_messages(context)?;
+        }
+        Ok(())
+    }
+
+    /// Watches for a client while there is none.
+    fn listen(&self, port: usize, context: &Context) -> Result<(), DeviceError> {
+        let end = &self.core.ports[port];
+        if let Some(fd) = end.listener().filter(|_| !end.is_connected()) {
+            context.watch(fd, LISTEN | port as u32, EventSet::IN)?;
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self, port: usize, context: &mut Context) -> Result<(), DeviceError> {
+        let end = Arc::clone(&self.core.ports[port]);
+        if !end.accept() {
+            return Ok(());
+        }
+        if let Some(fd) = end.listener() {
+            context.unwatch(fd);
+        }
+        self.say_open(port, true, context)?;
         self.input(port, context)
     }
 
@@ -223,7 +269,7 @@ impl Ports {
                 let mut reader = self.chain.reader(&context.memory);
                 reader.take(self.written[port] as usize, &mut Vec::new());
                 let mut bytes = [0; CHUNK];
-                let mut blocked = false;
+                let (mut blocked, mut lost) = (false, false);
                 loop {
                     let n = reader.read(&mut bytes)?;
                     if n == 0 {
@@ -240,7 +286,10 @@ impl Ports {
                             blocked = true;
                         }
                         // Nobody listens any more: what the guest writes is lost.
-                        Err(_) => break,
+                        Err(_) => {
+                            lost = true;
+                            break;
+                        }
                     }
                     if blocked {
                         break;
@@ -257,6 +306,9 @@ impl Ports {
                 self.written[port] = 0;
                 queue.push(self.chain.head(), 0)?;
                 context.signal(index)?;
+                if lost && end.listener().is_some() && end.is_connected() {
+                    return self.end(port, context);
+                }
             }
             let Some(queue) = &mut context.queues[index] else { return Ok(()) };
             if !queue.enable_notification()? || context.stopping() {
@@ -268,6 +320,9 @@ impl Ports {
 
 impl QueueHandler for Ports {
     fn start(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        for port in 0..self.core.ports.len() {
+            self.listen(port, context)?;
+        }
         Ok(context.watch(self.core.wake.as_raw_fd(), WAKE, EventSet::IN)?)
     }
 
@@ -289,6 +344,9 @@ impl QueueHandler for Ports {
                 self.deliver_messages(context)?;
             }
             return Ok(());
+        }
+        if token & LISTEN != 0 {
+            return self.accept((token & !LISTEN) as usize, context);
         }
         let port = token as usize / 2;
         if token.is_multiple_of(2) { self.read(port, context) } else { self.write(port, context) }
