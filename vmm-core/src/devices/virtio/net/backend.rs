@@ -60,6 +60,11 @@ pub trait NetPort: Send {
         Ok(())
     }
 
+    /// Whether a frame waits inside of the port, of which its descriptor says nothing.
+    fn is_ready(&self) -> bool {
+        false
+    }
+
     /// Takes the next received frame with its header into `frame`; returns their length, or `None` when there is none
     /// now.
     ///

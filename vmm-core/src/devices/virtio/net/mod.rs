@@ -1,8 +1,10 @@
 //! The network device (virtio 1.2, section 5.1).
 
 mod backend;
+mod coalesce;
 mod control;
 mod filter;
+mod offload;
 mod pair;
 mod stream;
 mod tap;

@@ -221,7 +221,15 @@ impl Pair {
             }
         }
         context.signal(self.rx())?;
+        self.resume_soon(context);
         self.watch(context)
+    }
+
+    /// The descriptor is silent about frames that the port holds already: they go on after the others had their turn.
+    fn resume_soon(&self, context: &mut Context) {
+        if self.held.is_none() && self.connected && self.port.is_ready() {
+            self.schedule(Some(Instant::now()), context);
+        }
     }
 
     /// Sends the frame in `chain`; false when the port has no room.
@@ -329,6 +337,7 @@ impl QueueHandler for Pair {
         if self.port.descriptor().is_none() {
             return self.connect(context);
         }
+        self.resume_soon(context);
         self.watch(context)
     }
 
@@ -369,7 +378,7 @@ impl QueueHandler for Pair {
         if self.retry.is_some_and(|at| at <= Instant::now()) {
             self.connect(context)?;
         }
-        if self.held.is_some() {
+        if self.held.is_some() || (self.connected && self.port.is_ready()) {
             self.receive(context)?;
         }
         self.transmit(context)?;
