@@ -91,6 +91,9 @@ pub enum Error {
     /// The password opens no key slot.
     #[error("No key slot of {0} opens with this secret")]
     WrongSecret(String),
+    /// An encrypted image was opened without a secret.
+    #[error("{0} is encrypted; supply its secret")]
+    SecretNeeded(String),
     /// A backing file changed behind its child.
     #[error("{0} changed since its child was created")]
     ParentChanged(String),
@@ -125,7 +128,7 @@ impl Error {
             Error::ReadOnly => libc::EROFS,
             Error::Unsupported { .. } => libc::ENOTSUP,
             Error::Corrupt { .. } | Error::ParentChanged(_) => libc::EIO,
-            Error::NotAllowed { .. } | Error::WrongSecret(_) => libc::EACCES,
+            Error::NotAllowed { .. } | Error::WrongSecret(_) | Error::SecretNeeded(_) => libc::EACCES,
             Error::Locked { .. } => libc::EAGAIN,
             Error::NotFound { .. } => libc::ENOENT,
             Error::Exists { .. } => libc::EEXIST,

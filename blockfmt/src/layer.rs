@@ -198,6 +198,11 @@ pub trait Layer: Send + Sync + Debug {
     /// Whether writes are refused.
     fn read_only(&self) -> bool;
 
+    /// Whether a new image reads as zeros.
+    fn starts_as_zero(&self) -> bool {
+        true
+    }
+
     /// Facts for people and management software.
     fn info(&self) -> Result<LayerInfo>;
 

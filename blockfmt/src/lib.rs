@@ -32,6 +32,7 @@
 //! returns it from [`Layer::backing`]; the chain, the open policy, locks, jobs and the command line then
 //! work without further changes. Add it to the suites in `tests/`: crash, interoperability and hostile images.
 
+mod crypt;
 mod error;
 mod gate;
 mod iobuf;
@@ -44,6 +45,7 @@ pub mod job;
 pub mod nbd;
 pub mod storage;
 
+pub use crypt::{CipherMode, Hash, IvGenerator, LuksOptions, Secret};
 pub use disk::{
     CreateOptions, Disk, Geometry, OpenOptions, OpenPolicy, OpenRequest, Preallocation, Registry,
 };

@@ -86,7 +86,11 @@ impl Disk {
             ..options.clone()
         };
         create.create(path)?;
-        let open = OpenOptions::new(create.format).backing(true).policy(OpenPolicy::trust_headers());
+        let secrets = create.secret.iter().cloned().collect();
+        let open = OpenOptions::new(create.format)
+            .secrets(secrets)
+            .backing(true)
+            .policy(OpenPolicy::trust_headers());
         open.open_layer_alone(path)
     }
 
@@ -122,6 +126,7 @@ impl Disk {
                 return Err(Error::ParentChanged(path));
             }
             let options = OpenOptions::new(layer.format()).policy(OpenPolicy::trust_headers());
+            let options = options.secrets(self.0.secrets.clone());
             options.open_layer(layer.format(), storage, Path::new(&path), false)
         };
         // Our own lock for reading would keep us from writing.

@@ -4,7 +4,7 @@ use crate::format::qcow2::Qcow2Options;
 use crate::format::vhd::VhdOptions;
 use crate::format::vhdx::VhdxOptions;
 use crate::storage::{FileOptions, FileStorage, LockMode};
-use crate::{BackingRef, Format, Result, Storage, format};
+use crate::{BackingRef, Format, LuksOptions, Result, Secret, Storage, format};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,6 +39,10 @@ pub struct CreateOptions {
     pub vhd: VhdOptions,
     /// Options that only VHDX has.
     pub vhdx: VhdxOptions,
+    /// Options that only LUKS has.
+    pub luks: LuksOptions,
+    /// The passphrase of an encrypted image.
+    pub secret: Option<Secret>,
 }
 
 impl CreateOptions {
@@ -52,6 +56,8 @@ impl CreateOptions {
             qcow2: Qcow2Options::default(),
             vhd: VhdOptions::default(),
             vhdx: VhdxOptions::default(),
+            luks: LuksOptions::default(),
+            secret: None,
         }
     }
 
@@ -82,6 +88,18 @@ impl CreateOptions {
     /// Sets the options that only VHDX has.
     pub fn vhdx(mut self, vhdx: VhdxOptions) -> Self {
         self.vhdx = vhdx;
+        self
+    }
+
+    /// Sets the options that only LUKS has.
+    pub fn luks(mut self, luks: LuksOptions) -> Self {
+        self.luks = luks;
+        self
+    }
+
+    /// Sets the passphrase of an encrypted image.
+    pub fn secret(mut self, secret: Secret) -> Self {
+        self.secret = Some(secret);
         self
     }
 

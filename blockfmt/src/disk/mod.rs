@@ -14,7 +14,7 @@ pub use shared::{Registry, RegistryStats};
 pub use throttle::{Limits, Throttle};
 
 use crate::gate::Gate;
-use crate::{Below, Error, Extent, Gather, Layer, Result, Scatter};
+use crate::{Below, Error, Extent, Gather, Layer, Result, Scatter, Secret};
 use parking_lot::{Mutex, RwLock};
 use std::fmt;
 use std::sync::Arc;
@@ -89,6 +89,8 @@ struct Inner {
     close_on_drop: bool,
     /// Whether layers below the active one may belong to other disks, too.
     shares_bases: bool,
+    /// Passphrases, to open layers again.
+    secrets: Vec<Secret>,
     throttled: AtomicBool,
     throttles: RwLock<Vec<Arc<Throttle>>>,
     resize_callbacks: Mutex<Vec<ResizeCallback>>,
@@ -120,6 +122,7 @@ impl Disk {
             read_only,
             close_on_drop: true,
             shares_bases: false,
+            secrets: Vec::new(),
             throttled: AtomicBool::new(false),
             throttles: RwLock::default(),
             resize_callbacks: Mutex::default(),

@@ -3,7 +3,7 @@
 use super::{CreateOptions, Disk, OpenPolicy, Registry, Role};
 use crate::format::{LayerOptions, data_file_name, open_layer};
 use crate::storage::{FileId, FileOptions, FileStorage, LockMode};
-use crate::{BackingRef, Error, Format, Layer, Result, Storage};
+use crate::{BackingRef, Error, Format, Layer, LuksOptions, Result, Secret, Storage};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +20,7 @@ pub struct OpenOptions {
     pub(crate) policy: OpenPolicy,
     pub(crate) backing: bool,
     pub(crate) repair: bool,
+    secrets: Vec<Secret>,
     registry: Option<Registry>,
     temporary: Option<PathBuf>,
 }
@@ -35,6 +36,7 @@ impl OpenOptions {
             policy: OpenPolicy::default(),
             backing: true,
             repair: false,
+            secrets: Vec::new(),
             registry: None,
             temporary: None,
         }
@@ -89,6 +91,18 @@ impl OpenOptions {
         self
     }
 
+    /// Adds a passphrase. Each is tried on each encrypted image of the chain.
+    pub fn secret(mut self, secret: Secret) -> Self {
+        self.secrets.push(secret);
+        self
+    }
+
+    /// Sets all passphrases.
+    pub(crate) fn secrets(mut self, secrets: Vec<Secret>) -> Self {
+        self.secrets = secrets;
+        self
+    }
+
     /// Opens a file or block device.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Disk> {
         let path = path.as_ref();
@@ -119,6 +133,7 @@ impl OpenOptions {
         let mut disk = Disk::from_layers(self.open_chain(storage, path.as_ref())?, self.read_only)?;
         if let Some(inner) = Arc::get_mut(&mut disk.0) {
             inner.shares_bases = self.registry.is_some();
+            inner.secrets = self.secrets.clone();
         }
         Ok(disk)
     }
@@ -211,7 +226,8 @@ impl OpenOptions {
                 Some(self.open_named(&data, path, Role::Data, read_only)?)
             }
         };
-        open_layer(format, storage, &LayerOptions { read_only, repair: self.repair, data_file })
+        let secrets = self.secrets.clone();
+        open_layer(format, storage, &LayerOptions { read_only, repair: self.repair, data_file, secrets })
     }
 }
 
@@ -219,8 +235,17 @@ impl Disk {
     /// A writable disk over the layers of this one; what is written goes to a file that has no name.
     fn on_temporary_layer(&self, directory: &Path) -> Result<Disk> {
         let storage: Arc<dyn Storage> = Arc::new(FileStorage::temporary(directory)?);
-        CreateOptions::new(Format::Qcow2, self.size()).create_on(storage.clone())?;
-        let mut layers = vec![open_layer(Format::Qcow2, storage, &LayerOptions::default())?];
+        let mut create = CreateOptions::new(Format::Qcow2, self.size());
+        let mut options = LayerOptions::default();
+        if !self.0.secrets.is_empty() {
+            // What is read from an encrypted disk and written back does not become plain text.
+            let secret = Secret::random()?;
+            create.qcow2.encryption = Some(LuksOptions { iter_time_ms: 1, ..LuksOptions::default() });
+            create.secret = Some(secret.clone());
+            options.secrets = vec![secret];
+        }
+        create.create_on(storage.clone())?;
+        let mut layers = vec![open_layer(Format::Qcow2, storage, &options)?];
         layers.extend(self.layers());
         Disk::from_layers(layers, false)
     }

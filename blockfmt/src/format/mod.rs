@@ -1,13 +1,14 @@
 //! The formats.
 
 pub mod check;
+pub mod luks;
 pub mod qcow2;
 pub mod raw;
 pub mod vhd;
 pub mod vhdx;
 
 use crate::disk::CreateOptions;
-use crate::{Error, Layer, Result, Storage};
+use crate::{Error, Layer, Result, Secret, Storage};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -26,11 +27,13 @@ pub enum Format {
     Vhd,
     /// Hyper-V's second format.
     Vhdx,
+    /// A raw image encrypted with LUKS, version 1.
+    Luks,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: &'static [Format] = &[Format::Raw, Format::Qcow2, Format::Vhd, Format::Vhdx];
+    pub const ALL: &'static [Format] = &[Format::Raw, Format::Qcow2, Format::Vhd, Format::Vhdx, Format::Luks];
 
     /// The name that QEMU and this crate use.
     pub fn name(self) -> &'static str {
@@ -39,6 +42,7 @@ impl Format {
             Format::Qcow2 => "qcow2",
             Format::Vhd => "vpc",
             Format::Vhdx => "vhdx",
+            Format::Luks => "luks",
         }
     }
 }
@@ -68,13 +72,15 @@ pub struct LayerOptions {
     pub repair: bool,
     /// The external data file, for images that have one.
     pub data_file: Option<Arc<dyn Storage>>,
+    /// Passphrases to try on encrypted images.
+    pub secrets: Vec<Secret>,
 }
 
 /// The name of the external data file that an image's header demands, if it does.
 pub(crate) fn data_file_name(format: Format, storage: &Arc<dyn Storage>) -> Result<Option<String>> {
     match format {
         Format::Qcow2 => qcow2::data_file_name(storage),
-        Format::Raw | Format::Vhd | Format::Vhdx => Ok(None),
+        Format::Raw | Format::Vhd | Format::Vhdx | Format::Luks => Ok(None),
     }
 }
 
@@ -89,6 +95,7 @@ pub(crate) fn open_layer(
         Format::Qcow2 => Ok(Arc::new(qcow2::Qcow2::open(storage, options)?)),
         Format::Vhd => Ok(Arc::new(vhd::Vhd::open(storage, options)?)),
         Format::Vhdx => Ok(Arc::new(vhdx::Vhdx::open(storage, options)?)),
+        Format::Luks => Ok(Arc::new(luks::Luks::open(storage, options)?)),
     }
 }
 
@@ -103,5 +110,6 @@ pub(crate) fn create_layer(
         Format::Qcow2 => qcow2::create(storage, data_file, options),
         Format::Vhd => vhd::create(&storage, options),
         Format::Vhdx => vhdx::create(&storage, options),
+        Format::Luks => luks::create(&storage, options),
     }
 }

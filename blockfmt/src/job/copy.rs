@@ -35,6 +35,8 @@ pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &
     if target.size() < size {
         return Err(Error::InvalidOption("The target is smaller than the source".into()));
     }
+    let target_is_zero = options.target_is_zero && target.layers()[0].starts_as_zero();
+    let options = ConvertOptions { target_is_zero, ..options };
     control.begin(size);
     match options.compress {
         true => convert_compressed(source, target, options, control)?,

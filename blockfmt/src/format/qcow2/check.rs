@@ -98,6 +98,9 @@ impl Qcow2 {
         };
         region(0, 1, counts);
         region(header.l1_offset, u64::from(header.l1_size) * 8, counts);
+        if let Some((offset, len)) = header.luks_place() {
+            region(offset, len, counts);
+        }
         let (snapshots, table_len) = self.read_snapshots(header)?;
         region(header.snapshots_offset, table_len, counts);
         let mut last_host = None;

@@ -85,6 +85,9 @@ impl Qcow2 {
         if self.data.is_some() {
             return Err(Error::unsupported(&self.name, "compression with an external data file"));
         }
+        if self.plain.is_some() {
+            return Err(Error::unsupported(&self.name, "compression of encrypted images"));
+        }
         self.expect_change()?;
         let cluster = guest >> self.p.cluster_bits;
         let _pass = self.gate.enter();

@@ -4,6 +4,7 @@ use super::header::{Header, autoclear, compatible, extension, incompatible};
 use super::refcount::write_entry;
 use super::tables::COPIED;
 use super::{Compression, Qcow2};
+use crate::crypt::{self, LuksOptions};
 use crate::disk::{CreateOptions, Preallocation};
 use crate::format::LayerOptions;
 use crate::{Below, Error, Layer, Result, Storage};
@@ -29,6 +30,8 @@ pub struct Qcow2Options {
     pub data_file: Option<String>,
     /// Whether the external data file is a raw image of the disk.
     pub data_file_raw: bool,
+    /// How payload is encrypted, if it is. The passphrase is that of [`CreateOptions::secret`].
+    pub encryption: Option<LuksOptions>,
 }
 
 impl Default for Qcow2Options {
@@ -42,6 +45,7 @@ impl Default for Qcow2Options {
             lazy_refcounts: false,
             data_file: None,
             data_file_raw: false,
+            encryption: None,
         }
     }
 }
@@ -88,6 +92,15 @@ pub(crate) fn create(
     if o.data_file_raw && options.backing.is_some() {
         return Err(Error::InvalidOption("A raw external data file excludes a backing file".into()));
     }
+    if o.encryption.is_some() && (o.data_file_raw || options.preallocation != Preallocation::Off) {
+        let what = "An encrypted image can be neither preallocated nor have a raw external data file";
+        return Err(Error::InvalidOption(what.into()));
+    }
+    let luks = match (&o.encryption, &options.secret) {
+        (Some(luks), Some(secret)) => Some(crypt::format(luks, secret)?),
+        (Some(_), None) => return Err(Error::SecretNeeded(storage.name())),
+        (None, _) => None,
+    };
     let flag = |on: bool, bit: u64| if on { bit } else { 0 };
     let cluster = o.cluster_size;
     let mut header = Header {
@@ -127,12 +140,27 @@ pub(crate) fn create(
 
     let layer = LayerOptions { data_file: data, ..LayerOptions::default() };
     let image = Qcow2::open(storage, &layer)?;
+    if let Some(luks) = luks {
+        image.install_luks(&luks)?;
+    }
     image.resize_image(options.size, Below::new(&[]))?;
     image.preallocate(options.preallocation)?;
     image.close()
 }
 
 impl Qcow2 {
+    /// Puts the LUKS header into an image that holds no payload yet.
+    fn install_luks(&self, luks: &[u8]) -> Result<()> {
+        let run = self.allocate_metadata((luks.len() as u64).div_ceil(self.p.cluster))?;
+        let offset = run.start << self.p.cluster_bits;
+        self.storage.write_at(luks, offset)?;
+        self.write_back()?;
+        let mut header = self.header.lock();
+        header.set_luks(offset, luks.len() as u64);
+        self.write_header(&mut header)?;
+        self.storage.sync()
+    }
+
     /// Maps every guest cluster to a host cluster.
     fn preallocate(&self, how: Preallocation) -> Result<()> {
         if how == Preallocation::Off {

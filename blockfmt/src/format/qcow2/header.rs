@@ -1,5 +1,6 @@
 //! The header and its extensions.
 
+use crate::crypt::HEADER_BYTES;
 use crate::{BackingRef, Error, Result, Storage};
 use std::sync::Arc;
 
@@ -11,6 +12,10 @@ pub(super) const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Largest backing file name in bytes.
 const MAX_BACKING_NAME: u32 = 1023;
 const V3_LENGTH: u32 = 112;
+/// Encryption method: LUKS.
+const LUKS: u32 = 2;
+/// Largest LUKS header with its key material.
+const MAX_LUKS_BYTES: u64 = 16 << 20;
 
 /// Incompatible features: who does not know one must not open the image.
 pub(super) mod incompatible {
@@ -41,6 +46,7 @@ pub(super) mod extension {
     pub const BITMAPS: u32 = 0x2385_2875;
     pub const FEATURE_NAMES: u32 = 0x6803_f857;
     pub const DATA_FILE: u32 = 0x4441_5441;
+    pub const ENCRYPTION: u32 = 0x0537_be77;
 }
 
 /// How compressed clusters are compressed.
@@ -184,15 +190,12 @@ impl Header {
             };
             return Err(Error::unsupported(name, feature));
         }
-        if self.crypt_method != 0 {
-            let method = match self.crypt_method {
-                1 => "AES encryption (legacy)".to_owned(),
-                2 => "LUKS encryption".to_owned(),
-                other => format!("encryption method {other}"),
-            };
-            return Err(Error::unsupported(name, method));
+        match (self.crypt_method, self.luks_place().is_some()) {
+            (0, _) | (LUKS, true) => Ok(()),
+            (LUKS, false) => Err(Error::corrupt(name, "its encryption header is missing or out of bounds")),
+            (1, _) => Err(Error::unsupported(name, "AES encryption (legacy)")),
+            (other, _) => Err(Error::unsupported(name, format!("encryption method {other}"))),
         }
-        Ok(())
     }
 
     fn check_tables(&self, name: &str) -> Result<()> {
@@ -243,6 +246,22 @@ impl Header {
 
     pub fn extension(&self, kind: u32) -> Option<&[u8]> {
         self.extensions.iter().find(|(k, _)| *k == kind).map(|(_, data)| data.as_slice())
+    }
+
+    /// Offset and length of the LUKS header, if the image is encrypted.
+    pub fn luks_place(&self) -> Option<(u64, u64)> {
+        let data =
+            self.extension(extension::ENCRYPTION).filter(|d| self.crypt_method == LUKS && d.len() >= 16)?;
+        let (offset, len) = (be64(data, 0), be64(data, 8));
+        let aligned = offset != 0 && offset.is_multiple_of(1 << self.cluster_bits) && offset < 1 << 56;
+        (aligned && (HEADER_BYTES as u64..=MAX_LUKS_BYTES).contains(&len)).then_some((offset, len))
+    }
+
+    /// Says that payload is encrypted and where the LUKS header is.
+    pub fn set_luks(&mut self, offset: u64, len: u64) {
+        self.crypt_method = LUKS;
+        let data = [offset.to_be_bytes(), len.to_be_bytes()].concat();
+        self.set_extension(extension::ENCRYPTION, Some(data));
     }
 
     /// Sets, replaces or (with `None`) removes an extension.

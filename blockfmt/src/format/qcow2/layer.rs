@@ -62,6 +62,10 @@ impl Layer for Qcow2 {
         if !bitmaps.is_empty() {
             data["bitmaps"] = serde_json::json!(bitmaps);
         }
+        if let Some((_, facts)) = &self.plain {
+            data["encrypt"] = facts.clone();
+            data["encrypt"]["format"] = "luks".into();
+        }
         if let Some(name) = data_file {
             data["data-file"] = String::from_utf8_lossy(name).into();
         }

@@ -33,6 +33,7 @@ pub(crate) use layer::data_file_name;
 pub use snapshot::Snapshot;
 
 use super::LayerOptions;
+use crate::crypt::{self, EncryptedStorage, HEADER_BYTES, LuksHeader};
 use crate::gate::Gate;
 use crate::iobuf::BufferPool;
 use crate::ranges::RangeLocks;
@@ -100,6 +101,8 @@ pub struct Qcow2 {
     storage: Arc<dyn Storage>,
     /// The external data file.
     data: Option<Arc<dyn Storage>>,
+    /// The plain text, if payload is encrypted, and the facts about that.
+    plain: Option<(Arc<dyn Storage>, serde_json::Value)>,
     name: String,
     read_only: bool,
     p: Params,
@@ -154,8 +157,14 @@ impl Qcow2 {
         let slices = header.size.div_ceil(p.cluster).div_ceil(p.slice_entries);
         let slots = slices.clamp(64, CACHE_BYTES / (p.slice_words() as u64 * 8));
         let stale = !read_only && header.incompatible & incompatible::DIRTY != 0 && !options.repair;
+        let plain = open_plain(&storage, data.as_ref(), &header, options)?;
+        if let Some((offset, len)) = header.luks_place() {
+            let first = offset >> p.cluster_bits;
+            refcounts.metadata.extend(first..first + len.div_ceil(p.cluster));
+        }
         let image = Qcow2 {
             data,
+            plain,
             name,
             read_only,
             p,
@@ -186,7 +195,8 @@ impl Qcow2 {
 
     /// Where payload lives.
     fn payload(&self) -> &Arc<dyn Storage> {
-        self.data.as_ref().unwrap_or(&self.storage)
+        let cipher_text = self.data.as_ref().unwrap_or(&self.storage);
+        self.plain.as_ref().map_or(cipher_text, |(plain, _)| plain)
     }
 
     fn corrupt(&self, what: &str) -> Error {
@@ -205,4 +215,27 @@ impl Qcow2 {
     pub fn cache_stats(&self) -> (u64, u64) {
         self.cache.stats()
     }
+}
+
+/// The plain text of an encrypted image. Sectors are numbered by their place in the file that holds them.
+fn open_plain(
+    storage: &Arc<dyn Storage>,
+    data: Option<&Arc<dyn Storage>>,
+    header: &Header,
+    options: &LayerOptions,
+) -> Result<Option<(Arc<dyn Storage>, serde_json::Value)>> {
+    let Some((offset, len)) = header.luks_place() else { return Ok(None) };
+    let name = storage.name();
+    let mut bytes = [0; HEADER_BYTES];
+    storage.read_at(&mut bytes, offset)?;
+    let luks = LuksHeader::parse(&bytes, &name)?;
+    let cipher = crypt::unlock(&luks, &options.secrets, &name, |at, wanted| {
+        if at + wanted as u64 > len {
+            return Err(Error::corrupt(&name, "a key slot is out of bounds"));
+        }
+        let mut bytes = vec![0; wanted];
+        storage.read_at(&mut bytes, offset + at).map(|()| bytes)
+    })?;
+    let plain = EncryptedStorage::new(data.unwrap_or(storage).clone(), 0, cipher);
+    Ok(Some((Arc::new(plain), luks.describe())))
 }

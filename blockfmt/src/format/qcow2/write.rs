@@ -146,7 +146,7 @@ impl Qcow2 {
             entry & (OFFSET_MASK | COMPRESSED) == 0
                 && (below.is_empty() || (!p.extended && entry & ZERO != 0))
         };
-        if step.run.fresh && step.old.iter().all(zero_before) {
+        if step.run.fresh && self.plain.is_none() && step.old.iter().all(zero_before) {
             // The new clusters hold zeros and the guest saw zeros: whatever part of this write survives a
             // crash, the guest sees old or new bytes. No barrier is needed.
             return write(src, offset);

@@ -86,12 +86,12 @@ pub fn rebase(args: Rebase) -> Result<ExitCode> {
         reference = Some(BackingRef { path, format: Some(format.name().into()) });
         if !args.r#unsafe {
             let options = OpenOptions::new(format).read_only(true).policy(policy(args.image.trust_headers));
-            let parent = options.open(&args.backing);
+            let parent = args.image.secrets.apply(options)?.open(&args.backing);
             layers = parent.with_context(|| format!("Cannot open {}", args.backing))?.layers();
         }
     }
     if args.r#unsafe {
-        let image = args.image.options(false).open_layer_alone(&args.image.path);
+        let image = args.image.options(false)?.open_layer_alone(&args.image.path);
         let image = image.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
         image.set_backing(reference.as_ref())?;
         image.close()?;

@@ -39,9 +39,10 @@ pub fn convert(args: Convert) -> Result<ExitCode> {
     let mut create = CreateOptions::new(args.target_format, source.size());
     apply_options(&mut create, &args.options)?;
     create.size = source.size();
+    create.secret = args.image.secrets.read()?.into_iter().next();
     create.create(&args.target).with_context(|| format!("Cannot create {}", args.target.display()))?;
     let run = || -> Result<()> {
-        let target = OpenOptions::new(args.target_format).open(&args.target)?;
+        let target = args.image.secrets.apply(OpenOptions::new(args.target_format))?.open(&args.target)?;
         let options =
             ConvertOptions { compress: args.compress, threads: args.threads, ..ConvertOptions::default() };
         job::convert(&source, &target, options, &args.work.control()?)?;

@@ -5,8 +5,12 @@ use blockfmt::format::qcow2::Compression;
 use blockfmt::format::vhd::VhdKind;
 use blockfmt::format::vhdx::VhdxKind;
 use blockfmt::job::JobControl;
-use blockfmt::{CreateOptions, Disk, Format, LockMode, OpenOptions, OpenPolicy, Preallocation};
+use blockfmt::{
+    CipherMode, CreateOptions, Disk, Format, Hash, IvGenerator, LockMode, LuksOptions, OpenOptions,
+    OpenPolicy, Preallocation, Secret,
+};
 use clap::Args;
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
 /// An image and how to open it.
@@ -23,22 +27,61 @@ pub struct Image {
     /// Open the image even if another process uses it. What is read may be inconsistent.
     #[arg(short = 'U', long)]
     pub force_share: bool,
+    #[command(flatten)]
+    pub secrets: Secrets,
+}
+
+/// Where the passphrases of encrypted images are. They are never on the command line itself.
+#[derive(Args, Clone, Default)]
+pub struct Secrets {
+    /// Take a passphrase from this file, every byte of it; may be repeated.
+    #[arg(long, value_name = "FILE")]
+    pub secret_file: Vec<PathBuf>,
+    /// Take a passphrase from this open file descriptor, up to its end; may be repeated.
+    #[arg(long, value_name = "FD")]
+    pub secret_fd: Vec<u32>,
+    /// What was read: a pipe can be read once.
+    #[arg(skip)]
+    known: OnceCell<Vec<Secret>>,
+}
+
+impl Secrets {
+    /// Reads the passphrases.
+    pub fn read(&self) -> Result<Vec<Secret>> {
+        if let Some(known) = self.known.get() {
+            return Ok(known.clone());
+        }
+        let descriptors = self.secret_fd.iter().map(|fd| PathBuf::from(format!("/dev/fd/{fd}")));
+        let read = |path: PathBuf| {
+            let file = std::fs::File::open(&path);
+            let file = file.with_context(|| format!("Cannot open the secret in {}", path.display()))?;
+            Ok(Secret::read(file, &path.display().to_string())?)
+        };
+        let secrets =
+            self.secret_file.iter().cloned().chain(descriptors).map(read).collect::<Result<Vec<_>>>()?;
+        Ok(self.known.get_or_init(|| secrets).clone())
+    }
+
+    /// Adds the passphrases to the options of an open.
+    pub fn apply(&self, options: OpenOptions) -> Result<OpenOptions> {
+        Ok(self.read()?.into_iter().fold(options, OpenOptions::secret))
+    }
 }
 
 impl Image {
     /// Opens the image with its chain.
     pub fn open(&self, read_only: bool) -> Result<Disk> {
-        let disk = self.options(read_only).open(&self.path);
+        let disk = self.options(read_only)?.open(&self.path);
         disk.with_context(|| format!("Cannot open {}", self.path.display()))
     }
 
     /// The options that the command line asks for.
-    pub fn options(&self, read_only: bool) -> OpenOptions {
+    pub fn options(&self, read_only: bool) -> Result<OpenOptions> {
         let options = OpenOptions::new(self.format).read_only(read_only).policy(policy(self.trust_headers));
-        match self.force_share && read_only {
+        self.secrets.apply(match self.force_share && read_only {
             true => options.lock(LockMode::None),
             false => options,
-        }
+        })
     }
 }
 
@@ -97,7 +140,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 
 /// Options of new images, with qemu-img's names.
 pub fn apply_options(create: &mut CreateOptions, list: &[String]) -> Result<()> {
-    use Format::{Qcow2, Vhd, Vhdx};
+    use Format::{Luks, Qcow2, Vhd, Vhdx};
     let (format, q) = (create.format, &mut create.qcow2);
     for option in list.iter().flat_map(|l| l.split(',')).filter(|o| !o.is_empty()) {
         let (key, value) = option.split_once('=').unwrap_or((option, "on"));
@@ -136,6 +179,17 @@ pub fn apply_options(create: &mut CreateOptions, list: &[String]) -> Result<()> 
             ("lazy_refcounts", Qcow2) => q.lazy_refcounts = flag()?,
             ("data_file", Qcow2) => q.data_file = Some(value.into()),
             ("data_file_raw", Qcow2) => q.data_file_raw = flag()?,
+            ("encrypt.format", Qcow2) => match value {
+                "luks" => drop(q.encryption.get_or_insert_default()),
+                _ => bail!("Option encrypt.format is luks"),
+            },
+            (_, Qcow2 | Luks) if luks_key(format, key).is_some() => {
+                let luks = match format {
+                    Luks => &mut create.luks,
+                    _ => q.encryption.get_or_insert_default(),
+                };
+                apply_luks(luks, luks_key(format, key).unwrap_or(key), value)?;
+            }
             ("subformat", Vhd | Vhdx) => {
                 (create.vhd.kind, create.vhdx.kind) = match value {
                     "dynamic" => (VhdKind::Dynamic, VhdxKind::Dynamic),
@@ -149,6 +203,33 @@ pub fn apply_options(create: &mut CreateOptions, list: &[String]) -> Result<()> 
             ("logical_sector_size", Vhdx) => create.vhdx.logical_sector = u32::try_from(size()?)?,
             _ => bail!("Format {format} has no option {key:?}"),
         }
+    }
+    Ok(())
+}
+
+/// The name of a LUKS option, without the prefix that it has for qcow2.
+fn luks_key(format: Format, key: &str) -> Option<&str> {
+    let name = if format == Format::Luks { key } else { key.strip_prefix("encrypt.")? };
+    ["cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg", "hash-alg", "iter-time"]
+        .contains(&name)
+        .then_some(name)
+}
+
+fn apply_luks(luks: &mut LuksOptions, key: &str, value: &str) -> Result<()> {
+    match (key, value) {
+        ("cipher-alg", "aes-128") => luks.key_bits = 128,
+        ("cipher-alg", "aes-256") => luks.key_bits = 256,
+        ("cipher-mode", "xts") => luks.mode = CipherMode::Xts,
+        ("cipher-mode", "cbc") => luks.mode = CipherMode::Cbc,
+        ("ivgen-alg", "plain") => luks.iv = IvGenerator::Plain,
+        ("ivgen-alg", "plain64") => luks.iv = IvGenerator::Plain64,
+        ("ivgen-alg", "essiv") => luks.iv = IvGenerator::Essiv,
+        ("ivgen-hash-alg", "sha256") => {}
+        ("hash-alg", "sha1") => luks.hash = Hash::Sha1,
+        ("hash-alg", "sha256") => luks.hash = Hash::Sha256,
+        ("hash-alg", "sha512") => luks.hash = Hash::Sha512,
+        ("iter-time", _) => luks.iter_time_ms = value.parse().context("Option iter-time")?,
+        _ => bail!("Option {key} cannot be {value:?}"),
     }
     Ok(())
 }
@@ -202,6 +283,12 @@ mod tests {
         assert!(apply_options(&mut create, &["colour=red".into()]).is_err());
         let mut raw = CreateOptions::new(Format::Raw, 0);
         assert!(apply_options(&mut raw, &["cluster_size=64k".into()]).is_err());
+        let list = ["encrypt.format=luks,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv".to_owned()];
+        apply_options(&mut create, &list).unwrap();
+        assert_eq!(
+            create.qcow2.encryption.map(|l| (l.mode, l.iv)),
+            Some((CipherMode::Cbc, IvGenerator::Essiv))
+        );
         let mut vhdx = CreateOptions::new(Format::Vhdx, 0);
         apply_options(&mut vhdx, &["subformat=fixed,block_size=2M,log_size=4M".into()]).unwrap();
         assert_eq!((vhdx.vhdx.kind, vhdx.vhdx.block_size), (VhdxKind::Fixed, Some(2 << 20)));

@@ -1,6 +1,6 @@
 //! Making images.
 
-use super::common::{apply_options, parse_size, policy};
+use super::common::{Secrets, apply_options, parse_size, policy};
 use anyhow::{Context, Result, bail};
 use blockfmt::{BackingRef, CreateOptions, Format, OpenOptions};
 use clap::Args;
@@ -14,6 +14,7 @@ use std::process::ExitCode;
   nacre disk create -f qcow2 -o cluster_size=128k,extended_l2=on disk.qcow2 20G
   nacre disk create -f qcow2 -b base.qcow2 -F qcow2 child.qcow2
   nacre disk create -f vhdx -o subformat=fixed disk.vhdx 20G
+  nacre disk create -f qcow2 -o encrypt.format=luks --secret-file key disk.qcow2 20G
   nacre disk create -f raw -o preallocation=full disk.raw 20G")]
 pub struct Create {
     /// Format of the new image.
@@ -28,6 +29,8 @@ pub struct Create {
     /// Options of the format, as key=value.
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
+    #[command(flatten)]
+    secrets: Secrets,
     /// The new image. It must not exist.
     path: PathBuf,
     /// Size of the disk in bytes (suffixes K, M, G, T). A child takes its parent's if it is left out.
@@ -38,6 +41,7 @@ pub struct Create {
 pub fn create(args: Create) -> Result<ExitCode> {
     let mut create = CreateOptions::new(args.format, 0);
     apply_options(&mut create, &args.options)?;
+    create.secret = args.secrets.read()?.into_iter().next();
     if let (Some(backing), Some(format)) = (&args.backing, args.backing_format) {
         // As qemu-img: a relative name is relative to the new image, and goes into its header as it is.
         let name = backing.to_str().context("The parent's name is not UTF-8")?;
@@ -45,6 +49,7 @@ pub fn create(args: Create) -> Result<ExitCode> {
         let backing = args.path.parent().unwrap_or(Path::new("")).join(backing);
         // The user named this file; what its header names is another matter.
         let parent = OpenOptions::new(format).read_only(true).policy(policy(false));
+        let parent = args.secrets.apply(parent)?;
         let parent = parent.open(&backing).with_context(|| format!("Cannot open {}", backing.display()))?;
         create.size = parent.size();
     }
@@ -81,6 +86,7 @@ pub fn clone(args: Clone) -> Result<ExitCode> {
             backing: Some(args.base.clone()),
             backing_format: Some(args.format),
             options: args.options.clone(),
+            secrets: Secrets::default(),
             path,
             size: None,
         })?;

@@ -1,6 +1,6 @@
 //! Commands that tell about images.
 
-use super::common::{Image, Work, apply_options, human, policy, print_json};
+use super::common::{Image, Secrets, Work, apply_options, human, policy, print_json};
 use anyhow::{Context, Result};
 use blockfmt::format::check::{CheckReport, Repair};
 use blockfmt::job::{self, Comparison};
@@ -25,7 +25,7 @@ pub struct Info {
 }
 
 pub fn info(args: Info) -> Result<ExitCode> {
-    let disk = args.image.options(true).backing(args.backing_chain).open(&args.image.path);
+    let disk = args.image.options(true)?.backing(args.backing_chain).open(&args.image.path);
     let disk = disk.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
     let mut list = Vec::new();
     for layer in disk.layers() {
@@ -202,7 +202,7 @@ fn try_check(args: &Check) -> Result<CheckReport> {
         Some(_) => Repair::All,
     };
     let read_only = repair == Repair::Nothing;
-    let options = args.image.options(read_only).repair(true);
+    let options = args.image.options(read_only)?.repair(true);
     let options = if read_only { options.backing(false) } else { options };
     let disk = options.open(&args.image.path);
     let disk = disk.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
@@ -250,6 +250,8 @@ pub struct Compare {
     #[arg(long)]
     trust_headers: bool,
     #[command(flatten)]
+    secrets: Secrets,
+    #[command(flatten)]
     work: Work,
     /// The images.
     first: PathBuf,
@@ -270,7 +272,7 @@ pub fn compare(args: Compare) -> ExitCode {
 fn try_compare(args: &Compare) -> Result<bool> {
     let open = |format, path: &PathBuf| {
         let options = OpenOptions::new(format).read_only(true).policy(policy(args.trust_headers));
-        options.open(path).with_context(|| format!("Cannot open {}", path.display()))
+        args.secrets.apply(options)?.open(path).with_context(|| format!("Cannot open {}", path.display()))
     };
     let (a, b) = (open(args.format, &args.first)?, open(args.second_format, &args.second)?);
     if args.strict && a.size() != b.size() {
