@@ -142,7 +142,7 @@ fn images_of_qemu_are_read_and_changed() {
     let mut model = rng.bytes(SIZE as usize);
     model[1 << 20..2 << 20].fill(0);
     std::fs::write(&raw, &model).unwrap();
-    for (n, luks) in variants().into_iter().enumerate() {
+    for (n, luks) in variants().into_iter().step_by(2).enumerate() {
         for (format, prefix) in [(Format::Luks, ""), (Format::Qcow2, "encrypt.")] {
             let path = place.at(&format!("{n}.{format}"));
             let mut options = qemu_options(&luks, prefix);
