@@ -32,7 +32,7 @@ pub struct MsrFault;
 ///
 /// [`CpuHandle::interrupt`]: crate::CpuHandle::interrupt
 /// [`Clock`]: crate::Clock
-pub trait Local: Send {
+pub trait Local: std::any::Any + Send {
     /// Whether an interrupt is waiting that the task priority lets through (including ExtINT from an
     /// 8259 wired to LINT0).
     fn pending(&mut self) -> bool;

@@ -85,6 +85,14 @@ pub struct PicState {
     pub rotate_on_auto_eoi: bool,
 }
 
+impl PicState {
+    /// Both controllers as a machine begins with them: every input is masked until the guest programs them, for there is
+    /// no firmware that would do it.
+    pub fn at_power_on() -> [Self; 2] {
+        [0x08, 0x70].map(|base| Self { imr: 0xff, base, ..Self::default() })
+    }
+}
+
 /// The IO-APIC.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoApicState {
@@ -117,7 +125,7 @@ pub struct PitCounterState {
     pub write_low: u8,
     /// Access mode: 1 low byte, 2 high byte, 3 both.
     pub access: u8,
-    /// Counting mode, 0 to 5.
+    /// Counting mode, 0 to 5; [`Self::IDLE`] while the counter is not programmed.
     pub mode: u8,
     /// Counts in BCD.
     pub bcd: bool,
@@ -125,6 +133,11 @@ pub struct PitCounterState {
     pub gate: bool,
     /// Nanoseconds since the count was loaded. KVM begins to count anew when the state is loaded.
     pub age: u64,
+}
+
+impl PitCounterState {
+    /// The mode of a counter that does not count.
+    pub const IDLE: u8 = 0xff;
 }
 
 /// The interval timer.

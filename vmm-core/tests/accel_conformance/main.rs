@@ -32,21 +32,6 @@ macro_rules! conformance {
     };
 }
 
-/// Cases that an accelerator does not pass yet: shown as ignored in each run.
-macro_rules! missing {
-    ($accelerator:ident, $target:expr; $($group:ident: $($case:ident)*;)*) => {
-        mod $accelerator {
-            $($(
-                #[test]
-                #[ignore = "not implemented by this accelerator yet"]
-                fn $case() {
-                    crate::$group::$case(&$target);
-                }
-            )*)*
-        }
-    };
-}
-
 conformance! {
     kvm, crate::harness::kvm();
     io: port_accesses_of_each_size mmio_accesses_of_each_size string_port_io doorbells_replace_the_bus
@@ -59,7 +44,7 @@ conformance! {
     running: kicks_stop_a_running_cpu kicks_wake_a_halted_cpu a_kick_before_the_run_counts
         a_triple_fault_ends_the_run port_exits_complete_before_a_kick;
     state: registers_survive_the_round_trip sse_state_survives_the_round_trip a_guest_moves_to_another_machine
-        bad_state_is_refused;
+        bad_state_is_refused the_chipset_survives_the_round_trip;
     debug: single_steps software_breakpoints hardware_breakpoints debugging_can_be_switched_off;
 }
 
@@ -70,15 +55,11 @@ conformance! {
     interrupts: a_line_wakes_a_halted_cpu messages_arrive_unless_masked event_descriptors_send_messages
         an_nmi_interrupts_a_loop the_apic_timer_fires a_bad_message_is_an_error_or_dropped lines_are_bounded;
     smp: init_and_sipi_start_another_cpu cpu_ids_are_checked;
-    memory: regions_and_the_hole_between_them dirty_pages_are_reported_once linear_addresses_translate;
+    memory: regions_and_the_hole_between_them dirty_pages_are_reported_once dirty_tracking_must_be_on
+        linear_addresses_translate;
     running: kicks_stop_a_running_cpu kicks_wake_a_halted_cpu a_kick_before_the_run_counts
         a_triple_fault_ends_the_run port_exits_complete_before_a_kick;
-    state: registers_survive_the_round_trip;
-}
-
-missing! {
-    soft_missing, crate::harness::soft();
-    memory: dirty_tracking_must_be_on;
-    state: sse_state_survives_the_round_trip a_guest_moves_to_another_machine bad_state_is_refused;
+    state: registers_survive_the_round_trip sse_state_survives_the_round_trip a_guest_moves_to_another_machine
+        bad_state_is_refused the_chipset_survives_the_round_trip;
     debug: single_steps software_breakpoints hardware_breakpoints debugging_can_be_switched_off;
 }

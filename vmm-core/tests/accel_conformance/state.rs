@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 use softcpu::CpuState;
-use vmm_core::accel::VcpuExit;
+use vmm_core::accel::{PicState, PitCounterState, VcpuExit};
 use vmm_core::interrupt::Msi;
 
 use crate::harness::*;
@@ -141,6 +141,32 @@ pub fn a_guest_moves_to_another_machine(target: &Target) {
     assert_eq!(second.cpu.extra_state().unwrap().apic.registers, extra.apic.registers);
     second.run_to_end();
     assert_eq!(second.bus.reports(), [0x44]);
+}
+
+pub fn the_chipset_survives_the_round_trip(target: &Target) {
+    let first = Machine::flat32(target, done);
+    let mut wanted = first.vm.chipset_state().unwrap();
+    assert_eq!(wanted.pics, PicState::at_power_on());
+    wanted.pics[0] = PicState { irr: 0x10, isr: 0x02, imr: 0x68, lines: 0x10, base: 0x20, ..wanted.pics[0] };
+    wanted.pics[1] = PicState { level: 0x06, base: 0x28, read_isr: true, highest: 3, ..wanted.pics[1] };
+    wanted.ioapic.select = 0x12;
+    wanted.ioapic.redirection[3] = 1 << 16 | 0x33;
+    wanted.ioapic.redirection[9] = 1 << 56 | 1 << 16 | 1 << 15 | 0x39;
+    let pit = wanted.pit.as_mut().unwrap();
+    pit.counters[2] =
+        PitCounterState { mode: 3, count: 0x1234, access: 3, read_step: 3, write_step: 3, ..pit.counters[2] };
+    pit.speaker = true;
+    let second = Machine::flat32(target, done);
+    second.vm.set_chipset_state(&wanted).unwrap();
+    let mut found = second.vm.chipset_state().unwrap();
+    // Time goes on, each on its own host.
+    for state in [&mut wanted, &mut found] {
+        state.clock = 0;
+        state.pit.as_mut().unwrap().counters.iter_mut().for_each(|c| c.age = 0);
+    }
+    assert_eq!(found, wanted);
+    wanted.ioapic.redirection.pop();
+    assert!(second.vm.set_chipset_state(&wanted).is_err(), "23 inputs");
 }
 
 pub fn bad_state_is_refused(target: &Target) {

@@ -49,11 +49,7 @@ pub fn write(vm: &VmFd, state: &ChipsetState, with_pit: bool) -> Result<(), Acce
     if state.ioapic.redirection.len() != IOAPIC_PINS as usize {
         return Err(AccelError::InvalidState(format!("an IO-APIC has {IOAPIC_PINS} inputs")));
     }
-    for (n, pic) in state.pics.iter().enumerate() {
-        let mut chip = kvm_irqchip { chip_id: pic_id(n), ..Default::default() };
-        chip.chip.pic = pic_to_kvm(pic, ELCR_MASKS[n]);
-        vm.set_irqchip(&chip).map_err(failed("KVM_SET_IRQCHIP"))?;
-    }
+    write_pics(vm, &state.pics)?;
     let mut ioapic = kvm_ioapic_state {
         base_address: IOAPIC_ADDRESS,
         ioregsel: state.ioapic.select.into(),
@@ -80,6 +76,16 @@ pub fn write(vm: &VmFd, state: &ChipsetState, with_pit: bool) -> Result<(), Acce
     }
     let clock = kvm_clock_data { clock: state.clock, ..Default::default() };
     vm.set_clock(&clock).map_err(failed("KVM_SET_CLOCK"))
+}
+
+/// Loads the interrupt controllers for I/O ports; a new VM has them with every input unmasked.
+pub fn write_pics(vm: &VmFd, pics: &[PicState; 2]) -> Result<(), AccelError> {
+    for (n, pic) in pics.iter().enumerate() {
+        let mut chip = kvm_irqchip { chip_id: pic_id(n), ..Default::default() };
+        chip.chip.pic = pic_to_kvm(pic, ELCR_MASKS[n]);
+        vm.set_irqchip(&chip).map_err(failed("KVM_SET_IRQCHIP"))?;
+    }
+    Ok(())
 }
 
 fn pic_id(n: usize) -> u32 {

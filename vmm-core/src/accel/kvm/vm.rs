@@ -12,7 +12,7 @@ use super::cpuid::{self, Topology};
 use super::interrupts::{self, Line, MsiRoutes, Vector};
 use super::vcpu::KvmVcpu;
 use super::{Host, chipset, failed, sys};
-use crate::accel::{AccelError, ChipsetState, IOAPIC_PINS, IoAddress, IoBus, Vcpu, Vm, VmSpec};
+use crate::accel::{AccelError, ChipsetState, IOAPIC_PINS, IoAddress, IoBus, PicState, Vcpu, Vm, VmSpec};
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
 
@@ -63,6 +63,7 @@ impl KvmVm {
             sys::set_memory(&fd, slot as u32, region, false).map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         }
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        chipset::write_pics(&fd, &PicState::at_power_on())?;
         if host.options.pit {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             fd.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;

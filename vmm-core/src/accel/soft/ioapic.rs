@@ -5,7 +5,7 @@ use std::sync::Weak;
 use parking_lot::Mutex;
 
 use super::lapic::{Apics, Delivery, Destination, Message};
-use crate::accel::IOAPIC_PINS;
+use crate::accel::{AccelError, IOAPIC_PINS, IoApicState};
 
 const PINS: usize = IOAPIC_PINS as usize;
 
@@ -100,6 +100,29 @@ impl IoApic {
                 }
             }
         }
+    }
+
+    /// The state, with the inputs as they are now.
+    pub(super) fn save(&self) -> IoApicState {
+        let s = self.state.lock();
+        let id = (s.id >> 24 & 15) as u8;
+        IoApicState { select: s.select, id, levels: s.levels, redirection: s.entries.to_vec() }
+    }
+
+    /// Loads what [`Self::save`] returned. Asserted inputs are not delivered again: what was pending is in the local
+    /// APICs.
+    pub(super) fn load(&self, state: &IoApicState) -> Result<(), AccelError> {
+        let invalid = || AccelError::InvalidState(format!("an IO-APIC has {IOAPIC_PINS} inputs"));
+        let entries = state.redirection.as_slice().try_into().map_err(|_| invalid())?;
+        if state.levels >> IOAPIC_PINS != 0 {
+            return Err(invalid());
+        }
+        let mut s = self.state.lock();
+        s.select = state.select;
+        s.id = u32::from(state.id & 15) << 24;
+        s.levels = state.levels;
+        s.entries = entries;
+        Ok(())
     }
 
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {

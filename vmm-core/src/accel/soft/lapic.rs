@@ -47,6 +47,10 @@ impl Vectors {
         self.0[index & 7].load(Ordering::SeqCst)
     }
 
+    fn load(&self, words: &[u32]) {
+        self.0.iter().zip(words).for_each(|(word, value)| word.store(*value, Ordering::SeqCst));
+    }
+
     fn highest(&self) -> Option<u8> {
         (0..8u8).rev().find_map(|i| {
             let word = self.word(i.into());

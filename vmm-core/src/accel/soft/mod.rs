@@ -28,8 +28,9 @@ use softcpu::{Clock, CpuConfig};
 use self::bus::SoftBus;
 use self::irqfd::IrqFds;
 use self::lapic::{Apics, Message};
+use self::pit::Pit;
 use self::vcpu::SoftVcpu;
-use super::{AccelError, AccelKind, Hypervisor, IOAPIC_PINS, IoAddress, Vcpu, Vm, VmSpec};
+use super::{AccelError, AccelKind, ChipsetState, Hypervisor, IOAPIC_PINS, IoAddress, Vcpu, Vm, VmSpec};
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::{GuestMemory, WriteObserver};
 
@@ -73,14 +74,16 @@ impl Hypervisor for SoftHypervisor {
         spec.memory.set_write_observer(Some(Box::new(Observer(Arc::downgrade(&ram)))));
         let clock = Arc::new(Clock::host(TSC_KHZ));
         let apics = Apics::new(spec.vcpus);
-        let pit = pit::Pit::new(clock.clone(), Arc::new(Line::new(apics.clone(), 0)));
-        let bus = Arc::new(SoftBus::new(spec.bus, apics.clone(), pit));
+        let pit = Pit::new(clock.clone(), Arc::new(Line::new(apics.clone(), 0)));
+        let bus = Arc::new(SoftBus::new(spec.bus, apics.clone(), pit.clone()));
         Ok(Arc::new(SoftVm {
             memory: spec.memory,
             ram,
             clock,
             apics,
+            pit,
             bus,
+            tracking: AtomicBool::new(false),
             vcpus: spec.vcpus,
             created: Mutex::new(vec![false; spec.vcpus as usize]),
             irqfds: Arc::default(),
@@ -105,7 +108,10 @@ struct SoftVm {
     ram: Arc<softcpu::GuestMemory>,
     clock: Arc<Clock>,
     apics: Arc<Apics>,
+    pit: Arc<Pit>,
     bus: Arc<SoftBus>,
+    /// Dirty pages are recorded.
+    tracking: AtomicBool,
     vcpus: u32,
     created: Mutex<Vec<bool>>,
     irqfds: Arc<IrqFds>,
@@ -194,16 +200,39 @@ impl Vm for SoftVm {
 
     fn set_dirty_tracking(&self, on: bool) -> Result<(), AccelError> {
         self.ram.set_dirty_tracking(on);
+        self.tracking.store(on, Ordering::SeqCst);
         Ok(())
     }
 
     fn take_dirty_pages(&self, index: usize) -> Result<Vec<u64>, AccelError> {
+        if !self.tracking.load(Ordering::SeqCst) {
+            return Err(AccelError::Unsupported("dirty pages: tracking is off".into()));
+        }
         let Some(region) = self.memory.regions().get(index) else {
             return Err(AccelError::Unsupported(format!("dirty pages of region {index}: there is none")));
         };
         self.ram
             .take_dirty(region.guest_address(), region.size())
             .map_err(|e| AccelError::Unsupported(e.to_string()))
+    }
+
+    fn chipset_state(&self) -> Result<ChipsetState, AccelError> {
+        Ok(ChipsetState {
+            pics: self.apics.pic.save(),
+            ioapic: self.apics.ioapic.save(),
+            pit: Some(self.pit.save()),
+            clock: self.clock.now_ns(),
+        })
+    }
+
+    fn set_chipset_state(&self, state: &ChipsetState) -> Result<(), AccelError> {
+        // There is no paravirtual clock here that could go on.
+        self.apics.ioapic.load(&state.ioapic)?;
+        self.apics.pic.load(&state.pics);
+        if let Some(pit) = &state.pit {
+            self.pit.load(pit);
+        }
+        Ok(())
     }
 }
 

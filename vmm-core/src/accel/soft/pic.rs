@@ -5,11 +5,14 @@ use std::sync::Weak;
 use parking_lot::Mutex;
 
 use super::lapic::Apics;
+use crate::accel::PicState;
 
 /// Input of the first controller that the second one is wired to.
 const CASCADE: u8 = 2;
 /// Vector offset of the spurious interrupt.
 const SPURIOUS: u8 = 7;
+/// Inputs of each controller that may be level-triggered.
+const LEVEL_MASKS: [u8; 2] = [0xf8, 0xde];
 
 /// What the next write to the data port is.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -42,6 +45,53 @@ struct Chip {
 }
 
 impl Chip {
+    fn load(state: &PicState) -> Self {
+        Self {
+            irr: state.irr,
+            isr: state.isr,
+            imr: state.imr,
+            lines: state.lines,
+            level: state.level,
+            base: state.base,
+            init: match state.init_step {
+                1 => Init::Word2,
+                2 => Init::Word3,
+                3 => Init::Word4,
+                _ => Init::Done,
+            },
+            needs_word4: state.needs_word4,
+            auto_eoi: state.auto_eoi,
+            read_isr: state.read_isr,
+            special_mask: state.special_mask,
+            lowest: state.highest.wrapping_sub(1) & 7,
+            rotate_on_auto_eoi: state.rotate_on_auto_eoi,
+        }
+    }
+
+    fn save(&self) -> PicState {
+        PicState {
+            irr: self.irr,
+            isr: self.isr,
+            imr: self.imr,
+            lines: self.lines,
+            level: self.level,
+            base: self.base,
+            init_step: match self.init {
+                Init::Done => 0,
+                Init::Word2 => 1,
+                Init::Word3 => 2,
+                Init::Word4 => 3,
+            },
+            needs_word4: self.needs_word4,
+            auto_eoi: self.auto_eoi,
+            read_isr: self.read_isr,
+            special_mask: self.special_mask,
+            highest: self.lowest.wrapping_add(1) & 7,
+            rotate_on_auto_eoi: self.rotate_on_auto_eoi,
+            ..PicState::default()
+        }
+    }
+
     fn set(&mut self, input: u8, asserted: bool) {
         let bit = 1 << input;
         if asserted {
@@ -179,10 +229,29 @@ impl Pic {
         Self { pair: Mutex::new(Self::power_on()), apics }
     }
 
-    /// All inputs are masked until a guest initialises the controllers: without firmware nobody else does.
     fn power_on() -> Pair {
-        let chip = Chip { imr: 0xff, lowest: 7, ..Chip::default() };
-        Pair { first: Chip { base: 0x08, ..chip }, second: Chip { base: 0x70, ..chip } }
+        let [first, second] = PicState::at_power_on();
+        Pair { first: Chip::load(&first), second: Chip::load(&second) }
+    }
+
+    /// The state of both controllers.
+    pub(super) fn save(&self) -> [PicState; 2] {
+        let pair = self.pair.lock();
+        [pair.first.save(), pair.second.save()]
+    }
+
+    /// Loads what [`Self::save`] returned. The special fully nested mode and polling, which nobody uses, are left out.
+    pub(super) fn load(&self, state: &[PicState; 2]) {
+        let raised = {
+            let mut pair = self.pair.lock();
+            (pair.first, pair.second) = (Chip::load(&state[0]), Chip::load(&state[1]));
+            pair.first.level &= LEVEL_MASKS[0];
+            pair.second.level &= LEVEL_MASKS[1];
+            pair.output()
+        };
+        if raised && let Some(apics) = self.apics.upgrade() {
+            apics.pic_changed();
+        }
     }
 
     /// Drives input `irq` (0 to 15).
@@ -239,8 +308,8 @@ impl Pic {
             let mut pair = self.pair.lock();
             match port {
                 // The timer, the keyboard, the cascade and the clock are edges always.
-                0x4d0 => pair.first.level = value & 0xf8,
-                0x4d1 => pair.second.level = value & 0xde,
+                0x4d0 => pair.first.level = value & LEVEL_MASKS[0],
+                0x4d1 => pair.second.level = value & LEVEL_MASKS[1],
                 _ => {
                     let chip = if port < 0xa0 { &mut pair.first } else { &mut pair.second };
                     if port & 1 == 0 { chip.command(value) } else { chip.data(value) }

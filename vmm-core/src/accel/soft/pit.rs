@@ -6,6 +6,7 @@ use parking_lot::Mutex;
 use softcpu::Clock;
 
 use super::timer::TimerThread;
+use crate::accel::{PitCounterState, PitState};
 use crate::interrupt::IrqLine;
 
 /// Frequency of the timer's input in Hz.
@@ -15,6 +16,8 @@ const MIN_PERIOD_NS: u64 = 100_000;
 
 /// Port 0x61: gate of counter 2.
 const GATE2: u8 = 1;
+/// Port 0x61: data of the speaker.
+const SPEAKER: u8 = 2;
 /// Port 0x61: refresh toggle and output of counter 2.
 const REFRESH: u8 = 1 << 4;
 const OUT2: u8 = 1 << 5;
@@ -143,6 +146,51 @@ impl Counter {
     }
 }
 
+// Codes of a step in `PitCounterState`: the low or high byte of a value of two.
+const LOW_OF_TWO: u8 = 3;
+const HIGH_OF_TWO: u8 = 4;
+
+impl Counter {
+    fn save(&self, now: u64) -> PitCounterState {
+        let step = match (self.access, self.high_next) {
+            (3, false) => LOW_OF_TWO,
+            (3, true) => HIGH_OF_TWO,
+            (access, _) => access,
+        };
+        PitCounterState {
+            count: self.count() as u32,
+            latched_count: self.latched,
+            latch_step: if self.latched.is_some() { step } else { 0 },
+            latched_status: self.status,
+            read_step: step,
+            write_step: step,
+            write_low: self.write_low,
+            access: self.access,
+            mode: if self.started.is_some() { self.mode } else { PitCounterState::IDLE },
+            bcd: false,
+            gate: self.gate,
+            age: self.started.map_or(0, |started| now.saturating_sub(started)),
+        }
+    }
+
+    fn load(state: &PitCounterState, now: u64) -> Self {
+        let idle = state.mode > 5;
+        let step = if state.latched_count.is_some() { state.latch_step } else { state.write_step };
+        Self {
+            // 65536 is written as 0.
+            reload: state.count as u16,
+            mode: if idle { 0 } else { state.mode },
+            access: state.access & 3,
+            high_next: step == HIGH_OF_TWO || state.write_step == HIGH_OF_TWO,
+            write_low: state.write_low,
+            latched: state.latched_count,
+            status: state.latched_status,
+            started: (!idle).then(|| now.saturating_sub(state.age)),
+            gate: state.gate,
+        }
+    }
+}
+
 struct State {
     counters: [Counter; 3],
     port61: u8,
@@ -191,6 +239,25 @@ impl Pit {
         }
     }
 
+    /// The state; counting goes on from there when it is loaded.
+    pub(super) fn save(&self) -> PitState {
+        let now = self.clock.now_ns();
+        let s = self.state.lock();
+        PitState { counters: s.counters.map(|c| c.save(now)), speaker: s.port61 & SPEAKER != 0 }
+    }
+
+    /// Loads what [`Self::save`] returned.
+    pub(super) fn load(&self, state: &PitState) {
+        let now = self.clock.now_ns();
+        {
+            let mut s = self.state.lock();
+            s.counters = state.counters.map(|c| Counter::load(&c, now));
+            let gate = if s.counters[2].gate { GATE2 } else { 0 };
+            s.port61 = gate | if state.speaker { SPEAKER } else { 0 };
+        }
+        self.timer.set(self.next_edge());
+    }
+
     pub(super) fn read(&self, port: u16) -> u8 {
         let now = self.clock.now_ns();
         let mut s = self.state.lock();
@@ -235,7 +302,7 @@ impl Pit {
                 }
             }
             0x61 => {
-                s.port61 = value & 3;
+                s.port61 = value & (GATE2 | SPEAKER);
                 let counter = &mut s.counters[2];
                 let gate = value & GATE2 != 0;
                 if gate && !counter.gate {

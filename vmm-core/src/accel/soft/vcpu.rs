@@ -1,5 +1,6 @@
 //! A vCPU of the software accelerator.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use softcpu::{Budget, Cpu, CpuConfig, CpuHandle, DebugEvent, Exit};
@@ -8,7 +9,8 @@ use super::bus::SoftBus;
 use super::lapic::{Apics, Lapic, LocalApic};
 use super::walk;
 use crate::accel::{
-    AccelError, BreakKind, CpuState, DebugControl, DebugExit, HardwareBreakpoint, Vcpu, VcpuExit, VcpuHandle,
+    AccelError, BreakKind, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint, Vcpu, VcpuExit,
+    VcpuHandle,
 };
 use crate::memory::GuestMemory;
 
@@ -41,6 +43,34 @@ impl SoftVcpu {
     }
 }
 
+impl SoftVcpu {
+    fn apic(&mut self) -> Result<&mut LocalApic, AccelError> {
+        let local: &mut dyn Any = self.cpu.local();
+        local.downcast_mut().ok_or_else(|| AccelError::Unsupported("another local APIC".into()))
+    }
+}
+
+/// Refuses control registers that a processor would fault on.
+fn check(state: &CpuState) -> Result<(), AccelError> {
+    const PE: u64 = 1;
+    const NW: u64 = 1 << 29;
+    const CD: u64 = 1 << 30;
+    const PG: u64 = 1 << 31;
+    const LME: u64 = 1 << 8;
+    const LMA: u64 = 1 << 10;
+    /// SCE, LME, LMA, NXE.
+    const EFER: u64 = 0xd01;
+    let (cr0, efer) = (state.cr0, state.msrs.efer);
+    let what = if cr0 & (PE | PG) == PG || cr0 & (NW | CD) == NW || cr0 >> 32 != 0 {
+        format!("CR0 {cr0:#x}")
+    } else if efer & !EFER != 0 || (efer & LMA != 0) != (efer & LME != 0 && cr0 & PG != 0) {
+        format!("EFER {efer:#x}")
+    } else {
+        return Ok(());
+    };
+    Err(AccelError::InvalidState(what))
+}
+
 impl Vcpu for SoftVcpu {
     fn run(&mut self) -> Result<VcpuExit, AccelError> {
         loop {
@@ -69,7 +99,23 @@ impl Vcpu for SoftVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), AccelError> {
+        check(state)?;
         self.cpu.set_state(state);
+        Ok(())
+    }
+
+    fn extra_state(&mut self) -> Result<ExtraState, AccelError> {
+        let tsc = self.cpu.state().tsc;
+        let apic = self.apic()?.save(tsc);
+        // Events are delivered before `run` returns, and `CpuState` holds all registers of this processor.
+        Ok(ExtraState { apic, pending: None, msrs: Vec::new(), xsave: Vec::new() })
+    }
+
+    fn set_extra_state(&mut self, state: &ExtraState) -> Result<(), AccelError> {
+        let cpu = self.cpu.state();
+        self.apic()?.load(&state.apic, state.pending, cpu.tsc)?;
+        // The processor looks at its APIC anew.
+        self.cpu.set_state(&cpu);
         Ok(())
     }
 

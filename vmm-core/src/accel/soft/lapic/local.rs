@@ -1,5 +1,7 @@
 //! The vCPU's own half of its local APIC.
 
+mod save;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
