@@ -6,6 +6,8 @@
 #![deny(unsafe_code)]
 
 pub mod adapters;
+pub mod agent;
+pub mod dlm;
 pub mod drs;
 pub mod fence;
 pub mod ha;

@@ -44,10 +44,26 @@ pub enum Mutant {
     NoRestartLimit,
     /// Failed hosts are never fenced nor their VMs restarted.
     FailureIgnored,
+    /// The lock manager grants a conversion although other hosts have modes in its way.
+    ConversionIgnoresOthers,
+    /// A claim to master a name is kept although a lower host claims it too.
+    ClaimNeverYields,
+    /// Messages of a former view are believed.
+    OldViewAccepted,
+    /// A value block counts as valid although its last writer may have died.
+    ValueOfTheDeadTrusted,
 }
 
 impl Mutant {
-    /// Every planted bug.
+    /// The planted bugs of the distributed lock manager, which has a simulator of its own.
+    pub const DLM: [Mutant; 4] = [
+        Mutant::ConversionIgnoresOthers,
+        Mutant::ClaimNeverYields,
+        Mutant::OldViewAccepted,
+        Mutant::ValueOfTheDeadTrusted,
+    ];
+
+    /// Every planted bug of the cluster's state machines.
     pub const ALL: [Mutant; 19] = [
         Mutant::RenewalCountedFromCompletion,
         Mutant::GenerationNotRaised,
@@ -94,6 +110,12 @@ mod switch {
 pub(crate) use switch::active;
 #[cfg(any(test, feature = "mutants"))]
 pub use switch::plant;
+
+/// Without the feature `mutants` nothing can be planted.
+#[cfg(all(feature = "sim", not(any(test, feature = "mutants"))))]
+pub(crate) fn plant(mutant: Option<Mutant>) {
+    assert!(mutant.is_none(), "planting a bug needs the feature mutants");
+}
 
 #[cfg(not(any(test, feature = "mutants")))]
 #[inline(always)]

@@ -72,7 +72,7 @@ fn the_journal_only_grows_and_drops_a_torn_last_line() {
     std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"id\":4,\"ti").unwrap();
     let mut journal = Journal::open(&path).unwrap();
     assert_eq!(journal.append(event("vm.lost", Severity::Warning)).unwrap().id, 4);
-    let ids: Vec<u64> = journal.read(2, 10).unwrap().iter().map(|e| e.id).collect();
+    let ids: Vec<u64> = Journal::read(&path, 2, 10).unwrap().iter().map(|e| e.id).collect();
     assert_eq!(ids, [3, 4]);
 }
 

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::fence::{AgentReply, FenceAction};
@@ -31,7 +32,7 @@ pub enum AgentError {
 }
 
 /// A fence device: an agent and its parameters.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FenceAgent {
     /// The program, for example `/usr/sbin/fence_ipmilan`.
     pub program: PathBuf,

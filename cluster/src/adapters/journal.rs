@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::fence_agent;
 
 /// How bad an event is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Severity {
     /// Business as usual.
@@ -110,11 +111,11 @@ impl Journal {
         Ok(event)
     }
 
-    /// The events after number `after`, at most `limit`.
-    pub fn read(&self, after: u64, limit: usize) -> Result<Vec<Event>, JournalError> {
-        let failed = |source| JournalError::File { path: self.path.clone(), source };
+    /// The events of a journal after number `after`, at most `limit`.
+    pub fn read(path: &Path, after: u64, limit: usize) -> Result<Vec<Event>, JournalError> {
+        let failed = |source| JournalError::File { path: path.to_owned(), source };
         let mut events = Vec::new();
-        for line in BufReader::new(File::open(&self.path).map_err(failed)?).lines() {
+        for line in BufReader::new(File::open(path).map_err(failed)?).lines() {
             let Ok(event) = serde_json::from_str::<Event>(&line.map_err(failed)?) else { continue };
             if event.id > after && events.len() < limit {
                 events.push(event);
@@ -125,7 +126,7 @@ impl Journal {
 }
 
 /// What to do when an event matches.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// Run a program with the event as JSON on its standard input; it is killed after `seconds`.
@@ -145,7 +146,7 @@ pub enum Action {
 }
 
 /// Answers events with actions. If an action fails, the next one is tried: they escalate.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Rule {
     /// The beginning of the kinds that match; empty matches all.
     pub kind: String,

@@ -37,6 +37,8 @@ pub struct Links {
     host: HostId,
     key: Vec<u8>,
     sockets: Vec<UdpSocket>,
+    /// One more socket for each multicast group, which receives what is sent to it.
+    listeners: Vec<UdpSocket>,
     /// Each peer's address on each link.
     peers: BTreeMap<HostId, Vec<SocketAddr>>,
     /// The multicast group of each link, if it has one.
@@ -58,11 +60,13 @@ impl Links {
             sockets.push(socket);
         }
         let groups = vec![None; sockets.len()];
-        Ok(Links { host, key: key.to_vec(), sockets, peers, groups })
+        Ok(Links { host, key: key.to_vec(), sockets, listeners: Vec::new(), peers, groups })
     }
 
     /// Joins a multicast group on a link: broadcasts go to the group too.
     pub fn join(&mut self, link: usize, group: SocketAddr) -> Result<(), NetError> {
+        // A socket bound to a unicast address gets nothing that is sent to a group.
+        let listener = group_socket(group).map_err(NetError::Io)?;
         let socket = &self.sockets[link];
         match group.ip() {
             IpAddr::V4(ip) => {
@@ -70,17 +74,19 @@ impl Links {
                     IpAddr::V4(local) => local,
                     IpAddr::V6(_) => std::net::Ipv4Addr::UNSPECIFIED,
                 };
-                socket.join_multicast_v4(&ip, &local).map_err(NetError::Io)?;
+                listener.join_multicast_v4(&ip, &local).map_err(NetError::Io)?;
             }
-            IpAddr::V6(ip) => socket.join_multicast_v6(&ip, 0).map_err(NetError::Io)?,
+            IpAddr::V6(ip) => listener.join_multicast_v6(&ip, 0).map_err(NetError::Io)?,
         }
+        listener.set_read_timeout(Some(Duration::from_millis(200))).map_err(NetError::Io)?;
+        self.listeners.push(listener);
         self.groups[link] = Some(group);
         Ok(())
     }
 
-    /// How many links there are.
+    /// How many sockets there are to [`Links::receive`] from: one a link and one a group.
     pub fn count(&self) -> usize {
-        self.sockets.len()
+        self.sockets.len() + self.listeners.len()
     }
 
     fn mac(&self) -> Hmac<Sha256> {
@@ -149,17 +155,32 @@ impl Links {
         Ok(())
     }
 
-    /// Waits up to 200 ms for a valid message on a link; anything else is dropped.
-    pub fn receive(&self, link: usize) -> Result<Option<(HostId, Message)>, NetError> {
+    /// Waits up to 200 ms for a valid message on a socket; anything else is dropped, and what a group brought
+    /// back of our own.
+    pub fn receive(&self, socket: usize) -> Result<Option<(HostId, Message)>, NetError> {
+        let Some(socket) = self.sockets.iter().chain(&self.listeners).nth(socket) else { return Ok(None) };
         let mut buf = vec![0; HEAD + LARGEST];
-        match self.sockets[link].recv_from(&mut buf) {
-            Ok((n, _)) => Ok(self.unseal(&buf[..n])),
+        match socket.recv_from(&mut buf) {
+            Ok((n, _)) => Ok(self.unseal(&buf[..n]).filter(|(from, _)| *from != self.host)),
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => Ok(None),
             // An earlier packet was refused by its receiver's host.
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(None),
             Err(e) => Err(NetError::Io(e)),
         }
     }
+}
+
+/// A socket for a multicast group; other agents on this machine may have one too.
+fn group_socket(group: SocketAddr) -> io::Result<UdpSocket> {
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
+    };
+    use std::os::fd::AsRawFd;
+    let family = if group.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(group))?;
+    Ok(fd.into())
 }
 
 #[cfg(test)]
@@ -207,5 +228,21 @@ mod tests {
             assert_eq!(receiver.unseal(&bad), None, "byte {at}");
         }
         assert_eq!(receiver.unseal(&packet[..20]), None);
+    }
+
+    #[test]
+    fn a_group_carries_heartbeats_to_hosts_that_are_no_known_peers() {
+        let (a, b) = (free_port(), free_port());
+        let group: SocketAddr = format!("239.255.77.1:{}", free_port().port()).parse().unwrap();
+        let open = |id, at| {
+            let mut links = Links::open(HostId(id), b"secret", &[at], BTreeMap::new()).unwrap();
+            links.join(0, group).unwrap();
+            links
+        };
+        let (sender, receiver) = (open(1, a), open(2, b));
+        sender.broadcast(&beat(1)).unwrap();
+        assert_eq!(receiver.count(), 2);
+        assert_eq!(receiver.receive(1).unwrap(), Some((HostId(1), beat(1))));
+        assert_eq!(sender.receive(1).unwrap(), None, "its own message");
     }
 }

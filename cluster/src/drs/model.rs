@@ -1,5 +1,6 @@
 //! What the planner sees and what it answers.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::types::{HostId, Resources, VmId};
@@ -55,7 +56,7 @@ impl VmLoad {
 
 /// A wish about which VMs run where. A *must* rule is never broken by a plan; a *should* rule only when
 /// nothing else helps.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Rule {
     /// The VMs run on one host.
@@ -105,7 +106,7 @@ pub struct Snapshot {
 }
 
 /// How the planner decides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Config {
     /// A host is overloaded above this percentage of its processor or memory.
     pub threshold: u8,

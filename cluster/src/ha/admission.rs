@@ -1,12 +1,13 @@
 //! Admission control: a VM starts only if the cluster keeps enough room for the VMs of failed hosts.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::mutants::{self, Mutant};
 use crate::types::{HostId, Resources};
 
 /// How the reserve is reckoned.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum AdmissionPolicy {
     /// Nothing is reserved.

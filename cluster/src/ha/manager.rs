@@ -11,7 +11,7 @@ use super::restart::{RestartConfig, RestartHistory};
 use crate::lease::OpId;
 use crate::membership::Verdict;
 use crate::mutants::{self, Mutant};
-use crate::types::{HostId, Incarnation, LockspaceId, Millis, Time, VmId};
+use crate::types::{HostId, Incarnation, LockspaceId, Millis, Resources, Time, VmId};
 
 /// Limits and timers of the manager.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -491,6 +491,12 @@ impl HaManager {
     /// The lease generations that a host's last report named.
     pub fn reported_leases(&self, host: HostId) -> &[u64] {
         self.reports.get(&host).map_or(&[], |i| &i.report.leases)
+    }
+
+    /// What a VM uses, as its host last reported it.
+    pub fn usage(&self, vm: VmId) -> Option<Resources> {
+        let host = self.state.vms.get(&vm)?.place?.host;
+        self.reports.get(&host)?.report.vms.iter().find(|r| r.vm == vm)?.usage
     }
 
     fn due(&self, now: Time, vm: VmId) -> bool {

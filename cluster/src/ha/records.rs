@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::types::{Generation, HostId, Incarnation, LockspaceId, ResourceId, Resources, VmId};
 
 /// A virtual machine as its owner described it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VmSpec {
     /// The VM.
     pub id: VmId,
@@ -186,6 +187,9 @@ pub struct VmReport {
     pub epoch: u64,
     /// What it does.
     pub status: VmStatus,
+    /// What it uses, as far as that is measured.
+    #[serde(default)]
+    pub usage: Option<Resources>,
 }
 
 /// What a host tells the coordinator every few seconds, and whenever something changed.

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::mutants::{self, Mutant};
 use crate::types::{Millis, Time, VmId};
 
 /// Limits of restarts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RestartConfig {
     /// A VM that fails this often within `window` is given up.
     pub limit: u32,

@@ -1,12 +1,13 @@
 //! The timers of a lockspace, all derived from the I/O timeout and the watchdog.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::mutants::{self, Mutant};
 use crate::types::Millis;
 
 /// I/O timeout and watchdog timeout; every other timer follows from them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub struct Timing {
     /// How long one lease I/O may take, in seconds.
     pub io_timeout: u16,

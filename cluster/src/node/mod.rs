@@ -19,7 +19,9 @@ use crate::ha::{HaManager, Request, RequestError};
 use crate::lease::{LeaseHolder, LeaseObserver, LeaseStatus};
 use crate::lock::Locker;
 use crate::membership::{Coordinator, CoordinatorConfig, Membership, Verdict};
-use crate::types::{Generation, HostId, HostSet, Incarnation, LockspaceId, ResourceId, Time, VmId};
+use crate::types::{
+    Generation, HostId, HostSet, Incarnation, LockspaceId, ResourceId, Resources, Time, VmId,
+};
 
 /// A lockspace as this host sees it.
 #[derive(Debug)]
@@ -170,6 +172,26 @@ impl Node {
         let result = self.ha.request(now, request, &view);
         self.ha_wake = now;
         result
+    }
+
+    /// Notes what VMs of this host use; the next report carries it.
+    pub fn note_usage(&mut self, usage: &[(VmId, Resources)]) {
+        for (id, used) in usage {
+            if let Some(vm) = self.vms.get_mut(id) {
+                vm.usage = Some(*used);
+            }
+        }
+    }
+
+    /// An operator confirms that a host is off; false when it is not being fenced by this host.
+    pub fn confirm_off(&mut self, now: Time, host: HostId, out: &mut Vec<NodeOutput>) -> bool {
+        let Some(serial) = self.fencings.iter().find(|f| f.fencer.target().host == host).map(|f| f.serial)
+        else {
+            return false;
+        };
+        let input = crate::fence::FenceInput::Confirmed;
+        self.step(now, NodeInput::Fence { serial, input }, out);
+        true
     }
 
     /// Advances the host by one input.

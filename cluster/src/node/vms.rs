@@ -6,7 +6,7 @@ use super::{Message, Node, NodeOutput, VmAction, VmEvent};
 use crate::ha::{Command, VmReport, VmSpec, VmStatus};
 use crate::lock::{DenyReason, LockInput, LockMode, LockOutput};
 use crate::mutants::{self, Mutant};
-use crate::types::{HostId, Incarnation, LockspaceId, Millis, ResourceId, Time, VmId};
+use crate::types::{HostId, Incarnation, LockspaceId, Millis, ResourceId, Resources, Time, VmId};
 
 /// How soon a lock that another host holds is tried again.
 const LOCK_RETRY: Millis = 3000;
@@ -72,6 +72,8 @@ pub struct LocalVm {
     process: bool,
     /// The process is a migration target.
     incoming: bool,
+    /// What it uses, for the balancer.
+    pub(super) usage: Option<Resources>,
 }
 
 impl LocalVm {
@@ -112,10 +114,19 @@ impl Node {
     }
 
     pub(super) fn vm_reports(&self) -> Vec<VmReport> {
-        let present = self.vms.iter().map(|(id, v)| VmReport { vm: *id, epoch: v.epoch, status: v.status() });
+        let present = self.vms.iter().map(|(id, v)| VmReport {
+            vm: *id,
+            epoch: v.epoch,
+            status: v.status(),
+            usage: v.usage,
+        });
         let refused = self.refused.iter().filter(|(id, _)| !self.vms.contains_key(id));
-        let refused =
-            refused.map(|(id, epoch)| VmReport { vm: *id, epoch: *epoch, status: VmStatus::Refused });
+        let refused = refused.map(|(id, epoch)| VmReport {
+            vm: *id,
+            epoch: *epoch,
+            status: VmStatus::Refused,
+            usage: None,
+        });
         present.chain(refused).collect()
     }
 
@@ -190,7 +201,7 @@ impl Node {
     fn insert(&mut self, spec: Arc<VmSpec>, epoch: u64, stage: Stage, incoming: bool) {
         self.refused.remove(&spec.id);
         let id = spec.id;
-        let vm = LocalVm { spec, epoch, stage, process: incoming, incoming };
+        let vm = LocalVm { spec, epoch, stage, process: incoming, incoming, usage: None };
         self.vms.insert(id, vm);
         self.next_report = Time(0);
     }

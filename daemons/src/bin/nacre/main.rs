@@ -1,6 +1,7 @@
 //! The `nacre` command line.
 
 mod accel;
+mod cluster;
 mod disk;
 mod run;
 mod schema;
@@ -23,6 +24,7 @@ enum Command {
     Run(Box<run::Args>),
     Accel(accel::Args),
     Disk(disk::Args),
+    Cluster(cluster::Args),
     /// Print the JSON schema of `nacre run --config` files.
     Schema,
     /// Print a completion script for a shell.
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(*args),
         Command::Accel(args) => accel::run(&args),
         Command::Disk(args) => disk::run(args),
+        Command::Cluster(args) => cluster::run(args),
         Command::Schema => schema::print(),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "nacre", &mut std::io::stdout());
