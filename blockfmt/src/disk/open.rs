@@ -2,6 +2,7 @@
 
 use super::{CreateOptions, Disk, OpenPolicy, Registry, Role};
 use crate::format::{LayerOptions, data_file_name, open_layer};
+use crate::nbd::{NbdOptions, NbdStorage, Uri};
 use crate::storage::{FileId, FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Error, Format, Layer, LuksOptions, Result, Secret, Storage};
 use std::path::{Path, PathBuf};
@@ -103,12 +104,16 @@ impl OpenOptions {
         self
     }
 
-    /// Opens a file or block device.
+    /// Opens a file, a block device, or an export of an NBD server, if `path` is the URI of one.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Disk> {
         let path = path.as_ref();
         if let Some(directory) = &self.temporary {
             let options = OpenOptions { read_only: true, temporary: None, ..self.clone() };
             return options.open(path)?.on_temporary_layer(directory);
+        }
+        if let Some(uri) = path.to_str().filter(|text| Uri::matches(text)) {
+            let options = NbdOptions { read_only: self.read_only, ..NbdOptions::default() };
+            return self.open_storage(Arc::new(NbdStorage::connect(uri, options)?), "");
         }
         let options = FileOptions {
             read_only: self.read_only,

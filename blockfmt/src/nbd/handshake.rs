@@ -72,6 +72,8 @@ fn take_string<'a>(data: &mut &'a [u8]) -> Option<&'a str> {
 
 /// Negotiates; `None` if the client leaves.
 pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Option<Session>> {
+    let tls = shared.tls();
+    let mut encrypted = false;
     let mut hello = INIT_MAGIC.to_vec();
     hello.extend(OPTION_MAGIC);
     hello.extend(FLAGS.to_be_bytes());
@@ -102,6 +104,20 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
             extended,
         };
         match opt {
+            option::STARTTLS if data.is_empty() && !encrypted && tls.is_some() => {
+                answer(stream, opt, reply::ACK, b"")?;
+                if let Some(tls) = &tls {
+                    stream.encrypt(tls)?;
+                }
+                // What was agreed on before could have been said by anyone.
+                (encrypted, structured, extended, allocation) = (true, false, false, None);
+            }
+            option::EXPORT_NAME if tls.is_some() && !encrypted => {
+                return Err(invalid("the client does not use TLS"));
+            }
+            _ if tls.is_some() && !encrypted && opt != option::ABORT => {
+                answer(stream, opt, reply::ERR_TLS_REQD, b"Use TLS")?;
+            }
             option::EXPORT_NAME => {
                 let export = std::str::from_utf8(&data).ok().and_then(|name| shared.export(name));
                 // This option has no way to report an error.

@@ -1,13 +1,20 @@
-//! Network block devices: a server that exports disks.
+//! Network block devices: a server that exports disks, and a client whose exports are storages.
 //!
 //! The protocol is the fixed newstyle one with simple, structured and extended replies and the metadata
-//! context `base:allocation`; see `doc/proto.md` of the NBD project. Transport is a Unix or TCP socket
-//! without encryption: keep TCP to networks that are trusted.
+//! context `base:allocation`; see `doc/proto.md` of the NBD project. Transport is a Unix or TCP socket,
+//! with TLS and certificates if wanted: without it, keep TCP to networks that are trusted.
 
+mod client;
+mod connection;
 mod handshake;
 mod proto;
 mod server;
 mod stream;
+mod tls;
 mod transmission;
+mod uri;
 
+pub use client::{NbdOptions, NbdStorage};
 pub use server::{Export, ExportInfo, Server};
+pub use tls::{TlsClient, TlsServer};
+pub use uri::{Address, Uri};

@@ -1,6 +1,7 @@
 //! The server object: listeners, connections and exports.
 
 use super::stream::{Listener, Stream};
+use super::tls::TlsServer;
 use super::{handshake, transmission};
 use crate::{Disk, Error, Result};
 use parking_lot::Mutex;
@@ -58,12 +59,17 @@ struct Connection {
 pub(super) struct Shared {
     exports: Mutex<BTreeMap<String, Arc<Export>>>,
     connections: Mutex<HashMap<u64, Connection>>,
+    tls: Mutex<Option<TlsServer>>,
     stop: AtomicBool,
 }
 
 impl Shared {
     pub fn export(&self, name: &str) -> Option<Arc<Export>> {
         self.exports.lock().get(name).cloned()
+    }
+
+    pub fn tls(&self) -> Option<TlsServer> {
+        self.tls.lock().clone()
     }
 
     pub fn exports(&self) -> Vec<Arc<Export>> {
@@ -149,6 +155,11 @@ impl Server {
     /// A server that neither listens nor exports yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Serves clients that use TLS only, from the next connection on.
+    pub fn require_tls(&self, tls: TlsServer) {
+        *self.shared.tls.lock() = Some(tls);
     }
 
     /// Adds an export while the server runs.

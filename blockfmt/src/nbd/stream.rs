@@ -1,5 +1,7 @@
 //! A connection or a listener, over a Unix or a TCP socket.
 
+use super::tls::TlsServer;
+use rustls::{ClientConnection, ServerConnection, StreamOwned};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
@@ -11,6 +13,8 @@ use std::time::Duration;
 pub(super) enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
+    TlsServer(Box<StreamOwned<ServerConnection, Box<Stream>>>),
+    TlsClient(Box<StreamOwned<ClientConnection, Box<Stream>>>),
 }
 
 impl Stream {
@@ -18,7 +22,14 @@ impl Stream {
         Ok(match self {
             Stream::Unix(s) => Stream::Unix(s.try_clone()?),
             Stream::Tcp(s) => Stream::Tcp(s.try_clone()?),
+            Stream::TlsServer(_) | Stream::TlsClient(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
+    }
+
+    /// Goes on with TLS, as a server.
+    pub fn encrypt(&mut self, tls: &TlsServer) -> io::Result<()> {
+        *self = tls.wrap(self.try_clone()?)?;
+        Ok(())
     }
 
     /// Ends the connection for everyone who uses it.
@@ -27,6 +38,8 @@ impl Stream {
         let _ = match self {
             Stream::Unix(s) => s.shutdown(Shutdown::Both),
             Stream::Tcp(s) => s.shutdown(Shutdown::Both),
+            Stream::TlsServer(s) => return s.sock.shutdown(),
+            Stream::TlsClient(s) => return s.sock.shutdown(),
         };
     }
 
@@ -35,6 +48,8 @@ impl Stream {
         match self {
             Stream::Unix(s) => s.set_read_timeout(timeout),
             Stream::Tcp(s) => s.set_read_timeout(timeout),
+            Stream::TlsServer(s) => s.sock.set_timeout(timeout),
+            Stream::TlsClient(s) => s.sock.set_timeout(timeout),
         }
     }
 }
@@ -44,6 +59,8 @@ impl Read for Stream {
         match self {
             Stream::Unix(s) => s.read(buf),
             Stream::Tcp(s) => s.read(buf),
+            Stream::TlsServer(s) => s.read(buf),
+            Stream::TlsClient(s) => s.read(buf),
         }
     }
 }
@@ -53,11 +70,17 @@ impl Write for Stream {
         match self {
             Stream::Unix(s) => s.write(buf),
             Stream::Tcp(s) => s.write(buf),
+            Stream::TlsServer(s) => s.write(buf),
+            Stream::TlsClient(s) => s.write(buf),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Stream::Unix(_) | Stream::Tcp(_) => Ok(()),
+            Stream::TlsServer(s) => s.flush(),
+            Stream::TlsClient(s) => s.flush(),
+        }
     }
 }
 

@@ -4,6 +4,7 @@ mod api;
 mod exports;
 
 use anyhow::{Context, Result};
+use blockfmt::nbd::TlsServer;
 use clap::Parser;
 use exports::{ExportSpec, Exports};
 use nix::sys::signal::{SigSet, Signal};
@@ -22,9 +23,10 @@ Examples:
   echo '{\"command\":\"add\",\"name\":\"data\",\"path\":\"data.vhd\",\"format\":\"vhd\"}' | nc -NU /run/blk.sock
   echo '{\"command\":\"list\"}' | nc -NU /run/blk.sock
   echo '{\"command\":\"remove\",\"name\":\"data\"}' | nc -NU /run/blk.sock
+  nacre-blk --export name=root,path=root.qcow2,format=qcow2 --tcp 0.0.0.0:10809 --tls-certificates pki --tls-verify-peer
   nbdinfo 'nbd+unix:///root?socket=/run/nbd.sock'
 
-NBD is not encrypted here: use --tcp in networks that are trusted only."
+Without --tls-certificates NBD is not encrypted: use --tcp in networks that are trusted only."
 )]
 struct Args {
     /// Export a disk: name=NAME,path=PATH,format=FORMAT and, if wanted, readonly; may be repeated.
@@ -36,6 +38,12 @@ struct Args {
     /// Listen for NBD clients on this address and port; may be repeated.
     #[arg(long, value_name = "ADDRESS")]
     tcp: Vec<SocketAddr>,
+    /// Serve clients that use TLS only, with server-cert.pem and server-key.pem of this directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    tls_certificates: Option<PathBuf>,
+    /// Clients have to prove who they are with a certificate signed by those in ca-cert.pem.
+    #[arg(long, requires = "tls_certificates")]
+    tls_verify_peer: bool,
     /// Take commands (one JSON object a line: add, remove, list) on this Unix socket.
     #[arg(long, value_name = "SOCKET")]
     api: Option<PathBuf>,
@@ -54,6 +62,9 @@ fn main() -> Result<()> {
     let exports = Exports::new();
     for spec in &args.export {
         exports.add(spec)?;
+    }
+    if let Some(directory) = &args.tls_certificates {
+        exports.server().require_tls(TlsServer::from_directory(directory, args.tls_verify_peer)?);
     }
     for path in &args.unix {
         exports.server().listen_unix(path)?;

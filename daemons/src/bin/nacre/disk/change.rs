@@ -3,6 +3,7 @@
 use super::common::{Image, Work, apply_options, human, parse_size, print_json};
 use anyhow::{Context, Result, bail};
 use blockfmt::job::{self, ConvertOptions};
+use blockfmt::nbd::Uri;
 use blockfmt::{CreateOptions, Format, OpenOptions};
 use clap::Args;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use std::process::ExitCode;
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk convert -p -f raw -O qcow2 disk.raw disk.qcow2
+  nacre disk convert -f raw -O qcow2 'nbd://backup.example/root' root.qcow2
   nacre disk convert -c -f qcow2 -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2")]
 pub struct Convert {
     #[command(flatten)]
@@ -30,7 +32,7 @@ pub struct Convert {
     threads: usize,
     #[command(flatten)]
     work: Work,
-    /// The new image. It must not exist.
+    /// The new image, which must not exist; or the URI of an NBD export, which must.
     target: PathBuf,
 }
 
@@ -40,18 +42,27 @@ pub fn convert(args: Convert) -> Result<ExitCode> {
     apply_options(&mut create, &args.options)?;
     create.size = source.size();
     create.secret = args.image.secrets.read()?.into_iter().next();
-    create.create(&args.target).with_context(|| format!("Cannot create {}", args.target.display()))?;
+    let remote = args.target.to_str().is_some_and(Uri::matches);
+    if !remote {
+        create.create(&args.target).with_context(|| format!("Cannot create {}", args.target.display()))?;
+    }
     let run = || -> Result<()> {
         let target = args.image.secrets.apply(OpenOptions::new(args.target_format))?.open(&args.target)?;
-        let options =
-            ConvertOptions { compress: args.compress, threads: args.threads, ..ConvertOptions::default() };
+        let options = ConvertOptions {
+            compress: args.compress,
+            threads: args.threads,
+            target_is_zero: !remote,
+            ..ConvertOptions::default()
+        };
         job::convert(&source, &target, options, &args.work.control()?)?;
         target.close()?;
         Ok(())
     };
     if let Err(error) = run() {
-        // A partial image is of no use.
-        let _ = std::fs::remove_file(&args.target);
+        if !remote {
+            // A partial image is of no use.
+            let _ = std::fs::remove_file(&args.target);
+        }
         return Err(error.context(format!("Cannot convert {}", args.image.path.display())));
     }
     Ok(ExitCode::SUCCESS)

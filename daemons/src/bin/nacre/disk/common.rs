@@ -19,7 +19,8 @@ pub struct Image {
     /// Format of the image.
     #[arg(short, long, value_name = "FORMAT")]
     pub format: Format,
-    /// The image.
+    /// The image: a file, a block device or the URI of an NBD export (nbd://HOST:PORT/NAME,
+    /// nbd+unix:///NAME?socket=PATH, nbds://HOST/NAME?tls-certificates=DIRECTORY).
     pub path: PathBuf,
     /// Let the image name files outside of its own directory.
     #[arg(long)]

@@ -1,0 +1,398 @@
+//! One connection of a client: handshake, requests and replies.
+
+use super::proto::{
+    CHUNK_DONE, EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, INIT_MAGIC, MAX_PAYLOAD, OPTION_MAGIC,
+    OPTION_REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, export_flag,
+    option, reply,
+};
+use super::stream::Stream;
+use super::tls::TlsClient;
+use std::io::{self, Read, Write};
+
+/// Most replies to one option.
+const MAX_OPTION_REPLIES: usize = 10_000;
+/// Longest reply to an option, and longest list of extents.
+const MAX_REPLY: u32 = 1 << 20;
+/// Most chunks in one reply.
+const MAX_CHUNKS: usize = 1 << 20;
+
+/// What was agreed on with the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Facts {
+    pub size: u64,
+    pub flags: u16,
+    /// Smallest request in bytes.
+    pub min_block: u64,
+    /// Most bytes of payload in a request.
+    pub max_block: u64,
+    structured: bool,
+    extended: bool,
+    /// Numbers and names of the metadata contexts.
+    pub contexts: Vec<(u32, String)>,
+}
+
+impl Facts {
+    pub fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// A request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Request {
+    pub command: u16,
+    pub flags: u16,
+    pub offset: u64,
+    pub len: u64,
+}
+
+/// Why a request failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The server says so; the connection lives on.
+    Server(io::Error),
+    /// The connection is of no use any more.
+    Connection(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Failure::Connection(error)
+    }
+}
+
+/// What the server sent for a request.
+#[derive(Debug, Default)]
+pub(super) struct Answer {
+    /// Number of the context, length and state of each extent.
+    pub extents: Vec<(u32, u64, u64)>,
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("The NBD server {what}"))
+}
+
+/// A connection after the handshake.
+#[derive(Debug)]
+pub(super) struct Connection {
+    stream: Stream,
+    pub facts: Facts,
+    cookie: u64,
+}
+
+fn array<const N: usize>(stream: &mut Stream) -> io::Result<[u8; N]> {
+    let mut out = [0; N];
+    stream.read_exact(&mut out)?;
+    Ok(out)
+}
+
+fn send_option(stream: &mut Stream, number: u32, data: &[u8]) -> io::Result<()> {
+    let mut out = OPTION_MAGIC.to_vec();
+    out.extend(number.to_be_bytes());
+    out.extend((data.len() as u32).to_be_bytes());
+    out.extend(data);
+    stream.write_all(&out)
+}
+
+fn option_reply(stream: &mut Stream, number: u32) -> io::Result<(u32, Vec<u8>)> {
+    if u64::from_be_bytes(array(stream)?) != OPTION_REPLY_MAGIC
+        || u32::from_be_bytes(array(stream)?) != number
+    {
+        return Err(invalid("sent something else than a reply to an option"));
+    }
+    let kind = u32::from_be_bytes(array(stream)?);
+    let len = u32::from_be_bytes(array(stream)?);
+    if len > MAX_REPLY {
+        return Err(invalid("sent too long a reply to an option"));
+    }
+    let mut data = vec![0; len as usize];
+    stream.read_exact(&mut data)?;
+    Ok((kind, data))
+}
+
+/// Whether the server accepts an option without data.
+fn ask(stream: &mut Stream, number: u32) -> io::Result<bool> {
+    send_option(stream, number, b"")?;
+    Ok(option_reply(stream, number)?.0 == reply::ACK)
+}
+
+impl Connection {
+    /// Negotiates. With `tls`, the connection is encrypted before anything is said.
+    pub fn negotiate(
+        mut stream: Stream,
+        export: &str,
+        contexts: &[String],
+        tls: Option<(&TlsClient, &str)>,
+    ) -> io::Result<Self> {
+        if array::<8>(&mut stream)? != *INIT_MAGIC || array::<8>(&mut stream)? != *OPTION_MAGIC {
+            return Err(invalid("does not speak the newstyle protocol"));
+        }
+        let flags = u16::from_be_bytes(array(&mut stream)?) & 3;
+        if flags & 1 == 0 {
+            return Err(invalid("does not speak the fixed newstyle protocol"));
+        }
+        stream.write_all(&u32::from(flags).to_be_bytes())?;
+        if let Some((tls, host)) = tls {
+            if !ask(&mut stream, option::STARTTLS)? {
+                return Err(invalid("does not offer TLS"));
+            }
+            stream = tls.wrap(stream, host)?;
+        }
+        let extended = ask(&mut stream, option::EXTENDED_HEADERS)?;
+        let structured = extended || ask(&mut stream, option::STRUCTURED_REPLY)?;
+        let mut facts = Facts {
+            size: 0,
+            flags: 0,
+            min_block: 1,
+            max_block: MAX_PAYLOAD,
+            structured,
+            extended,
+            contexts: Vec::new(),
+        };
+        if structured && !contexts.is_empty() {
+            facts.contexts = set_contexts(&mut stream, export, contexts)?;
+        }
+        go(&mut stream, export, flags & 2 != 0, &mut facts)?;
+        let block = facts.min_block;
+        let sane = block.is_power_of_two() && block <= 65536 && facts.max_block >= block;
+        if !sane || facts.size > i64::MAX as u64 || !facts.has(export_flag::HAS_FLAGS) {
+            return Err(invalid("describes its export in a way that makes no sense"));
+        }
+        facts.max_block = facts.max_block.min(MAX_PAYLOAD) / block * block;
+        Ok(Connection { stream, facts, cookie: 0 })
+    }
+
+    /// Sends a request and takes the reply; the payload of a read goes to `data`.
+    pub fn perform(&mut self, r: Request, payload: &[u8], data: &mut [u8]) -> Result<Answer, Failure> {
+        self.cookie += 1;
+        let magic = if self.facts.extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        let mut out = Vec::with_capacity(32 + payload.len());
+        out.extend(magic.to_be_bytes());
+        out.extend(r.flags.to_be_bytes());
+        out.extend(r.command.to_be_bytes());
+        out.extend(self.cookie.to_be_bytes());
+        out.extend(r.offset.to_be_bytes());
+        if self.facts.extended {
+            out.extend(r.len.to_be_bytes());
+        } else {
+            out.extend((r.len as u32).to_be_bytes());
+        }
+        out.extend(payload);
+        self.stream.write_all(&out)?;
+        let mut answer = Answer::default();
+        let (mut filled, mut error) = (0, None);
+        for _ in 0..MAX_CHUNKS {
+            let done = self.take_chunk(r, data, &mut filled, &mut error, &mut answer)?;
+            if !done {
+                continue;
+            }
+            if let Some(errno) = error {
+                return Err(Failure::Server(io::Error::from_raw_os_error(errno)));
+            }
+            if filled != data.len() as u64 {
+                return Err(invalid("sent less data than was asked for").into());
+            }
+            return Ok(answer);
+        }
+        Err(invalid("never ends its reply").into())
+    }
+
+    /// Takes a reply or a part of one; returns whether it was the last.
+    fn take_chunk(
+        &mut self,
+        r: Request,
+        data: &mut [u8],
+        filled: &mut u64,
+        error: &mut Option<i32>,
+        answer: &mut Answer,
+    ) -> io::Result<bool> {
+        let s = &mut self.stream;
+        let magic = u32::from_be_bytes(array(s)?);
+        if magic == SIMPLE_REPLY_MAGIC && !self.facts.extended {
+            let code = u32::from_be_bytes(array(s)?);
+            self.expect_cookie()?;
+            if code != 0 {
+                *error = Some(errno(code));
+            } else if !data.is_empty() {
+                self.stream.read_exact(data)?;
+                *filled = data.len() as u64;
+            }
+            return Ok(true);
+        }
+        let expected = if self.facts.extended { EXTENDED_REPLY_MAGIC } else { STRUCTURED_REPLY_MAGIC };
+        if magic != expected || !self.facts.structured {
+            return Err(invalid("sent something else than a reply"));
+        }
+        let flags = u16::from_be_bytes(array(s)?);
+        let kind = u16::from_be_bytes(array(s)?);
+        self.expect_cookie()?;
+        let s = &mut self.stream;
+        let len = match self.facts.extended {
+            true => {
+                array::<8>(s)?; // the offset of the request
+                u64::from_be_bytes(array(s)?)
+            }
+            false => u32::from_be_bytes(array(s)?).into(),
+        };
+        // The part of the buffer that `len` bytes at a place of the export belong to.
+        let place = |at: u64, len: u64| {
+            let from = at.checked_sub(r.offset).filter(|from| *from <= data.len() as u64)?;
+            let end = from.checked_add(len).filter(|end| *end <= data.len() as u64)?;
+            Some(from as usize..end as usize)
+        };
+        let outside = || invalid("sent data that was not asked for");
+        match kind {
+            chunk::NONE if len == 0 => {}
+            chunk::OFFSET_DATA if len >= 8 => {
+                let range = place(u64::from_be_bytes(array(s)?), len - 8).ok_or_else(outside)?;
+                *filled += range.len() as u64;
+                s.read_exact(&mut data[range])?;
+            }
+            chunk::OFFSET_HOLE if len == 12 => {
+                let at = u64::from_be_bytes(array(s)?);
+                let range = place(at, u32::from_be_bytes(array(s)?).into()).ok_or_else(outside)?;
+                *filled += range.len() as u64;
+                data[range].fill(0);
+            }
+            _ if len > u64::from(MAX_REPLY) => return Err(invalid("sent too long a reply")),
+            _ => {
+                let mut payload = vec![0; len as usize];
+                s.read_exact(&mut payload)?;
+                parse_payload(kind, &payload, error, answer)?;
+            }
+        }
+        Ok(flags & CHUNK_DONE != 0)
+    }
+
+    fn expect_cookie(&mut self) -> io::Result<()> {
+        match u64::from_be_bytes(array(&mut self.stream)?) == self.cookie {
+            true => Ok(()),
+            false => Err(invalid("replied to another request")),
+        }
+    }
+
+    /// Says goodbye.
+    pub fn disconnect(mut self) {
+        let mut out = Vec::new();
+        let extended = self.facts.extended;
+        out.extend((if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC }).to_be_bytes());
+        out.extend([0, 0]);
+        out.extend(super::proto::command::DISC.to_be_bytes());
+        out.resize(if extended { 32 } else { 28 }, 0);
+        // The server may be gone already.
+        let _ = self.stream.write_all(&out);
+        self.stream.shutdown();
+    }
+}
+
+fn parse_payload(kind: u16, payload: &[u8], error: &mut Option<i32>, answer: &mut Answer) -> io::Result<()> {
+    let u32_at = |at: usize| payload.get(at..at + 4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
+    let short = || invalid("sent too short a reply");
+    if kind & 0x8000 != 0 {
+        *error = Some(errno(u32_at(0).ok_or_else(short)?));
+        return Ok(());
+    }
+    let context = u32_at(0).ok_or_else(short)?;
+    match kind {
+        chunk::BLOCK_STATUS => {
+            for e in payload[4..].chunks_exact(8) {
+                let word =
+                    |at: usize| u64::from(u32::from_be_bytes([e[at], e[at + 1], e[at + 2], e[at + 3]]));
+                answer.extents.push((context, word(0), word(4)));
+            }
+        }
+        chunk::BLOCK_STATUS_EXT => {
+            for e in payload.get(8..).ok_or_else(short)?.chunks_exact(16) {
+                let (a, b) = e.split_at(8);
+                let word = |b: &[u8]| b.iter().fold(0, |n, b| n << 8 | u64::from(*b));
+                answer.extents.push((context, word(a), word(b)));
+            }
+        }
+        _ => return Err(invalid("sent an unknown kind of reply")),
+    }
+    if answer.extents.len() > MAX_REPLY as usize {
+        return Err(invalid("sent too many extents"));
+    }
+    Ok(())
+}
+
+fn set_contexts(stream: &mut Stream, export: &str, contexts: &[String]) -> io::Result<Vec<(u32, String)>> {
+    let mut data = (export.len() as u32).to_be_bytes().to_vec();
+    data.extend(export.as_bytes());
+    data.extend((contexts.len() as u32).to_be_bytes());
+    for context in contexts {
+        data.extend((context.len() as u32).to_be_bytes());
+        data.extend(context.as_bytes());
+    }
+    send_option(stream, option::SET_META_CONTEXT, &data)?;
+    let mut out = Vec::new();
+    for _ in 0..MAX_OPTION_REPLIES {
+        let (kind, data) = option_reply(stream, option::SET_META_CONTEXT)?;
+        match (kind, data.split_first_chunk::<4>()) {
+            (reply::META_CONTEXT, Some((id, name))) => {
+                out.push((u32::from_be_bytes(*id), String::from_utf8_lossy(name).into_owned()));
+            }
+            (reply::ACK, _) => return Ok(out),
+            // Not supported, or no such export, which the next option will tell.
+            (kind, _) if kind & 0x8000_0000 != 0 => return Ok(Vec::new()),
+            _ => return Err(invalid("sent an invalid reply to an option")),
+        }
+    }
+    Err(invalid("never ends its replies"))
+}
+
+/// Chooses the export.
+fn go(stream: &mut Stream, export: &str, no_zeroes: bool, facts: &mut Facts) -> io::Result<()> {
+    let mut data = (export.len() as u32).to_be_bytes().to_vec();
+    data.extend(export.as_bytes());
+    data.extend([0, 1, 0, 3]); // one kind of information: block sizes
+    send_option(stream, option::GO, &data)?;
+    for _ in 0..MAX_OPTION_REPLIES {
+        let (kind, data) = option_reply(stream, option::GO)?;
+        let u32_at =
+            |at: usize| u64::from(u32::from_be_bytes([data[at], data[at + 1], data[at + 2], data[at + 3]]));
+        match kind {
+            reply::ACK => return Ok(()),
+            reply::INFO if data.starts_with(&[0, 0]) && data.len() == 12 => {
+                facts.size = u32_at(2) << 32 | u32_at(6);
+                facts.flags = u16::from_be_bytes([data[10], data[11]]);
+            }
+            reply::INFO if data.starts_with(&[0, 3]) && data.len() == 14 => {
+                (facts.min_block, facts.max_block) = (u32_at(2), u32_at(10));
+            }
+            reply::INFO => {}
+            reply::ERR_UNSUP => {
+                send_option(stream, option::EXPORT_NAME, export.as_bytes())?;
+                facts.size = u64::from_be_bytes(array(stream)?);
+                facts.flags = u16::from_be_bytes(array(stream)?);
+                if !no_zeroes {
+                    array::<124>(stream)?;
+                }
+                return Ok(());
+            }
+            reply::ERR_UNKNOWN => {
+                return Err(io::Error::new(io::ErrorKind::NotFound, "There is no such export"));
+            }
+            reply::ERR_TLS_REQD => {
+                let what = "The NBD server insists on TLS; use nbds://";
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+            }
+            _ => return Err(invalid("refuses the export")),
+        }
+    }
+    Err(invalid("never ends its replies"))
+}
+
+/// The host's number for an error of the protocol.
+fn errno(code: u32) -> i32 {
+    match code {
+        1 => libc::EPERM,
+        12 => libc::ENOMEM,
+        22 => libc::EINVAL,
+        28 => libc::ENOSPC,
+        75 => libc::EOVERFLOW,
+        95 => libc::ENOTSUP,
+        108 => libc::ESHUTDOWN,
+        _ => libc::EIO,
+    }
+}

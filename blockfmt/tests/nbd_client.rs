@@ -1,0 +1,265 @@
+//! The NBD client against our server, QEMU's and nbdkit, with and without TLS.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
+
+mod common;
+
+use blockfmt::format::qcow2::Qcow2Options;
+use blockfmt::nbd::{Export, NbdOptions, NbdStorage, Server, TlsServer};
+use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions, Storage};
+use common::{Rng, assert_same, exercise, qemu, qemu_ok, text};
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+const SIZE: u64 = 6 << 20;
+
+/// A server program that ends with the test.
+struct Program(Child);
+
+impl Program {
+    fn start(program: &str, package: &str, args: &[&str], socket: &Path) -> Self {
+        let child = Command::new(program).args(args).spawn();
+        let child = child
+            .unwrap_or_else(|e| panic!("cannot run {program} ({e}); install the Debian package {package}"));
+        let mut program = Program(child);
+        while !socket.exists() {
+            assert!(program.0.try_wait().unwrap().is_none(), "the server ended");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        program
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn uri(export: &str, socket: &Path) -> String {
+    format!("nbd+unix:///{export}?socket={}", text(socket))
+}
+
+fn open(uri: &str) -> Disk {
+    OpenOptions::new(Format::Raw).open(uri).unwrap()
+}
+
+fn serve(dir: &Path) -> (Server, Disk) {
+    let path = dir.join("disk.qcow2");
+    CreateOptions::new(Format::Qcow2, SIZE).create(&path).unwrap();
+    let disk = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
+    let server = Server::new();
+    for (name, read_only) in [("disk", false), ("fixed", true)] {
+        let export = Export { name: name.into(), description: String::new(), disk: disk.clone(), read_only };
+        server.add_export(export).unwrap();
+    }
+    (server, disk)
+}
+
+#[test]
+fn our_server() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (server, served) = serve(dir.path());
+    let socket = dir.path().join("s");
+    server.listen_unix(&socket).unwrap();
+    let tcp = server.listen_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut model = vec![0; SIZE as usize];
+    let mut rng = Rng(1);
+    for uri in [uri("disk", &socket), format!("nbd://{tcp}/disk")] {
+        let disk = open(&uri);
+        exercise(&disk, &mut model, &mut rng, 100);
+        assert_same(&served, &model);
+        // Many threads on several connections, each in a part of its own.
+        std::thread::scope(|scope| {
+            for (n, part) in model.chunks_mut(1 << 20).enumerate() {
+                let disk = &disk;
+                scope.spawn(move || {
+                    let mut rng = Rng(100 + n as u64);
+                    for _ in 0..20 {
+                        let at = rng.below(part.len() as u64 - 5000) as usize;
+                        let data = rng.bytes(5000);
+                        disk.write_at(&data, ((n << 20) + at) as u64).unwrap();
+                        part[at..at + 5000].copy_from_slice(&data);
+                        let mut seen = vec![0; part.len()];
+                        disk.read_at(&mut seen, (n << 20) as u64).unwrap();
+                        assert!(seen == part);
+                    }
+                });
+            }
+        });
+        disk.flush().unwrap();
+        assert_same(&served, &model);
+    }
+    // Holes are seen through the connection.
+    served.write_zeroes(1 << 20, 1 << 20, true).unwrap();
+    let storage = NbdStorage::connect(&uri("disk", &socket), NbdOptions::default()).unwrap();
+    assert_eq!(storage.data_at(1 << 20, 4 << 20).unwrap(), (false, 1 << 20));
+    let error = storage.set_len(SIZE + 1).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOTSUP));
+    let fixed = open(&uri("fixed", &socket));
+    assert!(matches!(fixed.write_at(&[1], 0), Err(Error::ReadOnly)));
+    let missing = OpenOptions::new(Format::Raw).open(uri("none", &socket)).unwrap_err();
+    assert_eq!(missing.errno(), libc::EIO);
+}
+
+#[test]
+fn servers_of_others() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let [q, k, r, image, raw] = ["q", "k", "r", "a.qcow2", "raw"].map(|name| dir.path().join(name));
+    let mut rng = Rng(2);
+    let mut model = vec![0; SIZE as usize];
+    // qemu-nbd, with an image inside of the export.
+    qemu_ok("qemu-img", &["create", "-f", "qcow2", text(&image), "6M"]);
+    let args = ["-f", "qcow2", "-t", "-e", "8", "-x", "a b", "-k", text(&q), text(&image)];
+    let program = Program::start("qemu-nbd", "qemu-utils", &args, &q);
+    let disk = open(&uri("a%20b", &q));
+    exercise(&disk, &mut model, &mut rng, 150);
+    assert_same(&disk, &model);
+    disk.flush().unwrap();
+    drop(disk);
+    drop(program);
+    assert_same(&OpenOptions::new(Format::Qcow2).open(&image).unwrap(), &model);
+    // nbdkit, which insists on blocks of 4 KiB.
+    let policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-error-policy=error"];
+    let args = ["-f", "-U", text(&k), "--filter=blocksize-policy", "memory", "6M"];
+    let program = Program::start("nbdkit", "nbdkit", &[&args[..], &policy[..]].concat(), &k);
+    let disk = open(&uri("", &k));
+    model.fill(0);
+    exercise(&disk, &mut model, &mut rng, 150);
+    assert_same(&disk, &model);
+    drop(disk);
+    drop(program);
+    // A chain whose top is remote: formats work over the wire, too.
+    std::fs::write(&raw, vec![0; 8 << 20]).unwrap();
+    let args = ["-f", "raw", "-t", "-e", "8", "-k", text(&r), text(&raw)];
+    let _program = Program::start("qemu-nbd", "qemu-utils", &args, &r);
+    let remote = NbdStorage::connect(&uri("", &r), NbdOptions::default()).unwrap();
+    let qcow2 = Qcow2Options { cluster_size: 4096, ..Qcow2Options::default() };
+    let create = CreateOptions::new(Format::Qcow2, 1 << 20).qcow2(qcow2);
+    let error = create.create_on(std::sync::Arc::new(remote)).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOTSUP, "an export cannot be truncated: {error}");
+}
+
+#[test]
+fn lost_connections() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (socket, raw) = (dir.path().join("s"), dir.path().join("raw"));
+    std::fs::write(&raw, vec![7; SIZE as usize]).unwrap();
+    let args = ["-f", "raw", "-t", "-e", "8", "-k", text(&socket), text(&raw)];
+    let start = || Program::start("qemu-nbd", "qemu-utils", &args, &socket);
+    let program = start();
+    let options = NbdOptions { reconnect: Duration::from_secs(60), ..NbdOptions::default() };
+    let storage = NbdStorage::connect(&uri("", &socket), options).unwrap();
+    let storage: &dyn Storage = &storage;
+    storage.write_at(&[1; 512], 0).unwrap();
+    storage.sync().unwrap();
+    let restart = |program: Program| {
+        drop(program);
+        let _ = std::fs::remove_file(&socket);
+        start()
+    };
+    // What was flushed survives; the reader notices nothing.
+    let program = restart(program);
+    let mut seen = [0; 1024];
+    storage.read_at(&mut seen, 0).unwrap();
+    assert!(seen[..512] == [1; 512] && seen[512..] == [7; 512]);
+    storage.write_at(&[2; 512], 0).unwrap();
+    storage.sync().unwrap();
+    // What was not flushed may be lost, and nobody claims otherwise.
+    storage.write_at(&[3; 512], 0).unwrap();
+    let program = restart(program);
+    storage.read_at(&mut seen, 0).unwrap();
+    assert!(storage.sync().is_err());
+    assert!(storage.sync().is_err(), "the failure is forgotten");
+    drop(program);
+    let _ = std::fs::remove_file(&socket);
+    let options = NbdOptions { reconnect: Duration::ZERO, ..NbdOptions::default() };
+    assert!(NbdStorage::connect(&uri("", &socket), options).is_err());
+}
+
+/// Certificates of an authority, a server and a client, under the names that everybody uses.
+fn make_certificates(dir: &Path) {
+    let run = |args: &[&str]| {
+        let output = Command::new("openssl").args(args).current_dir(dir).output();
+        let output = output.expect("cannot run openssl; install the Debian package openssl");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let new =
+        ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-x509", "-days", "2"];
+    let ca = ["-subj", "/CN=test authority", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"];
+    let uses = ["-addext", "keyUsage=critical,keyCertSign,digitalSignature"];
+    run(&[&new[..], &ca[..], &uses[..]].concat());
+    for who in ["server", "client"] {
+        let (key, out) = (format!("{who}-key.pem"), format!("{who}-cert.pem"));
+        let signed = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-subj", "/CN=localhost"];
+        let names = [
+            "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+        ];
+        run(&[&new[..], &signed[..], &names[..], &["-keyout", &key, "-out", &out]].concat());
+    }
+}
+
+#[test]
+fn tls() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (pki, other) = (dir.path().join("pki"), dir.path().join("other"));
+    for place in [&pki, &other] {
+        std::fs::create_dir(place).unwrap();
+        make_certificates(place);
+    }
+    let (server, served) = serve(dir.path());
+    server.require_tls(TlsServer::from_directory(&pki, true).unwrap());
+    let tcp = server.listen_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+    let secure = |pki: &Path| format!("nbds://localhost:{}/disk?tls-certificates={}", tcp.port(), text(pki));
+    let mut model = vec![0; SIZE as usize];
+    let disk = open(&secure(&pki));
+    exercise(&disk, &mut model, &mut Rng(3), 100);
+    assert_same(&served, &model);
+    drop(disk);
+    // Without TLS, and with somebody else's certificates, nothing is served.
+    let refused = |uri: &str| {
+        let options = NbdOptions { reconnect: Duration::ZERO, ..NbdOptions::default() };
+        NbdStorage::connect(uri, options).expect_err(uri)
+    };
+    refused(&format!("nbd://localhost:{}/disk", tcp.port()));
+    refused(&secure(&other));
+    // QEMU and libnbd speak to our server.
+    let raw = dir.path().join("model");
+    std::fs::write(&raw, &model).unwrap();
+    let object = format!("tls-creds-x509,id=t,dir={},endpoint=client", text(&pki));
+    let image = format!("driver=nbd,host=localhost,port={},export=disk,tls-creds=t", tcp.port());
+    let model_image = format!("driver=raw,file.filename={}", text(&raw));
+    qemu_ok("qemu-img", &["compare", "--object", &object, "--image-opts", &image, &model_image]);
+    let plain = format!("driver=nbd,host=localhost,port={},export=disk", tcp.port());
+    assert!(!qemu("qemu-img", &["info", "--image-opts", &plain]).status.success());
+    let copy = dir.path().join("copy");
+    let output = Command::new("nbdcopy").args([&secure(&pki), text(&copy)]).output();
+    let output = output.expect("cannot run nbdcopy; install the Debian package libnbd-bin");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(std::fs::read(&copy).unwrap() == model);
+    // Our client speaks to QEMU's server.
+    let object = format!("tls-creds-x509,id=t,dir={},endpoint=server,verify-peer=yes", text(&pki));
+    let socket = dir.path().join("q");
+    let args = [
+        "--object",
+        &object,
+        "--tls-creds",
+        "t",
+        "-f",
+        "raw",
+        "-t",
+        "-e",
+        "8",
+        "-k",
+        text(&socket),
+        text(&raw),
+    ];
+    let _program = Program::start("qemu-nbd", "qemu-utils", &args, &socket);
+    let uri = format!("nbds+unix:///?socket={}&tls-certificates={}", text(&socket), text(&pki));
+    assert_same(&open(&uri), &model);
+}
