@@ -29,32 +29,39 @@ struct Header {
 /// `Elf64_Phdr`.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-struct Segment {
+pub(super) struct Segment {
     kind: u32,
     flags: u32,
     offset: u64,
     vaddr: u64,
-    paddr: u64,
+    pub(super) paddr: u64,
     filesz: u64,
-    memsz: u64,
+    pub(super) memsz: u64,
     align: u64,
 }
 
-const ELFCLASS64: u8 = 2;
+impl Segment {
+    /// A segment that is loaded to a physical address.
+    pub(super) fn loaded(offset: u64, paddr: u64, filesz: u64, memsz: u64) -> Self {
+        Self { kind: PT_LOAD, flags: 0, offset, vaddr: paddr, paddr, filesz, memsz, align: 1 }
+    }
+}
+
+pub(super) const ELFCLASS64: u8 = 2;
 const ELFDATA2LSB: u8 = 1;
 const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 const EM_X86_64: u16 = 62;
-const PT_LOAD: u32 = 1;
+pub(super) const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 /// Note type whose value is the physical address of the PVH entry point.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 /// More program headers than any kernel has.
-const MAX_SEGMENTS: u16 = 64;
+pub(super) const MAX_SEGMENTS: u16 = 64;
 /// Note segments longer than this are not searched.
 const MAX_NOTES: u64 = 1 << 20;
 
-fn read_struct<T: FromBytes + IntoBytes>(
+pub(super) fn read_struct<T: FromBytes + IntoBytes>(
     image: &Image<'_>,
     offset: u64,
     what: &'static str,
@@ -105,7 +112,7 @@ pub(super) fn load(
         Some(address) => KernelEntry::Pvh(address),
         None => KernelEntry::Long(header.entry),
     };
-    let (KernelEntry::Pvh(rip) | KernelEntry::Long(rip)) = entry;
+    let rip = pvh.unwrap_or(header.entry);
     if !(HIGH_RAM..end).contains(&rip) {
         return Err(BootError::Malformed("the entry point lies outside of the loaded segments"));
     }
@@ -119,7 +126,7 @@ pub(super) fn load(
 }
 
 /// Loads one segment and returns its end.
-fn load_segment(
+pub(super) fn load_segment(
     memory: &GuestMemory,
     image: &Image<'_>,
     segment: &Segment,

@@ -3,6 +3,8 @@
 //! - bzImage: the payload is decompressed on the host and the ELF inside is entered through PVH. Where the payload's
 //!   format is not known, the kernel is entered by the 64-bit boot protocol and decompresses itself.
 //! - ELF with the PVH note (`XEN_ELFNOTE_PHYS32_ENTRY`): 32-bit protected mode, EBX holds `hvm_start_info`.
+//! - A Multiboot kernel (a 32-bit ELF file, or any file whose header has addresses): 32-bit protected mode, EAX holds
+//!   the boot loader's magic number and EBX the Multiboot information.
 //! - ELF without it: long mode with the first 4 GiB mapped one to one; RDI holds `hvm_start_info` and RSI a Linux
 //!   `boot_params` page.
 
@@ -10,6 +12,7 @@ mod bzimage;
 mod decompress;
 mod elf;
 mod image;
+mod multiboot;
 mod params;
 
 use std::fs::File;
@@ -41,8 +44,8 @@ pub enum BootError {
         #[source]
         source: std::io::Error,
     },
-    /// The file is neither a bzImage nor an ELF file.
-    #[error("The kernel is neither a bzImage nor an ELF file; give an x86-64 Linux kernel")]
+    /// The file is of no format that can be booted.
+    #[error("The kernel is neither a bzImage nor an ELF or Multiboot file; give an x86-64 Linux kernel")]
     NotAKernel,
     /// The file ends too early.
     #[error("The kernel is truncated: {what} needs {need} bytes, the file has {have}; copy it again")]
@@ -117,7 +120,7 @@ pub struct BootSource<'a> {
 /// The CPU mode that a kernel is entered in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryMode {
-    /// 32-bit protected mode without paging, flat segments (PVH).
+    /// 32-bit protected mode without paging, flat segments (PVH and Multiboot).
     Protected,
     /// Long mode, CR3 set to page tables that map the first 4 GiB one to one.
     Long {
@@ -133,7 +136,9 @@ pub struct Entry {
     pub mode: EntryMode,
     /// Instruction pointer.
     pub rip: u64,
-    /// RBX: `hvm_start_info` for [`EntryMode::Protected`].
+    /// RAX: the boot loader's magic number for Multiboot, otherwise 0.
+    pub rax: u64,
+    /// RBX: `hvm_start_info` or the Multiboot information for [`EntryMode::Protected`].
     pub rbx: u64,
     /// RDI: `hvm_start_info` for [`EntryMode::Long`].
     pub rdi: u64,
@@ -160,6 +165,7 @@ struct Loaded {
 enum KernelEntry {
     Pvh(u64),
     Long(u64),
+    Multiboot(u64),
 }
 
 /// Loads a kernel with its initrd and command line into guest RAM.
@@ -212,10 +218,18 @@ fn load_kernel(
         return Err(BootError::NotAKernel);
     }
     image.read_at(0, &mut head).map_err(io)?;
-    if head == *b"\x7fELF" {
-        return elf::load(memory, image, io);
+    // A 64-bit ELF file is entered by PVH or in long mode, whatever else it offers.
+    let elf = head == *b"\x7fELF";
+    let mut class = [0; 1];
+    if elf && image.len() > 4 {
+        image.read_at(4, &mut class).map_err(io)?;
     }
-    bzimage::load(memory, image, io)
+    if class != [elf::ELFCLASS64]
+        && let Some(loaded) = multiboot::load(memory, image, io)?
+    {
+        return Ok(loaded);
+    }
+    if elf { elf::load(memory, image, io) } else { bzimage::load(memory, image, io) }
 }
 
 /// The initrd goes as high as it can below the kernel's limit.

@@ -9,7 +9,8 @@ use crate::memory::{AccessError, GuestMemory};
 const GDT: u64 = 0x500;
 const STACK_TOP: u64 = 0x5ff0;
 const START_INFO: u64 = 0x6000;
-const MODULES: u64 = 0x6040;
+const MODULES: u64 = 0x6080;
+const LOADER_NAME: u64 = 0x60c0;
 const MEMORY_MAP: u64 = 0x6100;
 const BOOT_PARAMS: u64 = 0x7000;
 /// PML4, PDPT and four page directories.
@@ -89,6 +90,93 @@ struct MapEntry {
     reserved: u32,
 }
 
+/// What a Multiboot kernel finds in EAX.
+const MULTIBOOT_MAGIC: u64 = 0x2bad_b002;
+/// Memory sizes, command line, modules, memory map, name of the boot loader.
+const MULTIBOOT_FLAGS: u32 = 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9;
+
+/// The Multiboot information, up to the fields that are absent here.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct MultibootInfo {
+    flags: u32,
+    /// RAM below 640 KiB and above 1 MiB (up to the first hole), in KiB.
+    memory_lower: u32,
+    memory_upper: u32,
+    boot_device: u32,
+    command_line: u32,
+    modules: u32,
+    module_list: u32,
+    symbols: [u32; 4],
+    map_length: u32,
+    map_address: u32,
+    drives: [u32; 2],
+    config_table: u32,
+    loader_name: u32,
+}
+
+/// An entry of the Multiboot memory map.
+#[derive(IntoBytes, Immutable)]
+#[repr(C, packed)]
+struct MultibootMapEntry {
+    /// Bytes of the entry behind this field.
+    size: u32,
+    address: u64,
+    length: u64,
+    kind: u32,
+}
+
+/// An entry of the Multiboot module list.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct MultibootModule {
+    start: u32,
+    end: u32,
+    string: u32,
+    reserved: u32,
+}
+
+/// Writes the Multiboot information.
+fn write_multiboot(
+    memory: &GuestMemory,
+    map: &[MemoryMapEntry],
+    initrd: Option<(u64, u64)>,
+) -> Result<(), AccessError> {
+    for (entry, at) in map.iter().zip((MEMORY_MAP..).step_by(size_of::<MultibootMapEntry>())) {
+        let (address, length, kind) = (entry.address, entry.size, entry.kind as u32);
+        memory.write_obj(at, &MultibootMapEntry { size: 20, address, length, kind })?;
+    }
+    if let Some((address, size)) = initrd {
+        // `Loaded::initrd_limit` of these kernels is below 4 GiB.
+        let (start, end) = (address as u32, (address + size) as u32);
+        memory
+            .write_obj(MODULES, &MultibootModule { start, end, string: LOADER_NAME as u32, reserved: 0 })?;
+    }
+    memory.write(LOADER_NAME, b"nacre\0")?;
+    let ram_at = |address: u64| {
+        let entry = map
+            .iter()
+            .find(|e| e.kind == MemoryKind::Ram && e.address <= address && address - e.address < e.size);
+        entry.map_or(0, |e| (e.size - (address - e.address)) >> 10).min(u64::from(u32::MAX)) as u32
+    };
+    let info = MultibootInfo {
+        flags: MULTIBOOT_FLAGS,
+        memory_lower: ram_at(0),
+        memory_upper: ram_at(super::HIGH_RAM),
+        boot_device: 0,
+        command_line: COMMAND_LINE as u32,
+        modules: initrd.is_some().into(),
+        module_list: MODULES as u32,
+        symbols: [0; 4],
+        map_length: (map.len() * size_of::<MultibootMapEntry>()) as u32,
+        map_address: MEMORY_MAP as u32,
+        drives: [0; 2],
+        config_table: 0,
+        loader_name: LOADER_NAME as u32,
+    };
+    memory.write_obj(START_INFO, &info)
+}
+
 /// Writes the boot structures for a loaded kernel and says how the vCPU starts.
 pub(super) fn finish(
     memory: &GuestMemory,
@@ -128,7 +216,14 @@ pub(super) fn finish(
     memory.write_obj(START_INFO, &info)?;
 
     let mut gdt = BOOT_GDT;
+    let mut rax = 0;
     let (mode, rip, rbx, rdi, rsi) = match loaded.entry {
+        KernelEntry::Multiboot(rip) => {
+            gdt[2] = CODE_32;
+            write_multiboot(memory, map, initrd)?;
+            rax = MULTIBOOT_MAGIC;
+            (EntryMode::Protected, rip, START_INFO, 0, 0)
+        }
         KernelEntry::Pvh(rip) => {
             gdt[2] = CODE_32;
             (EntryMode::Protected, rip, START_INFO, 0, 0)
@@ -140,7 +235,7 @@ pub(super) fn finish(
         }
     };
     memory.write_obj(GDT, &gdt)?;
-    Ok(Entry { mode, rip, rbx, rdi, rsi, rsp: STACK_TOP, gdt: GDT })
+    Ok(Entry { mode, rip, rax, rbx, rdi, rsi, rsp: STACK_TOP, gdt: GDT })
 }
 
 /// Maps the first 4 GiB one to one with 2 MiB pages.

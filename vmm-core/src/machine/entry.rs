@@ -22,6 +22,7 @@ const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
 // Registers in the order of the instruction encoding.
+const RAX: usize = 0;
 const RBX: usize = 3;
 const RSP: usize = 4;
 const RSI: usize = 6;
@@ -40,6 +41,7 @@ pub(super) fn apply(state: &mut CpuState, entry: &Entry) {
     state.gdtr = DescriptorTable { base: entry.gdt, limit: size_of_val(&BOOT_GDT) as u16 - 1 };
     state.idtr = DescriptorTable { base: 0, limit: 0 };
     state.gpr = [0; 16];
+    state.gpr[RAX] = entry.rax;
     state.gpr[RBX] = entry.rbx;
     state.gpr[RSP] = entry.rsp;
     state.gpr[RSI] = entry.rsi;

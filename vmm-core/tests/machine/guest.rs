@@ -52,3 +52,26 @@ pub fn kernel(
     file.write_all(&elf(&a.assemble(BASE).unwrap())).unwrap();
     file
 }
+
+/// A 32-bit Multiboot ELF executable with the 32-bit code that `write` assembles.
+pub fn multiboot_kernel(
+    write: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+) -> tempfile::NamedTempFile {
+    const CODE_OFFSET: u32 = 0x1000;
+    let mut a = CodeAssembler::new(32).unwrap();
+    write(&mut a).unwrap();
+    let code = a.assemble(BASE).unwrap();
+    let mut f = Vec::from(*b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0");
+    let words = |f: &mut Vec<u8>, words: &[u32]| words.iter().for_each(|w| f.extend(w.to_le_bytes()));
+    words(&mut f, &[2 | 3 << 16, 1, BASE as u32, 52, 0, 0, 52 | 32 << 16, 1, 0]);
+    let len = code.len() as u32;
+    words(&mut f, &[1, CODE_OFFSET, BASE as u32, BASE as u32, len, len + 0x1000, 7, 0x1000]);
+    // The header: aligned modules and memory information, no addresses.
+    let flags = 3u32;
+    words(&mut f, &[0x1bad_b002, flags, 0u32.wrapping_sub(0x1bad_b002 + flags)]);
+    f.resize(CODE_OFFSET as usize, 0);
+    f.extend(code);
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&f).unwrap();
+    file
+}

@@ -69,6 +69,45 @@ fn power_off(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.jmp(forever)
 }
 
+/// A Multiboot kernel finds the magic number, its command line, the memory and its module, and ends the machine with a
+/// code. `-kernel` of other machines takes the same file.
+#[test]
+fn a_multiboot_guest_finds_its_surroundings() {
+    let kernel = guest::multiboot_kernel(|a| {
+        let mut bad = a.create_label();
+        let mut next = a.create_label();
+        let mut done = a.create_label();
+        a.cmp(eax, 0x2bad_b002u32 as i32)?;
+        a.jne(bad)?;
+        a.cmp(dword_ptr(ebx + 8), 15 << 10)?; // KiB above 1 MiB
+        a.jne(bad)?;
+        // The module's first byte, then the command line.
+        a.mov(esi, dword_ptr(ebx + 24))?;
+        a.mov(esi, dword_ptr(esi))?;
+        a.mov(dx, 0x3f8)?;
+        a.outsb()?;
+        a.mov(esi, dword_ptr(ebx + 16))?;
+        a.set_label(&mut next)?;
+        a.lodsb()?;
+        a.test(al, al)?;
+        a.jz(done)?;
+        a.out(dx, al)?;
+        a.jmp(next)?;
+        a.set_label(&mut done)?;
+        out8(a, 0xf4, 7)?;
+        a.set_label(&mut bad)?;
+        out8(a, 0xf4, 1)
+    });
+    let mut module = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut module, b"M").unwrap();
+    for accel in accelerators() {
+        let mut config = config(kernel.path(), accel);
+        config.boot.command_line = "a=1 b".into();
+        config.boot.initrd = Some(module.path().to_owned());
+        assert_eq!(run(config), ("Ma=1 b".into(), StopReason::Exit(7)), "{accel:?}");
+    }
+}
+
 #[test]
 fn a_guest_prints_and_powers_off() {
     let kernel = guest::kernel(|a| {
