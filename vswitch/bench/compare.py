@@ -5,8 +5,9 @@ One DPDK testpmd owns two virtio-user ports on one core and bounces frames betwe
 test, which has another core. Every frame that testpmd receives it sends back, so frames circulate and none are lost;
 the rate is what the switch sustains. With one frame in flight a port, the rate gives the one-way latency.
 
-Needs root, two cores, and the Debian packages dpdk-dev (testpmd) and openvswitch-switch-dpdk. Other load on the
-machine spoils the figures: runs in which either side had less than 95 % of its core are marked.
+Needs root, two cores, and the Debian packages dpdk-dev (testpmd) and openvswitch-switch-dpdk. Both sides run at the
+highest priority, in turns; the ratio is the median of the rounds. Other load on the machine spoils the figures: runs
+in which either side had less than 95 % of its core are repeated, and marked if that does not help.
 
     cargo build --release -p daemons --bin nacre-switch
     vswitch/bench/compare.py target/release/nacre-switch
@@ -18,12 +19,12 @@ TICK = os.sysconf("SC_CLK_TCK")
 OVS_SWITCHD = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk"
 OVS_SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 
-# name, frame size, frames in flight a port, flows, policy
+# name, frame size, frames in flight a port (0: as many as go), flows, policy
 CASES = [
     ("learning, 64 B", 64, 512, 1, "learning"),
     ("learning, 1518 B", 1518, 512, 1, "learning"),
     ("learning, latency", 64, 1, 1, "learning"),
-    ("UDP match, many flows", 64, 512, 2, "udp"),
+    ("UDP rule, 64k flows", 64, 0, 65536, "udp"),
     ("conntrack", 64, 512, 2, "conntrack"),
 ]
 
@@ -31,6 +32,15 @@ CASES = [
 def need(program, package):
     if not (shutil.which(program) or os.path.exists(program)):
         sys.exit(f"{program} is missing: install the Debian package {package}")
+
+
+def favour(pid):
+    """Puts a process before the machine's other load: at once, and as a group where the kernel schedules groups."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.setpriority(os.PRIO_PROCESS, int(thread), -20)
+    group = pathlib.Path(f"/proc/{pid}/autogroup")
+    if group.exists():
+        group.write_text("-20")
 
 
 def cpu_seconds(pid, thread):
@@ -79,23 +89,34 @@ def wait_for(path, process=None):
     sys.exit(f"{path} did not appear")
 
 
+def set_rules(bridge, env):
+    """The same rules for both switches."""
+    subprocess.run(["ovs-ofctl", "del-flows", bridge], env=env, check=True)
+    for a, b in ((1, 2), (2, 1)):
+        subprocess.run(["ovs-ofctl", "add-flow", bridge, f"in_port={a},udp,actions=output:{b}"], env=env, check=True)
+
+
 @contextlib.contextmanager
 def nacre(binary, work, core, policy):
     """nacre-switch with two vhost-user ports; yields its process number and the sockets."""
     sockets = [work / "n0", work / "n1"]
-    port = {"security_groups": ["any"]} if policy in ("udp", "conntrack") else {}
+    port = {"security_groups": ["any"]} if policy == "conntrack" else {}
     rules = [{"direction": d, "protocol": "udp"} for d in ("ingress", "egress")]
     config = {
         "port_groups": {"g": port},
         "security_groups": {"any": {"rules": rules}},
-        "ports": {s.name: {"kind": {"vhost_user": {"socket": str(s)}}, "group": "g"} for s in sockets},
+        "ports": {s.name: {"kind": {"vhost_user": {"socket": str(s)}}, "group": "g", "number": i + 1}
+                  for i, s in enumerate(sockets)},
     }
     file = work / "nacre.json"
     file.write_text(json.dumps(config))
     with open(work / "nacre.log", "w") as log:
-        p = subprocess.Popen([binary, "--config", file, "--cores", str(core)], stdout=log, stderr=log)
+        p = subprocess.Popen([binary, "--config", file, "--cores", str(core), "--openflow", f"punix:{work}/of"], stdout=log, stderr=log, start_new_session=True)
     try:
         wait_for(sockets[1], p)
+        if policy == "udp":
+            wait_for(work / "of", p)
+            set_rules(f"unix:{work}/of", dict(os.environ, OVS_RUNDIR=str(work)))
         yield p.pid, sockets
     finally:
         stop(p)
@@ -125,7 +146,7 @@ def ovs(work, huge, core, other, policy):
         call(*vsctl, "set", "Open_vSwitch", ".", "other_config:dpdk-init=true", "other_config:dpdk-socket-mem=256",
              f"other_config:dpdk-lcore-mask={1 << other:#x}", f"other_config:pmd-cpu-mask={1 << core:#x}",
              f"other_config:dpdk-extra=--no-pci --file-prefix=nacre-ovs --huge-dir={huge}")
-        switchd = subprocess.Popen([OVS_SWITCHD, db], env=env, stdout=log, stderr=log)
+        switchd = subprocess.Popen([OVS_SWITCHD, db], env=env, stdout=log, stderr=log, start_new_session=True)
         vsctl = ("ovs-vsctl", f"--db={db}", "--timeout=60")
         call(*vsctl, "add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev")
         for i in (0, 1):
@@ -133,7 +154,7 @@ def ovs(work, huge, core, other, policy):
                  f"ofport_request={i + 1}")
         flows = {
             "learning": ["actions=NORMAL"],
-            "udp": ["priority=0,actions=drop", "priority=10,udp,actions=NORMAL", "priority=10,arp,actions=NORMAL"],
+            "udp": [],
             "conntrack": ["priority=0,actions=drop", "table=0,priority=10,udp,actions=ct(table=1)",
                           "table=1,priority=10,udp,ct_state=+trk+new,actions=ct(commit),NORMAL",
                           "table=1,priority=10,udp,ct_state=+trk+est,actions=NORMAL"],
@@ -141,6 +162,8 @@ def ovs(work, huge, core, other, policy):
         call("ovs-ofctl", "del-flows", "br0")
         for f in flows:
             call("ovs-ofctl", "add-flow", "br0", f)
+        if policy == "udp":
+            set_rules("br0", env)
         wait_for(run / "vu1", switchd)
         yield switchd.pid, [run / "vu0", run / "vu1"]
     finally:
@@ -157,17 +180,19 @@ class Testpmd:
         self.log = work / "testpmd.log"
         out = open(self.log, "w")
         burst = 1 if in_flight == 1 else 32
-        self.start = f"start tx_first {max(1, in_flight // burst)}"
+        self.start = f"start tx_first {in_flight // burst}" if in_flight else "start"
+        mode = ["--forward-mode=mac"] if in_flight else ["--forward-mode=flowgen", f"--flowgen-flows={flows}"]
         devices = [f"--vdev=net_virtio_user{i},mac=02:00:00:00:00:0{i},path={s},queues=1,queue_size=1024"
                    for i, s in enumerate(sockets)]
         peers = [f"--eth-peer={i},02:00:00:00:00:0{1 - i}" for i in (0, 1)]
         command = ["stdbuf", "-oL", "dpdk-testpmd", "-l", f"{main},{core}", f"--main-lcore={main}", "-n", "1", "--no-pci",
                    "--no-telemetry", "--single-file-segments", "--file-prefix=nacre-bench", f"--huge-dir={huge}", "-m", "256",
                    *devices, "--", "-i", "--nb-cores=1", *peers, "--txd=1024", "--rxd=1024", "--total-num-mbufs=16384",
-                   "--forward-mode=mac", f"--burst={burst}", f"--txpkts={size - 4}"]
-        if flows > 1:
+                   *mode, f"--burst={burst}", f"--txpkts={size - 4}"]
+        if flows > 1 and in_flight:
             command.append("--txonly-multi-flow")
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, text=True,
+                                        start_new_session=True)
         try:
             self.expect("testpmd>", 1)
         except SystemExit:
@@ -214,13 +239,20 @@ def measure(work, huge, switch, args, case):
             time.sleep(0.5)
         else:
             sys.exit("no frames pass through the switch")
+        favour(pid)
+        favour(pmd.process.pid)
         threads = [(pid, busiest_thread(pid)), (pmd.process.pid, busiest_thread(pmd.process.pid))]
-        cpu = [cpu_seconds(*t) for t in threads]
-        t0, r0 = pmd.received()
-        time.sleep(args.seconds)
-        t1, r1 = pmd.received()
-        shares = [(cpu_seconds(*t) - c) / (t1 - t0) for t, c in zip(threads, cpu)]
-        return (r1 - r0) / (t1 - t0), min(shares) >= 0.95
+        best = (0, 0)
+        for _ in range(args.retries):
+            cpu = [cpu_seconds(*t) for t in threads]
+            t0, r0 = pmd.received()
+            time.sleep(args.seconds)
+            t1, r1 = pmd.received()
+            shares = [(cpu_seconds(*t) - c) / (t1 - t0) for t, c in zip(threads, cpu)]
+            best = max(best, (min(shares), (r1 - r0) / (t1 - t0)))
+            if best[0] >= 0.95:
+                break
+        return best[1], best[0] >= 0.95
     finally:
         pmd.say("quit")
         stop(pmd.process)
@@ -230,10 +262,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary", help="nacre-switch, built with --release")
     parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs a case")
+    parser.add_argument("--verbose", action="store_true", help="print every round")
+    parser.add_argument("--retries", type=int, default=4, help="measurements of a run until one is not disturbed")
     parser.add_argument("--client-core", type=int, default=0)
     parser.add_argument("--switch-core", type=int, default=1)
     parser.add_argument("--only", help="run only cases whose name contains this")
     args = parser.parse_args()
+    # Ended from outside, it cleans up all the same.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     need("dpdk-testpmd", "dpdk-dev")
     need(OVS_SWITCHD, "openvswitch-switch-dpdk")
     work = pathlib.Path(tempfile.mkdtemp(prefix="nacre-bench-"))
@@ -244,17 +281,24 @@ def main():
             for case in CASES:
                 if args.only and args.only not in case[0]:
                     continue
-                with nacre(args.binary, work, args.switch_core, case[4]) as switch:
-                    ours, quiet_a = measure(work, huge, switch, args, case)
-                with ovs(work, huge, args.switch_core, args.client_core, case[4]) as switch:
-                    theirs, quiet_b = measure(work, huge, switch, args, case)
-                note = "" if quiet_a and quiet_b else "  (contended)"
+                rounds, quiet = [], True
+                for _ in range(args.rounds):
+                    with nacre(args.binary, work, args.switch_core, case[4]) as switch:
+                        ours, quiet_a = measure(work, huge, switch, args, case)
+                    with ovs(work, huge, args.switch_core, args.client_core, case[4]) as switch:
+                        theirs, quiet_b = measure(work, huge, switch, args, case)
+                    rounds.append((ours / theirs, ours, theirs))
+                    if args.verbose:
+                        print(f"  {case[0]}: {ours / 1e6:.2f} {theirs / 1e6:.2f} Mpps {quiet_a} {quiet_b}", file=sys.stderr)
+                    quiet = quiet and quiet_a and quiet_b
+                ratio, ours, theirs = sorted(rounds)[len(rounds) // 2]
+                note = "" if quiet else "  (contended)"
                 if case[2] == 1:
                     # Two frames are in flight, so each takes this long through switch and client.
                     a, b = 2e6 / ours, 2e6 / theirs
-                    print(f"{case[0]:24} {a:8.2f}us {b:8.2f}us {a / b:6.2f}{note}", flush=True)
+                    print(f"{case[0]:24} {a:8.2f}us {b:8.2f}us {1 / ratio:6.2f}{note}", flush=True)
                 else:
-                    print(f"{case[0]:24} {ours / 1e6:6.2f}Mpps {theirs / 1e6:6.2f}Mpps {ours / theirs:6.2f}{note}", flush=True)
+                    print(f"{case[0]:24} {ours / 1e6:6.2f}Mpps {theirs / 1e6:6.2f}Mpps {ratio:6.2f}{note}", flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -212,6 +212,20 @@ impl Fixture {
 }
 
 #[test]
+fn a_queue_that_is_polled_wants_no_notifications() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vhost");
+    let s = common::switch();
+    let p = VhostUserPort::new(&VhostUserOptions::new(&path, StreamMode::Listen)).unwrap();
+    s.add_port("guest", p, PortConfig::default()).unwrap();
+    let g = Guest::connect(&path, FEATURES, None);
+    // The used ring's flags, though nobody armed or disarmed the queues since they started.
+    for q in 0..2 {
+        assert_eq!(g.read(ring(q) + 0x2000, 2), [1, 0]);
+    }
+}
+
+#[test]
 fn frames_pass_both_ways_whole() {
     let f = fixture();
     let mut g = f.connect(FEATURES, None);

@@ -22,6 +22,9 @@ pub struct Vring {
     memory: Arc<GuestMemory>,
     features: RingFeatures,
     ring: Option<SplitRing>,
+    /// Whether the guest is to notify. Kept here for a ring that starts later: one that starts while its queue is
+    /// polled would otherwise cost the guest a system call a burst for nothing.
+    armed: bool,
 }
 
 impl Vring {
@@ -84,7 +87,9 @@ impl Vring {
         }
         let at = self.addresses().ok_or(RingError::Address)?;
         // SAFETY: `addresses` checked that all parts are mapped; `self.memory` keeps them so while the ring exists.
-        self.ring = Some(unsafe { SplitRing::new(self.size, at, self.features, self.base) }?);
+        let mut ring = unsafe { SplitRing::new(self.size, at, self.features, self.base) }?;
+        ring.arm(self.armed);
+        self.ring = Some(ring);
         Ok(())
     }
 
@@ -143,7 +148,7 @@ impl Vring {
 
     /// Stops the ring and forgets all that was set up.
     pub fn reset(&mut self) {
-        *self = Self::default();
+        *self = Self { armed: self.armed, ..Self::default() };
     }
 
     /// Takes packets that the guest sends.
@@ -187,7 +192,9 @@ impl Vring {
 
     /// Asks the guest for notifications or waives them; says whether there is work.
     pub fn arm(&mut self, on: bool) -> bool {
-        self.active().is_some_and(|(ring, _)| ring.arm(on))
+        self.armed = on;
+        let work = self.ring.as_mut().is_some_and(|ring| ring.arm(on));
+        work && self.enabled
     }
 
     fn notify(&self) {
