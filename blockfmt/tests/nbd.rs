@@ -4,7 +4,7 @@
 
 mod common;
 
-use blockfmt::nbd::{Export, Server};
+use blockfmt::nbd::{Export, NbdOptions, NbdStorage, Server};
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
 use common::{Rng, assert_same, qemu_ok, text};
 use std::io::{Read, Write};
@@ -187,4 +187,44 @@ fn extended_headers_and_hostile_clients() {
     assert_eq!(s.read(&mut [0; 1]).unwrap_or(0), 0);
     assert_eq!(server.exports().len(), 1);
     assert_same(&disk, &model);
+}
+
+#[test]
+fn dirty_bitmaps_are_metadata_contexts() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (server, disk, _, uri) = serve(dir.path(), 5);
+    let layer = disk.layers().remove(0);
+    let image = layer.as_qcow2().unwrap();
+    for name in ["b0", "b1"] {
+        image.add_bitmap(name, 65536).unwrap();
+        server.show_bitmap("disk", name, image.bitmap(name).unwrap()).unwrap();
+    }
+    assert!(server.show_bitmap("none", "b0", image.bitmap("b0").unwrap()).is_err());
+    assert!(server.show_bitmap("disk", "b0", image.bitmap("b0").unwrap()).is_err());
+    disk.write_at(&[1; 100], 70_000).unwrap();
+    disk.write_at(&[1; 70_000], 4 << 20).unwrap();
+    let info = libnbd("nbdinfo", &["--json", &uri]);
+    assert!(info.contains("qemu:dirty-bitmap:b0") && info.contains("qemu:dirty-bitmap:b1"), "{info}");
+    let map = libnbd("nbdinfo", &["--map=qemu:dirty-bitmap:b1", "--json", &uri]);
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    let runs: Vec<_> =
+        map.as_array().unwrap().iter().map(|e| (&e["offset"], &e["length"], &e["type"])).collect();
+    let expected = [
+        (0, 65536, 0),
+        (65536, 65536, 1),
+        (131_072, (4 << 20) - 131_072, 0),
+        (4 << 20, 131_072, 1),
+        ((4 << 20) + 131_072, SIZE - (4 << 20) - 131_072, 0),
+    ];
+    assert_eq!(runs.len(), expected.len(), "{map}");
+    for (seen, (offset, len, kind)) in runs.into_iter().zip(expected) {
+        assert!(*seen.0 == offset && *seen.1 == len && *seen.2 == kind, "{map}");
+    }
+    // Our own client reads both contexts of one reply.
+    let options = NbdOptions { contexts: vec!["qemu:dirty-bitmap:b1".into()], ..NbdOptions::default() };
+    let client = NbdStorage::connect(&uri, options).unwrap();
+    assert_eq!(client.contexts().count(), 2);
+    let status = client.block_status("qemu:dirty-bitmap:b1", 65536, 100_000).unwrap();
+    assert_eq!(status, [(65536, 1), (34_464, 0)]);
+    assert!(!client.block_status("base:allocation", 0, 4096).unwrap().is_empty());
 }

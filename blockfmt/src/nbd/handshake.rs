@@ -5,6 +5,7 @@ use super::proto::{
 };
 use super::server::{Export, Shared};
 use super::stream::Stream;
+use crate::job::DirtyMap;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
@@ -13,9 +14,9 @@ const FLAGS: u16 = 3;
 const NO_ZEROES: u32 = 2;
 /// Options that a client may send before it starts.
 const MAX_OPTIONS: usize = 1000;
-const CONTEXT: &str = "base:allocation";
-/// Number of [`CONTEXT`] in replies.
-pub(super) const CONTEXT_ID: u32 = 1;
+const ALLOCATION: &str = "base:allocation";
+/// What names of contexts for dirty bitmaps start with, as QEMU's.
+const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 
 /// What was agreed on.
 #[derive(Debug)]
@@ -23,8 +24,26 @@ pub(super) struct Session {
     pub export: Arc<Export>,
     pub structured: bool,
     pub extended: bool,
-    /// Whether block status was asked for.
-    pub allocation: bool,
+    /// The metadata contexts that were asked for.
+    pub contexts: Vec<Context>,
+}
+
+/// Something that block status tells about.
+#[derive(Clone, Debug)]
+pub(super) struct Context {
+    /// Its number in replies.
+    pub id: u32,
+    name: String,
+    /// The bitmap; `None` for the allocation.
+    pub bitmap: Option<Arc<DirtyMap>>,
+}
+
+/// The contexts that an export has.
+fn contexts_of(shared: &Shared, export: &str) -> Vec<Context> {
+    let bitmaps =
+        shared.bitmaps(export).into_iter().map(|(name, map)| (format!("{DIRTY_BITMAP}{name}"), Some(map)));
+    let all = std::iter::once((ALLOCATION.to_owned(), None)).chain(bitmaps);
+    all.zip(1..).map(|((name, bitmap), id)| Context { id, name, bitmap }).collect()
 }
 
 impl Session {
@@ -83,8 +102,8 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
         return Err(invalid("the client sets unknown flags"));
     }
     let (mut structured, mut extended) = (false, false);
-    // The export for which block status was asked for.
-    let mut allocation: Option<String> = None;
+    // The export for which block status was asked for, and what.
+    let mut contexts: (String, Vec<Context>) = Default::default();
     for _ in 0..MAX_OPTIONS {
         if array::<8>(stream)? != *OPTION_MAGIC {
             return Err(invalid("an option has the wrong magic"));
@@ -97,8 +116,8 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
         }
         let mut data = vec![0; len as usize];
         stream.read_exact(&mut data)?;
-        let session = |export: Arc<Export>, allocation: &Option<String>| Session {
-            allocation: allocation.as_ref() == Some(&export.name),
+        let session = |export: Arc<Export>, (name, list): &(String, Vec<Context>)| Session {
+            contexts: if *name == export.name { list.clone() } else { Vec::new() },
             export,
             structured,
             extended,
@@ -110,7 +129,7 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
                     stream.encrypt(tls)?;
                 }
                 // What was agreed on before could have been said by anyone.
-                (encrypted, structured, extended, allocation) = (true, false, false, None);
+                (encrypted, structured, extended, contexts) = (true, false, false, Default::default());
             }
             option::EXPORT_NAME if tls.is_some() && !encrypted => {
                 return Err(invalid("the client does not use TLS"));
@@ -128,7 +147,7 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
                     out.extend([0; 124]);
                 }
                 stream.write_all(&out)?;
-                return Ok(Some(session(export, &allocation)));
+                return Ok(Some(session(export, &contexts)));
             }
             option::ABORT => {
                 answer(stream, opt, reply::ACK, b"")?;
@@ -163,15 +182,15 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
                 };
                 send_info(stream, opt, &export, structured)?;
                 if opt == option::GO {
-                    return Ok(Some(session(export, &allocation)));
+                    return Ok(Some(session(export, &contexts)));
                 }
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT if structured => {
                 let set = opt == option::SET_META_CONTEXT;
                 if set {
-                    allocation = None;
+                    contexts = Default::default();
                 }
-                let Some((name, wanted)) = parse_contexts(&data, !set) else {
+                let Some((name, queries)) = parse_contexts(&data) else {
                     answer(stream, opt, reply::ERR_INVALID, b"")?;
                     continue;
                 };
@@ -179,11 +198,15 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
                     answer(stream, opt, reply::ERR_UNKNOWN, b"There is no such export")?;
                     continue;
                 }
-                if wanted {
-                    let mut out = if set { CONTEXT_ID } else { 0 }.to_be_bytes().to_vec();
-                    out.extend(CONTEXT.as_bytes());
+                let mut chosen = contexts_of(shared, &name);
+                chosen.retain(|c| c.is_meant(&queries, !set));
+                for context in &chosen {
+                    let mut out = if set { context.id } else { 0 }.to_be_bytes().to_vec();
+                    out.extend(context.name.as_bytes());
                     answer(stream, opt, reply::META_CONTEXT, &out)?;
-                    allocation = set.then_some(name).or(allocation);
+                }
+                if set {
+                    contexts = (name, chosen);
                 }
                 answer(stream, opt, reply::ACK, b"")?;
             }
@@ -198,18 +221,24 @@ pub(super) fn negotiate(stream: &mut Stream, shared: &Shared) -> io::Result<Opti
     Err(invalid("the client never starts"))
 }
 
-/// The export that an option about metadata contexts names, and whether it asks for ours.
-fn parse_contexts(mut data: &[u8], list: bool) -> Option<(String, bool)> {
+impl Context {
+    /// Whether one of the queries asks for this context. A list without queries asks for all.
+    fn is_meant(&self, queries: &[&str], list: bool) -> bool {
+        let prefix = |query: &str| list && query.ends_with(':') && self.name.starts_with(query);
+        (list && queries.is_empty()) || queries.iter().any(|query| *query == self.name || prefix(query))
+    }
+}
+
+/// The export that an option about metadata contexts names, and its queries.
+fn parse_contexts(mut data: &[u8]) -> Option<(String, Vec<&str>)> {
     let name = take_string(&mut data)?.to_owned();
     let (count, rest) = data.split_first_chunk::<4>()?;
-    let count = u32::from_be_bytes(*count);
     data = rest;
-    let mut wanted = list && count == 0;
-    for _ in 0..count {
-        let query = take_string(&mut data)?;
-        wanted |= query == CONTEXT || (list && query == "base:");
+    let mut queries = Vec::new();
+    for _ in 0..u32::from_be_bytes(*count) {
+        queries.push(take_string(&mut data)?);
     }
-    Some((name, wanted))
+    Some((name, queries))
 }
 
 fn send_info(stream: &mut Stream, opt: u32, export: &Export, structured: bool) -> io::Result<()> {

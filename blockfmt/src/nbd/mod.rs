@@ -1,7 +1,7 @@
 //! Network block devices: a server that exports disks, and a client whose exports are storages.
 //!
 //! The protocol is the fixed newstyle one with simple, structured and extended replies and the metadata
-//! context `base:allocation`; see `doc/proto.md` of the NBD project. Transport is a Unix or TCP socket,
+//! contexts `base:allocation` and `qemu:dirty-bitmap:NAME`; see `doc/proto.md` of the NBD project. Transport is a Unix or TCP socket,
 //! with TLS and certificates if wanted: without it, keep TCP to networks that are trusted.
 
 mod client;

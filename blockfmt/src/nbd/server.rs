@@ -3,6 +3,7 @@
 use super::stream::{Listener, Stream};
 use super::tls::TlsServer;
 use super::{handshake, transmission};
+use crate::job::DirtyMap;
 use crate::{Disk, Error, Result};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
@@ -55,10 +56,15 @@ struct Connection {
     export: Arc<Mutex<Option<String>>>,
 }
 
+/// A dirty bitmap under a name.
+pub(super) type Bitmap = (String, Arc<DirtyMap>);
+
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     exports: Mutex<BTreeMap<String, Arc<Export>>>,
     connections: Mutex<HashMap<u64, Connection>>,
+    /// Bitmaps by the export that shows them.
+    bitmaps: Mutex<BTreeMap<String, Vec<Bitmap>>>,
     tls: Mutex<Option<TlsServer>>,
     stop: AtomicBool,
 }
@@ -66,6 +72,10 @@ pub(super) struct Shared {
 impl Shared {
     pub fn export(&self, name: &str) -> Option<Arc<Export>> {
         self.exports.lock().get(name).cloned()
+    }
+
+    pub fn bitmaps(&self, export: &str) -> Vec<Bitmap> {
+        self.bitmaps.lock().get(export).cloned().unwrap_or_default()
     }
 
     pub fn tls(&self) -> Option<TlsServer> {
@@ -162,6 +172,21 @@ impl Server {
         *self.shared.tls.lock() = Some(tls);
     }
 
+    /// Shows a bitmap to clients that ask for the metadata context `qemu:dirty-bitmap:NAME` of an export. Marked
+    /// granules have the state 1.
+    pub fn show_bitmap(&self, export: &str, name: &str, bitmap: Arc<DirtyMap>) -> Result<()> {
+        if self.shared.export(export).is_none() {
+            return Err(Error::NotFound { what: "export", name: export.into() });
+        }
+        let mut bitmaps = self.shared.bitmaps.lock();
+        let list = bitmaps.entry(export.to_owned()).or_default();
+        if list.iter().any(|(n, _)| n == name) {
+            return Err(Error::Exists { what: "bitmap", name: name.into() });
+        }
+        list.push((name.to_owned(), bitmap));
+        Ok(())
+    }
+
     /// Adds an export while the server runs.
     pub fn add_export(&self, export: Export) -> Result<()> {
         if export.name.len() > 4096 {
@@ -178,6 +203,7 @@ impl Server {
     /// Removes an export; its clients are disconnected, and their requests have ended when this returns.
     pub fn remove_export(&self, name: &str) -> Result<()> {
         let removed = self.shared.exports.lock().remove(name);
+        self.shared.bitmaps.lock().remove(name);
         let removed = removed.ok_or_else(|| Error::NotFound { what: "export", name: name.into() })?;
         self.shared.disconnect(|export| export == Some(name));
         if removed.read_only { Ok(()) } else { removed.disk.flush() }

@@ -1,11 +1,12 @@
 //! Requests and replies after the handshake.
 
-use super::handshake::{CONTEXT_ID, Session};
+use super::handshake::{Context, Session};
 use super::proto::{
     CHUNK_DONE, EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, MAX_PAYLOAD, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC,
     STATE_HOLE, STATE_ZERO, STRUCTURED_REPLY_MAGIC, chunk, command, command_flag, error_number,
 };
 use super::stream::Stream;
+use crate::job::DirtyMap;
 use crate::{Result, Source};
 use std::io::{self, BufReader, Read, Write};
 use std::time::{Duration, Instant};
@@ -38,7 +39,8 @@ enum Outcome {
     Done,
     /// The payload is at the end of the unsent replies, after its header.
     Data,
-    Status(Vec<(u64, u64)>),
+    /// By number of the context: lengths and states.
+    Status(Vec<(u32, Vec<(u64, u64)>)>),
     Failed(u32),
 }
 
@@ -169,7 +171,7 @@ fn perform(link: &mut Link<'_>, session: &Session, r: &Request) -> Outcome {
             let unmap = r.flags & f::NO_HOLE == 0;
             disk.write_zeroes(r.offset, r.len, unmap).map(|()| Outcome::Done)
         }
-        command::BLOCK_STATUS if session.allocation => status(session, r).map(Outcome::Status),
+        command::BLOCK_STATUS if !session.contexts.is_empty() => statuses(session, r).map(Outcome::Status),
         _ => return Outcome::Failed(EINVAL),
     };
     let result = match result {
@@ -182,11 +184,50 @@ fn perform(link: &mut Link<'_>, session: &Session, r: &Request) -> Outcome {
     })
 }
 
+/// The extents at the start of a range in every context.
+fn statuses(session: &Session, r: &Request) -> Result<Vec<(u32, Vec<(u64, u64)>)>> {
+    let of = |context: &Context| {
+        let extents = match &context.bitmap {
+            None => status(session, r)?,
+            Some(map) => {
+                session.export.disk.map(r.offset, r.len)?; // the range exists
+                dirty(map, session, r)
+            }
+        };
+        Ok((context.id, extents))
+    };
+    session.contexts.iter().map(of).collect()
+}
+
+/// Longest range that a status reply describes: lengths have 32 bits unless headers are extended.
+fn status_limit(session: &Session, r: &Request) -> u64 {
+    if session.extended { r.len } else { r.len.min(u64::from(u32::MAX) & !0xffff) }
+}
+
+/// Lengths and states of what a bitmap says about the start of a range.
+fn dirty(map: &DirtyMap, session: &Session, r: &Request) -> Vec<(u64, u64)> {
+    let (size, end) = (map.granularity(), r.offset + status_limit(session, r));
+    let most = if r.flags & command_flag::REQ_ONE != 0 { 1 } else { MAX_EXTENTS };
+    let mut out = Vec::new();
+    let mut at = r.offset;
+    while at < end && out.len() < most {
+        let granule = at / size;
+        let marked = granule < map.granules() && map.get(granule);
+        let stop = match marked {
+            true => (granule..map.granules()).find(|g| !map.get(*g)).unwrap_or(map.granules()),
+            false => map.next(granule).unwrap_or(u64::MAX),
+        };
+        let stop = stop.saturating_mul(size).min(end).max(at + 1);
+        out.push((stop - at, u64::from(marked)));
+        at = stop;
+    }
+    out
+}
+
 /// Lengths and states of the extents at the start of a range.
 fn status(session: &Session, r: &Request) -> Result<Vec<(u64, u64)>> {
     let mut out: Vec<(u64, u64)> = Vec::new();
-    // Lengths of 32 bits unless headers are extended.
-    let limit = if session.extended { r.len } else { r.len.min(u64::from(u32::MAX) & !0xffff) };
+    let limit = status_limit(session, r);
     let mut done = 0;
     while done < limit {
         let (extent, _) = session.export.disk.map(r.offset + done, limit - done)?;
@@ -255,30 +296,48 @@ fn reply(out: &mut Vec<u8>, start: usize, session: &Session, r: &Request, outcom
             header.extend(r.offset.to_be_bytes());
             out[start..start + header.len()].copy_from_slice(&header);
         }
-        Outcome::Status(extents) => {
-            let count = extents.len() as u64;
-            out.extend(match session.extended {
-                true => header(session, r, chunk::BLOCK_STATUS_EXT, 8 + count * 16),
-                false => header(session, r, chunk::BLOCK_STATUS, 4 + count * 8),
-            });
-            out.extend(CONTEXT_ID.to_be_bytes());
-            if session.extended {
-                out.extend((count as u32).to_be_bytes());
-            }
-            for (len, state) in extents {
-                if session.extended {
-                    out.extend(len.to_be_bytes());
-                    out.extend(state.to_be_bytes());
-                } else {
-                    out.extend((*len as u32).to_be_bytes());
-                    out.extend((*state as u32).to_be_bytes());
-                }
+        Outcome::Status(contexts) => {
+            let last = contexts.len() - 1;
+            for (n, (id, extents)) in contexts.iter().enumerate() {
+                encode_status(out, session, r, (*id, extents), n == last);
             }
         }
         Outcome::Failed(error) => {
             out.extend(header(session, r, chunk::ERROR, 6));
             out.extend(error.to_be_bytes());
             out.extend(0u16.to_be_bytes()); // no message
+        }
+    }
+}
+
+/// Encodes the extents of one context.
+fn encode_status(
+    out: &mut Vec<u8>,
+    session: &Session,
+    r: &Request,
+    (context, extents): (u32, &[(u64, u64)]),
+    last: bool,
+) {
+    let start = out.len();
+    let count = extents.len() as u64;
+    out.extend(match session.extended {
+        true => header(session, r, chunk::BLOCK_STATUS_EXT, 8 + count * 16),
+        false => header(session, r, chunk::BLOCK_STATUS, 4 + count * 8),
+    });
+    if !last {
+        out[start + 4..start + 6].fill(0); // not the last chunk
+    }
+    out.extend(context.to_be_bytes());
+    if session.extended {
+        out.extend((count as u32).to_be_bytes());
+    }
+    for (len, state) in extents {
+        if session.extended {
+            out.extend(len.to_be_bytes());
+            out.extend(state.to_be_bytes());
+        } else {
+            out.extend((*len as u32).to_be_bytes());
+            out.extend((*state as u32).to_be_bytes());
         }
     }
 }

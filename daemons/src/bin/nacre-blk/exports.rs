@@ -22,6 +22,9 @@ pub struct ExportSpec {
     /// Refuse writes.
     #[serde(default)]
     pub readonly: bool,
+    /// Names of the image's dirty bitmaps that clients may read.
+    #[serde(default)]
+    pub bitmaps: Vec<String>,
 }
 
 impl FromStr for ExportSpec {
@@ -29,13 +32,15 @@ impl FromStr for ExportSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut name, mut path, mut format, mut readonly) = (None, None, None, false);
+        let mut bitmaps = Vec::new();
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("name", value)) => name = Some(value.to_owned()),
                 Some(("path", value)) => path = Some(PathBuf::from(value)),
                 Some(("format", value)) => format = Some(value.to_owned()),
+                Some(("bitmap", value)) => bitmaps.push(value.to_owned()),
                 None if part == "readonly" => readonly = true,
-                _ => return Err(format!("{part:?} is none of name=, path=, format= and readonly")),
+                _ => return Err(format!("{part:?} is none of name=, path=, format=, bitmap= and readonly")),
             }
         }
         let missing = |what: &str| format!("{what}= is missing");
@@ -44,6 +49,7 @@ impl FromStr for ExportSpec {
             path: path.ok_or_else(|| missing("path"))?,
             format: format.ok_or_else(|| missing("format"))?,
             readonly,
+            bitmaps,
         })
     }
 }
@@ -70,12 +76,21 @@ impl Exports {
         let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
         let disk = OpenOptions::new(format).read_only(spec.readonly).open(&spec.path);
         let disk = disk.with_context(|| format!("Cannot export {}", spec.path.display()))?;
+        let layer = disk.layers().remove(0);
+        let find = |name: &String| {
+            let image = layer.as_qcow2().context("Only qcow2 images have dirty bitmaps")?;
+            Ok((name.clone(), image.bitmap(name)?))
+        };
+        let bitmaps: Vec<_> = spec.bitmaps.iter().map(find).collect::<Result<_>>()?;
         self.server.add_export(Export {
             name: spec.name.clone(),
             description: spec.path.display().to_string(),
             disk: disk.clone(),
             read_only: spec.readonly,
         })?;
+        for (name, bitmap) in bitmaps {
+            self.server.show_bitmap(&spec.name, &name, bitmap)?;
+        }
         disks.insert(spec.name.clone(), disk);
         Ok(())
     }

@@ -29,7 +29,8 @@ Examples:
 Without --tls-certificates NBD is not encrypted: use --tcp in networks that are trusted only."
 )]
 struct Args {
-    /// Export a disk: name=NAME,path=PATH,format=FORMAT and, if wanted, readonly; may be repeated.
+    /// Export a disk: name=NAME,path=PATH,format=FORMAT and, if wanted, readonly and
+    /// bitmap=NAME (a dirty bitmap that clients may read); may be repeated.
     #[arg(long, value_name = "EXPORT")]
     export: Vec<ExportSpec>,
     /// Listen for NBD clients on this Unix socket; may be repeated.
