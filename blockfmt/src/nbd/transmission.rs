@@ -34,13 +34,16 @@ struct Request {
     len: u64,
 }
 
+/// Lengths and states.
+type Extents = Vec<(u64, u64)>;
+
 /// What a request led to.
 enum Outcome {
     Done,
     /// The payload is at the end of the unsent replies, after its header.
     Data,
-    /// By number of the context: lengths and states.
-    Status(Vec<(u32, Vec<(u64, u64)>)>),
+    /// By number of the context.
+    Status(Vec<(u32, Extents)>),
     Failed(u32),
 }
 
@@ -185,7 +188,7 @@ fn perform(link: &mut Link<'_>, session: &Session, r: &Request) -> Outcome {
 }
 
 /// The extents at the start of a range in every context.
-fn statuses(session: &Session, r: &Request) -> Result<Vec<(u32, Vec<(u64, u64)>)>> {
+fn statuses(session: &Session, r: &Request) -> Result<Vec<(u32, Extents)>> {
     let of = |context: &Context| {
         let extents = match &context.bitmap {
             None => status(session, r)?,
@@ -205,7 +208,7 @@ fn status_limit(session: &Session, r: &Request) -> u64 {
 }
 
 /// Lengths and states of what a bitmap says about the start of a range.
-fn dirty(map: &DirtyMap, session: &Session, r: &Request) -> Vec<(u64, u64)> {
+fn dirty(map: &DirtyMap, session: &Session, r: &Request) -> Extents {
     let (size, end) = (map.granularity(), r.offset + status_limit(session, r));
     let most = if r.flags & command_flag::REQ_ONE != 0 { 1 } else { MAX_EXTENTS };
     let mut out = Vec::new();
@@ -225,8 +228,8 @@ fn dirty(map: &DirtyMap, session: &Session, r: &Request) -> Vec<(u64, u64)> {
 }
 
 /// Lengths and states of the extents at the start of a range.
-fn status(session: &Session, r: &Request) -> Result<Vec<(u64, u64)>> {
-    let mut out: Vec<(u64, u64)> = Vec::new();
+fn status(session: &Session, r: &Request) -> Result<Extents> {
+    let mut out = Extents::new();
     let limit = status_limit(session, r);
     let mut done = 0;
     while done < limit {
