@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-use vmm_core::machine::{AccelChoice, MemoryConfig, StopReason, VmConfig};
+use vmm_core::machine::{AccelChoice, ConsoleConfig, ConsolePortConfig, MemoryConfig, StopReason, VmConfig};
+
+#[path = "../virtio/namespace.rs"]
+mod namespace;
 
 /// Two tests must not make the same file at once.
 static MAKING: Mutex<()> = Mutex::new(());
@@ -64,24 +67,69 @@ fn debian_backports_boots_to_userland() {
     boots(config(&images, 2, "boottest"), &["initrd: userland reached"]);
 }
 
+/// Puts the root file system on a new differencing disk in `dir`; returns its path.
+fn add_root(config: &mut VmConfig, images: &Path, dir: &Path) -> PathBuf {
+    let child = dir.join(format!("child-{}.qcow2", config.mmio));
+    let base = images.join("base.raw");
+    let size = std::fs::metadata(&base).unwrap().len();
+    blockfmt::CreateOptions::new(blockfmt::Format::Qcow2, size)
+        .backing(base.to_str().unwrap(), blockfmt::Format::Raw)
+        .create(&child)
+        .unwrap();
+    let disk = serde_json::json!({"path": child, "format": "qcow2", "allow": [images]});
+    config.disks.push(serde_json::from_value(disk).unwrap());
+    child
+}
+
+/// The kernel prints its messages on the first port once its driver is there: that of vsock, loaded later, for one. The other port stays silent.
+#[test]
+fn debian_prints_on_a_virtio_console() {
+    let images = images("", &["kernel", "initrd"]);
+    let dir = tempfile::tempdir().unwrap();
+    for mmio in [false, true] {
+        let log = dir.path().join(format!("hvc0-{mmio}"));
+        let mut config = config(&images, 1, "console=hvc0 boottest");
+        config.mmio = mmio;
+        let agent = ConsoleConfig::Socket(dir.path().join("agent"));
+        config.console_ports = vec![
+            ConsolePortConfig { to: ConsoleConfig::File(log.clone()), name: String::new() },
+            ConsolePortConfig { to: agent, name: "agent".into() },
+        ];
+        boots(config, &["initrd: userland reached"]);
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert!(text.contains("NET: Registered PF_VSOCK"), "{text}");
+        assert!(!dir.path().join("agent").exists(), "the socket's file is removed at the end");
+    }
+}
+
+/// A guest pings the host through a tap device.
+#[test]
+fn debian_reaches_the_host_over_tap() {
+    let images = images("", &["kernel", "initrd", "rootfs"]);
+    namespace::inside(move || {
+        namespace::ip(&["tuntap", "add", "dev", "guest0", "mode", "tap"]);
+        namespace::ip(&["addr", "add", "10.9.0.1/24", "dev", "guest0"]);
+        namespace::ip(&["link", "set", "guest0", "up"]);
+        let dir = tempfile::tempdir().unwrap();
+        let line = "root=/dev/vda rw nacre.ip=10.9.0.2/24 nacre.check=ping,10.9.0.1";
+        let mut config = config(&images, 1, line);
+        add_root(&mut config, &images, dir.path());
+        let net = serde_json::json!({"backend": {"tap": "guest0"}});
+        config.nets.push(serde_json::from_value(net).unwrap());
+        boots(config, &["check: ping ok", "check: done"]);
+    });
+}
+
 /// The root file system is on a differencing disk; the guest's own check writes and reads it. Over PCI and MMIO.
 #[test]
 fn debian_stable_boots_from_a_differencing_disk() {
     let images = images("", &["kernel", "initrd", "rootfs"]);
     let dir = tempfile::tempdir().unwrap();
-    let base = images.join("base.raw");
     for mmio in [false, true] {
-        let child = dir.path().join(format!("child-{mmio}.qcow2"));
-        let size = std::fs::metadata(&base).unwrap().len();
-        blockfmt::CreateOptions::new(blockfmt::Format::Qcow2, size)
-            .backing(base.to_str().unwrap(), blockfmt::Format::Raw)
-            .create(&child)
-            .unwrap();
         let mut config = config(&images, 1, "root=/dev/vda rw nacre.check=disk");
         config.mmio = mmio;
         config.rng = true;
-        let disk = serde_json::json!({"path": child, "format": "qcow2", "allow": [images]});
-        config.disks.push(serde_json::from_value(disk).unwrap());
+        let child = add_root(&mut config, &images, dir.path());
         boots(config, &["check: disk ok"]);
         assert!(std::fs::metadata(&child).unwrap().len() > 8 << 20, "the child has what the guest wrote");
     }
