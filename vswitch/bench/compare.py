@@ -17,6 +17,7 @@ import argparse, contextlib, json, os, pathlib, re, shutil, signal, subprocess, 
 HUGE_PAGES = 512
 TICK = os.sysconf("SC_CLK_TCK")
 OVS_SWITCHD = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk"
+BRIDGE = "nacre-compare"
 OVS_SCHEMA = "/usr/share/openvswitch/vswitch.ovsschema"
 
 # name, frame size, frames in flight a port (0: as many as go), flows, policy
@@ -148,9 +149,9 @@ def ovs(work, huge, core, other, policy):
              f"other_config:dpdk-extra=--no-pci --file-prefix=nacre-ovs --huge-dir={huge}")
         switchd = subprocess.Popen([OVS_SWITCHD, db], env=env, stdout=log, stderr=log, start_new_session=True)
         vsctl = ("ovs-vsctl", f"--db={db}", "--timeout=60")
-        call(*vsctl, "add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev")
+        call(*vsctl, "add-br", BRIDGE, "--", "set", "bridge", BRIDGE, "datapath_type=netdev")
         for i in (0, 1):
-            call(*vsctl, "add-port", "br0", f"vu{i}", "--", "set", "Interface", f"vu{i}", "type=dpdkvhostuser",
+            call(*vsctl, "add-port", BRIDGE, f"vu{i}", "--", "set", "Interface", f"vu{i}", "type=dpdkvhostuser",
                  f"ofport_request={i + 1}")
         flows = {
             "learning": ["actions=NORMAL"],
@@ -159,18 +160,20 @@ def ovs(work, huge, core, other, policy):
                           "table=1,priority=10,udp,ct_state=+trk+new,actions=ct(commit),NORMAL",
                           "table=1,priority=10,udp,ct_state=+trk+est,actions=NORMAL"],
         }[policy]
-        call("ovs-ofctl", "del-flows", "br0")
+        call("ovs-ofctl", "del-flows", BRIDGE)
         for f in flows:
-            call("ovs-ofctl", "add-flow", "br0", f)
+            call("ovs-ofctl", "add-flow", BRIDGE, f)
         if policy == "udp":
-            set_rules("br0", env)
+            set_rules(BRIDGE, env)
         wait_for(run / "vu1", switchd)
         yield switchd.pid, [run / "vu0", run / "vu1"]
     finally:
         for p in filter(None, (switchd, server)):
             stop(p)
         log.close()
-        subprocess.run(["ip", "link", "del", "ovs-netdev"], stderr=subprocess.DEVNULL)
+        # Open vSwitch leaves its interfaces behind.
+        for link in ("ovs-netdev", BRIDGE):
+            subprocess.run(["ip", "link", "del", link], stderr=subprocess.DEVNULL)
 
 
 class Testpmd:
