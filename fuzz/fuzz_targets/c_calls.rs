@@ -8,11 +8,13 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use nacre::disk::*;
 use nacre::error::*;
+use nacre::job::*;
+use nacre::lease::*;
 use nacre::switch::*;
 
 #[derive(Arbitrary, Debug)]
 enum Call {
-    Open { size: u32, read_only: bool },
+    Open { size: u32, read_only: bool, qcow2: bool },
     Free(u8),
     Read { disk: u8, offset: u64, len: u16 },
     Write { disk: u8, offset: u64, len: u16 },
@@ -21,12 +23,24 @@ enum Call {
     ErrorMessage { error: u8, index: u8, room: u8 },
     SwitchNew,
     SwitchFree(u8),
+    Snapshot(u8),
+    /// Any job; those with a target use `other`.
+    Job { kind: u8, disk: u8, other: u8, layer: u8, rate: u16 },
+    JobWait(u8),
+    JobComplete { job: u8, end: u8 },
+    JobCancel(u8),
+    JobFree(u8),
+    Keeper { host: u16, sector_size: u32, format: bool },
+    Lock { keeper: u8, mode: u8 },
+    LockFree(u8),
+    KeeperFree(u8),
     Forge(u64),
 }
 
 fuzz_target!(|calls: Vec<Call>| {
     let dir = tempfile::tempdir_in("/dev/shm").expect("directory");
     let raw = CString::new("raw").expect("text");
+    let qcow2 = CString::new("qcow2").expect("text");
     // Handles of all kinds live in one list, so that they are mixed up freely.
     let mut handles: Vec<*mut ()> = vec![null_mut()];
     for (n, call) in calls.into_iter().take(64).enumerate() {
@@ -36,15 +50,16 @@ fuzz_target!(|calls: Vec<Call>| {
         // SAFETY: every pointer below is null, a handle, or points to live memory of the size that is stated.
         unsafe {
             match call {
-                Call::Open { size, read_only } => {
+                Call::Open { size, read_only, qcow2: is_qcow2 } => {
+                    let format = if is_qcow2 { qcow2.as_ptr() } else { raw.as_ptr() };
                     let path = CString::new(format!("{}/{n}", dir.path().display())).expect("text");
                     let mut create: nacre_disk_create_options = std::mem::zeroed();
                     create.struct_size = size_of::<nacre_disk_create_options>();
-                    (create.path, create.format, create.size) = (path.as_ptr(), raw.as_ptr(), u64::from(size) % (1 << 24));
+                    (create.path, create.format, create.size) = (path.as_ptr(), format, u64::from(size) % (1 << 24));
                     nacre_disk_create(&create, null_mut());
                     let mut open: nacre_disk_options = std::mem::zeroed();
                     open.struct_size = size_of::<nacre_disk_options>();
-                    (open.path, open.format, open.read_only) = (path.as_ptr(), raw.as_ptr(), read_only);
+                    (open.path, open.format, open.read_only) = (path.as_ptr(), format, read_only);
                     let mut disk = null_mut();
                     nacre_disk_open(&open, &mut disk, &mut error);
                     handles.push(disk.cast());
@@ -70,6 +85,59 @@ fuzz_target!(|calls: Vec<Call>| {
                     handles.push(made.cast());
                 }
                 Call::SwitchFree(i) => drop(nacre_switch_free(pick(i).cast(), &mut error)),
+                Call::Snapshot(i) => {
+                    let path = CString::new(format!("{}/{n}", dir.path().display())).expect("text");
+                    let mut create: nacre_disk_create_options = std::mem::zeroed();
+                    create.struct_size = size_of::<nacre_disk_create_options>();
+                    (create.path, create.format) = (path.as_ptr(), qcow2.as_ptr());
+                    nacre_disk_snapshot(pick(i).cast(), &create, &mut error);
+                }
+                Call::Job { kind, disk, other, layer, rate } => {
+                    let (disk, other, layer) = (pick(disk).cast(), pick(other).cast(), usize::from(layer) % 4);
+                    let mut job = null_mut();
+                    match kind % 6 {
+                        0 => nacre_disk_commit(disk, layer, &mut job, &mut error),
+                        1 => nacre_disk_stream(disk, layer, NACRE_NO_LAYER, &mut job, &mut error),
+                        2 => nacre_disk_convert(disk, other, layer == 0, &mut job, &mut error),
+                        3 => nacre_disk_backup(disk, other, &mut job, &mut error),
+                        4 => nacre_disk_compare(disk, other, &mut job, &mut error),
+                        _ => nacre_disk_mirror(disk, other, layer as u32, &mut job, &mut error),
+                    };
+                    nacre_job_set_rate(job, u64::from(rate) << 12, null_mut());
+                    handles.push(job.cast());
+                }
+                Call::JobWait(i) => {
+                    let mut result = 0;
+                    nacre_job_wait(pick(i).cast(), 5, &mut result, &mut error);
+                }
+                Call::JobComplete { job, end } => {
+                    nacre_job_complete(pick(job).cast(), end.into(), 5, &mut error);
+                }
+                Call::JobCancel(i) => drop(nacre_job_cancel(pick(i).cast(), &mut error)),
+                Call::JobFree(i) => drop(nacre_job_free(pick(i).cast(), &mut error)),
+                Call::Keeper { host, sector_size, format } => {
+                    let path = CString::new(format!("{}/leases", dir.path().display())).expect("text");
+                    let mut options: nacre_keeper_options = std::mem::zeroed();
+                    options.struct_size = size_of::<nacre_keeper_options>();
+                    (options.path, options.space, options.name) = (path.as_ptr(), raw.as_ptr(), raw.as_ptr());
+                    (options.host, options.io_timeout, options.sector_size) = (host, 1, sector_size);
+                    if format {
+                        let file = std::fs::File::create(dir.path().join("leases")).expect("file");
+                        file.set_len(2 << 20).expect("file");
+                        nacre_lease_format_space(&options, null_mut());
+                        nacre_lease_format_resource(&options, 0, raw.as_ptr(), null_mut());
+                    }
+                    let mut keeper = null_mut();
+                    nacre_keeper_open(&options, &mut keeper, &mut error);
+                    handles.push(keeper.cast());
+                }
+                Call::Lock { keeper, mode } => {
+                    let mut lock = null_mut();
+                    nacre_keeper_lock(pick(keeper).cast(), 0, raw.as_ptr(), mode.into(), 0, &mut lock, &mut error);
+                    handles.push(lock.cast());
+                }
+                Call::LockFree(i) => drop(nacre_lock_free(pick(i).cast(), &mut error)),
+                Call::KeeperFree(i) => drop(nacre_keeper_free(pick(i).cast(), &mut error)),
                 Call::Forge(bits) => handles.push(without_provenance_mut(bits as usize)),
             }
         }
@@ -78,6 +146,9 @@ fuzz_target!(|calls: Vec<Call>| {
     for handle in handles {
         // SAFETY: handles may be anything.
         unsafe {
+            nacre_job_free(handle.cast(), null_mut());
+            nacre_lock_free(handle.cast(), null_mut());
+            nacre_keeper_free(handle.cast(), null_mut());
             nacre_disk_free(handle.cast(), null_mut());
             nacre_switch_free(handle.cast(), null_mut());
         }

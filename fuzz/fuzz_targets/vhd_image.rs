@@ -39,7 +39,7 @@ static IMAGES: LazyLock<[MemoryStorage; 2]> = LazyLock::new(|| {
     })
 });
 
-fn seal(storage: &dyn Storage, at: u64, len: usize, field: usize) {
+fn seal(storage: &(dyn Storage + 'static), at: u64, len: usize, field: usize) {
     let mut bytes = vec![0; len];
     storage.read_at(&mut bytes, at).expect("read");
     bytes[field..field + 4].fill(0);
@@ -49,7 +49,7 @@ fn seal(storage: &dyn Storage, at: u64, len: usize, field: usize) {
 
 fuzz_target!(|input: Input| {
     let image = Arc::new(IMAGES[usize::from(input.fixed)].clone());
-    let storage: &dyn Storage = &*image;
+    let storage: &(dyn Storage + 'static) = &*image;
     let end = storage.length().expect("length") - 512;
     for patch in input.patches.iter().take(32) {
         let at = if patch.from_end { end + u64::from(patch.at) % 500 } else { u64::from(patch.at) % 4096 };

@@ -51,7 +51,7 @@ static IMAGES: LazyLock<[MemoryStorage; 2]> = LazyLock::new(|| {
     [dirty, MemoryStorage::clone(&storage)]
 });
 
-fn seal(storage: &dyn Storage, at: u64, len: usize) {
+fn seal(storage: &(dyn Storage + 'static), at: u64, len: usize) {
     let mut bytes = vec![0; len];
     storage.read_at(&mut bytes, at).expect("read");
     bytes[4..8].fill(0);
@@ -61,7 +61,7 @@ fn seal(storage: &dyn Storage, at: u64, len: usize) {
 
 fuzz_target!(|input: Input| {
     let image = Arc::new(IMAGES[usize::from(input.clean)].clone());
-    let storage: &dyn Storage = &*image;
+    let storage: &(dyn Storage + 'static) = &*image;
     for patch in input.patches.iter().take(32) {
         let (base, span) = match patch.place {
             Place::Identifier => (0, 64),

@@ -21,6 +21,12 @@
 //! A packet comes in by a [`Port`], in a burst with others. Its key is looked up in the worker's flow cache; only the
 //! first packet of a flow takes the slow path, which decides and says on which bits of the packet the decision
 //! depends. The burst then goes out, one transmit call a port.
+//!
+//! # Specifications
+//!
+//! [Virtio 1.2](https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html) split virtqueues (2.7) and network
+//! device (5.1); the [vhost-user protocol](https://qemu-project.gitlab.io/qemu/interop/vhost-user.html) (back-end);
+//! IEEE 802.1Q (VLANs), 802.1AX (LACP); RFC 2131 (DHCP).
 #![deny(unsafe_code)]
 
 mod address;

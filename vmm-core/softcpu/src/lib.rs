@@ -12,6 +12,54 @@
 //!   DMA ───────────── GuestMemory ◄─└───────┘
 //! ```
 //!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, CpuState, Exit, GuestMemory, Local, MsrFault};
+//! # struct NoApic;
+//! # impl Local for NoApic {
+//! #     fn pending(&mut self) -> bool { false }
+//! #     fn acknowledge(&mut self) -> Option<u8> { None }
+//! #     fn read_msr(&mut self, _: u32, _: u64) -> Result<u64, MsrFault> { Err(MsrFault) }
+//! #     fn write_msr(&mut self, _: u32, _: u64, _: u64) -> Result<(), MsrFault> { Err(MsrFault) }
+//! #     fn cr8(&mut self) -> u8 { 0 }
+//! #     fn set_cr8(&mut self, _: u8) {}
+//! #     fn mmio_page(&self) -> Option<u64> { None }
+//! #     fn mmio_read(&mut self, _: u32, data: &mut [u8], _: u64) { data.fill(0) }
+//! #     fn mmio_write(&mut self, _: u32, _: &[u8], _: u64) {}
+//! #     fn deadline(&mut self) -> Option<u64> { None }
+//! #     fn timer(&mut self, _: u64) {}
+//! #     fn init(&mut self) {}
+//! # }
+//! # struct NoDevices;
+//! # impl Bus for NoDevices {
+//! #     fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) { data.fill(0xff) }
+//! #     fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
+//! #     fn io_read(&self, _: u32, _: u16, data: &mut [u8]) { data.fill(0xff) }
+//! #     fn io_write(&self, _: u32, _: u16, _: &[u8]) {}
+//! # }
+//!
+//! // One page of RAM at address 0, with a program: mov ax, 6; mov bx, 7; mul bx; hlt.
+//! #[repr(align(4096))]
+//! struct Page([u8; 4096]);
+//! let ram = Box::leak(Box::new(Page([0; 4096])));
+//! let memory = Arc::new(GuestMemory::new());
+//! // SAFETY: the page lives for ever and nobody else refers to it.
+//! unsafe { memory.add_region(0, 4096, ram.0.as_mut_ptr(), false) }?;
+//! memory.write(0x100, &[0xb8, 6, 0, 0xbb, 7, 0, 0xf7, 0xe3, 0xf4])?;
+//!
+//! // `NoDevices` and `NoApic` implement the two traits by doing nothing.
+//! let config = CpuConfig::new(Arc::new(Clock::host(1_000_000)));
+//! let mut cpu = Cpu::new(config, memory, Arc::new(NoDevices), Box::new(NoApic));
+//! let mut state = CpuState::reset(); // real mode
+//! state.segments[1].base = 0; // CS
+//! state.rip = 0x100;
+//! cpu.set_state(&state);
+//! assert_eq!(cpu.run(Budget::instructions(100)), Exit::Halted);
+//! assert_eq!(cpu.state().gpr[0], 42);
+//! # Ok::<(), softcpu::MemoryError>(())
+//! ```
+//!
 //! # Execution
 //!
 //! Instructions are decoded into blocks of operations (`block`), kept by guest-physical address and linked

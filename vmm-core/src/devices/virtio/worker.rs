@@ -34,6 +34,32 @@ pub struct Context {
 }
 
 impl Context {
+    /// A context without a worker thread, for programs (and tests) that call a [`QueueHandler`] themselves, with what
+    /// [`Context::ready`] returns and when [`Context::deadline`] comes.
+    ///
+    /// # Errors
+    /// Fails when the host gives no descriptor.
+    pub fn detached(
+        memory: GuestMemory,
+        queues: Vec<Option<Queue>>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> io::Result<Self> {
+        let stopping = Arc::default();
+        Ok(Self { memory, queues, deadline: None, interrupt, epoll: Epoll::new()?, stopping })
+    }
+
+    /// The tokens and events of the watched descriptors that are ready now. A worker thread calls the handler by itself.
+    ///
+    /// # Errors
+    /// Fails when the host cannot tell.
+    pub fn ready(&self) -> io::Result<Vec<(u32, EventSet)>> {
+        let mut events = [EpollEvent::default(); 16];
+        let n = self.epoll.wait(0, &mut events)?;
+        // Tokens of watched descriptors have 32 bits.
+        let watched = events[..n].iter().filter(|e| e.data() < QUEUE);
+        Ok(watched.map(|e| (e.data() as u32, e.event_set())).collect())
+    }
+
     /// Whether the worker is asked to stop: a handler that finds ever more work returns then. Every queue is served
     /// again after the next start.
     pub fn stopping(&self) -> bool {
