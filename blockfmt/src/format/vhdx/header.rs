@@ -14,6 +14,8 @@ pub(super) const REGION_TABLES: [u64; 2] = [192 << 10, 256 << 10];
 /// Bytes in a region table.
 pub(super) const REGION_TABLE_BYTES: usize = 64 << 10;
 const MAX_REGIONS: u32 = 2047;
+/// Largest file that is accepted: a disk of 64 TiB with all its metadata fits easily.
+pub(super) const MAX_FILE: u64 = 128 << 40;
 /// Largest log that is accepted; it is read as a whole.
 const MAX_LOG: u32 = 64 << 20;
 pub(super) const BAT_REGION: Uuid = uuid!("2dc27766-f623-4200-9d64-115e9bfd4a08");
@@ -147,7 +149,7 @@ impl Headers {
         headers.copies = copies;
         let h = &headers.current;
         let aligned = u64::from(h.log_length).is_multiple_of(MIB) && h.log_offset.is_multiple_of(MIB);
-        if !aligned || h.log_length == 0 || h.log_offset < MIB || h.log_offset > i64::MAX as u64 / 2 {
+        if !aligned || h.log_length == 0 || h.log_offset < MIB || h.log_offset > MAX_FILE {
             return Err(Error::corrupt(name, "its log is out of bounds"));
         }
         if h.log_length > MAX_LOG {
@@ -236,7 +238,7 @@ impl Regions {
             let id = guid(&table, at);
             let region = Region { offset: le64(&table, at + 16), len: le32(&table, at + 24).into() };
             let aligned = region.offset.is_multiple_of(MIB) && region.len.is_multiple_of(MIB);
-            if !aligned || region.offset < MIB || region.len == 0 || region.offset > i64::MAX as u64 / 2 {
+            if !aligned || region.offset < MIB || region.len == 0 || region.offset > MAX_FILE {
                 return Err(Error::corrupt(name, "a region is out of bounds"));
             }
             all.push(region);

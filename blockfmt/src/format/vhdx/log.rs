@@ -1,6 +1,6 @@
 //! The log: a ring of entries, each of which holds pages of metadata to be written elsewhere in the file.
 
-use super::header::{MIB, PAGE, checksum, guid, le32, le64, put, seal};
+use super::header::{MAX_FILE, MIB, PAGE, checksum, guid, le32, le64, put, seal};
 use crate::{Error, Result, Storage};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,9 +12,6 @@ pub(super) const MAX_PAGES: usize = 84;
 /// Bytes before the descriptors, and of each descriptor.
 const ENTRY_HEADER: usize = 64;
 const DESCRIPTOR: usize = 32;
-/// Largest file that replaying may lead to.
-const MAX_FILE: u64 = 128 << 40;
-
 /// Something that an entry says about the file.
 #[derive(Debug)]
 pub(super) enum Patch {
