@@ -12,7 +12,7 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
 IO, DOG = 1, 6  # seconds: a dead-time of 14 s
-WAIT = 240  # seconds: how long anything may take on a busy machine
+WAIT = 600  # seconds: how long anything may take on a busy machine
 
 
 def need(program, package):
