@@ -92,7 +92,7 @@ impl Rig {
         }
         history.settle();
         // The recorders share what they wrap only by name: take the contents out.
-        let start = files.iter().map(|file| image(file)).collect();
+        let start = files.iter().map(image).collect();
         Rig { start, target_format, history }
     }
 }
