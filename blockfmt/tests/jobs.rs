@@ -222,6 +222,57 @@ fn backups_show_one_instant() {
 }
 
 #[test]
+fn incremental_backups_take_the_marks_of_a_bitmap() {
+    let mut chain = Chain::new(22, 1);
+    let layer = chain.disk.layers().remove(0);
+    let image = layer.as_qcow2().unwrap();
+    image.add_bitmap("daily", 65536).unwrap();
+    let changes = image.bitmap("daily").unwrap();
+    let create = |chain: &Chain, name: &str| {
+        let path = chain.dir.path().join(name);
+        CreateOptions::new(Format::Raw, SIZE).create(&path).unwrap();
+        OpenOptions::new(Format::Raw).open(&path).unwrap()
+    };
+    let copy = create(&chain, "copy");
+    changes.mark(0, SIZE); // the first one is full
+    for _ in 0..3 {
+        chain.exercise(5);
+        let marked: Vec<_> = changes.marked().collect();
+        let cancelled = JobControl::new();
+        cancelled.cancel();
+        assert!(matches!(
+            job::backup_changes(&chain.disk, &copy, &changes, &cancelled),
+            Err(Error::Cancelled)
+        ));
+        assert!(changes.marked().eq(marked), "a backup that failed keeps the marks");
+        job::backup_changes(&chain.disk, &copy, &changes, &JobControl::new()).unwrap();
+        assert_eq!(changes.count(), 0);
+        assert_same(&copy, &chain.model);
+    }
+    // Changes during a backup are for the next one.
+    changes.mark(0, SIZE);
+    chain.busy(|disk| job::backup_changes(disk, &copy, &changes, &JobControl::new())).unwrap();
+    job::backup_changes(&chain.disk, &copy, &changes, &JobControl::new()).unwrap();
+    assert_same(&copy, &chain.model);
+}
+
+#[test]
+fn a_cancelled_copy_is_resumed() {
+    let chain = Chain::new(23, 2);
+    let path = chain.dir.path().join("copy");
+    CreateOptions::new(Format::Qcow2, SIZE).create(&path).unwrap();
+    let target = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
+    target.write_at(&[7; 1 << 20], 1 << 20).unwrap(); // where the source has zeros, too
+    let options = ConvertOptions { resume: true, ..ConvertOptions::default() };
+    for _ in 0..2 {
+        job::convert(&chain.disk, &target, options, &JobControl::new()).unwrap();
+        assert_same(&target, &chain.model);
+    }
+    let compressed = ConvertOptions { compress: true, ..options };
+    assert!(job::convert(&chain.disk, &target, compressed, &JobControl::new()).is_err());
+}
+
+#[test]
 fn convert_and_compare() {
     let chain = Chain::new(30, 2);
     for compression in [Compression::Zlib, Compression::Zstd] {

@@ -253,7 +253,13 @@ impl Disk {
 
     /// Lets `observer` see every change from now on. No request is in flight while it is added.
     pub fn add_observer(&self, observer: Arc<dyn Observer>) {
+        self.add_observer_after(observer, || {});
+    }
+
+    /// [`add_observer`](Disk::add_observer), calling `prepare` at the instant from which changes are seen.
+    pub(crate) fn add_observer_after(&self, observer: Arc<dyn Observer>, prepare: impl FnOnce()) {
         let mut closed = self.0.gate.close();
+        prepare();
         let mut state = State::clone(closed.get());
         state.observers.push(observer);
         closed.set(Arc::new(state));

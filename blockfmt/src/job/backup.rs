@@ -54,28 +54,50 @@ impl Observer for Shared {
     }
 }
 
-/// Copies `source` as it is at the time of the call to `target`. With `changed`, only the granules that it
+/// Copies `source` as it is at one instant of the call to `target`. With `changed`, only the granules that it
 /// marks (an incremental backup); it is not modified.
 pub fn backup(source: &Disk, target: &Disk, changed: Option<&DirtyMap>, control: &JobControl) -> Result<()> {
+    let size = source.size();
+    run(source, target, control, |todo| match changed {
+        None => todo.mark(0, size),
+        Some(map) => map.marked().for_each(|granule| {
+            let (offset, len) = map.bytes(granule, size);
+            todo.mark(offset, len);
+        }),
+    })
+}
+
+/// Copies the granules that `changes` marks, as they are at one instant of the call, and takes the marks at
+/// this instant: afterwards they tell what changed since this backup. If it fails, they are put back.
+///
+/// `changes` has to record the changes of `source`, as a persistent bitmap does.
+pub fn backup_changes(source: &Disk, target: &Disk, changes: &DirtyMap, control: &JobControl) -> Result<()> {
+    let size = source.size();
+    let taken = DirtyMap::new(size, changes.granularity())?;
+    let result = run(source, target, control, |todo| {
+        for granule in changes.marked().filter(|granule| changes.take(*granule)) {
+            let (offset, len) = changes.bytes(granule, size);
+            taken.mark(offset, len);
+            todo.mark(offset, len);
+        }
+    });
+    if result.is_err() {
+        for granule in taken.marked() {
+            let (offset, len) = taken.bytes(granule, size);
+            changes.mark(offset, len);
+        }
+    }
+    result
+}
+
+/// Runs a backup of what `choose` marks. It is called at the instant that the backup shows.
+fn run(source: &Disk, target: &Disk, control: &JobControl, choose: impl FnOnce(&DirtyMap)) -> Result<()> {
     let size = source.size();
     if target.size() < size {
         return Err(Error::InvalidOption("The target is smaller than the source".into()));
     }
-    let todo = DirtyMap::new(size, GRANULE)?;
-    match changed {
-        None => todo.mark(0, size),
-        Some(map) => {
-            let mut from = 0;
-            while let Some(granule) = map.next(from) {
-                let (offset, len) = map.bytes(granule, size);
-                todo.mark(offset, len);
-                from = granule + 1;
-            }
-        }
-    }
-    control.begin(todo.count() * GRANULE);
     let shared = Arc::new(Shared {
-        todo,
+        todo: DirtyMap::new(size, GRANULE)?,
         ranges: RangeLocks::default(),
         target: target.clone(),
         size,
@@ -83,7 +105,8 @@ pub fn backup(source: &Disk, target: &Disk, changed: Option<&DirtyMap>, control:
         error: Mutex::default(),
     });
     let observer: Arc<dyn Observer> = shared.clone();
-    source.add_observer(observer.clone());
+    source.add_observer_after(observer.clone(), || choose(&shared.todo));
+    control.begin(shared.todo.count() * GRANULE);
     let result = save_all(source, &shared, control);
     source.remove_observer(&observer);
     result?;

@@ -21,11 +21,20 @@ pub struct ConvertOptions {
     pub detect_zeroes: bool,
     /// Threads that work at the same time; 0 for one per processor.
     pub threads: usize,
+    /// Write only what differs: the target may hold a part of the copy already, for example because an
+    /// earlier one was cancelled. The target is read in full; compression is not possible.
+    pub resume: bool,
 }
 
 impl Default for ConvertOptions {
     fn default() -> Self {
-        ConvertOptions { compress: false, target_is_zero: true, detect_zeroes: true, threads: 0 }
+        ConvertOptions {
+            compress: false,
+            target_is_zero: true,
+            detect_zeroes: true,
+            threads: 0,
+            resume: false,
+        }
     }
 }
 
@@ -37,6 +46,9 @@ pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &
     }
     let target_is_zero = options.target_is_zero && target.layers()[0].starts_as_zero();
     let options = ConvertOptions { target_is_zero, ..options };
+    if options.resume && options.compress {
+        return Err(Error::InvalidOption("A compressed copy cannot be resumed".into()));
+    }
     control.begin(size);
     match options.compress {
         true => convert_compressed(source, target, options, control)?,
@@ -80,17 +92,27 @@ fn convert_some(
 ) -> Result<u64> {
     let (extent, n) = whole(source, at, len)?;
     match extent {
-        Source::Zero { .. } if options.target_is_zero => control.skip(n)?,
+        Source::Zero { .. } if options.target_is_zero && !options.resume => control.skip(n)?,
         Source::Zero { .. } => {
             control.step(n)?;
-            target.write_zeroes(at, n, true)?;
+            if !options.resume || !Below::new(&target.layers()).is_zero(at, n)? {
+                target.write_zeroes(at, n, true)?;
+            }
         }
         _ => {
             control.step(n)?;
-            buffer.resize(buffer.len().max(n as usize), 0);
-            let data = &mut buffer[..n as usize];
+            buffer.resize(buffer.len().max(2 * n as usize), 0);
+            let (data, there) = buffer.split_at_mut(n as usize);
             source.read_at(data, at)?;
-            write_sparse(target, data, at, options)?;
+            if options.resume {
+                let there = &mut there[..n as usize];
+                target.read_at(there, at)?;
+                if data == there {
+                    return Ok(n);
+                }
+            }
+            let target_is_zero = options.target_is_zero && !options.resume;
+            write_sparse(target, data, at, ConvertOptions { target_is_zero, ..options })?;
         }
     }
     Ok(n)

@@ -75,6 +75,11 @@ impl DirtyMap {
         None
     }
 
+    /// The marked granules, in order.
+    pub fn marked(&self) -> impl Iterator<Item = u64> {
+        std::iter::successors(self.next(0), |granule| self.next(granule + 1))
+    }
+
     /// Number of marked granules.
     pub fn count(&self) -> u64 {
         self.bits.iter().map(|w| u64::from(w.load(Ordering::Acquire).count_ones())).sum()

@@ -18,7 +18,7 @@ mod measure;
 mod mirror;
 mod parallel;
 
-pub use backup::backup;
+pub use backup::{backup, backup_changes};
 pub use chain::{commit, rebase, stream};
 pub use control::{JobControl, Progress};
 pub use copy::{Comparison, ConvertOptions, compare, convert};

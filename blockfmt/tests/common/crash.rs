@@ -1,4 +1,5 @@
 //! What a crash may leave behind, and what must be there nevertheless.
+#![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
 
 use super::{Rng, qemu, text};
 use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
