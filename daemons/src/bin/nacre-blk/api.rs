@@ -1,6 +1,6 @@
 //! The JSON API on a Unix socket: one object a line, one reply a line.
 
-use crate::exports::{ExportSpec, Exports};
+use crate::exports::{CopySpec, ExportSpec, Exports, SnapshotSpec};
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -23,7 +23,16 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 enum Command {
     Add(ExportSpec),
     Remove { name: String },
+    Resize { name: String, size: u64 },
+    Snapshot { disks: Vec<SnapshotSpec> },
+    Mirror(CopySpec),
+    Migrate(CopySpec),
+    Backup(CopySpec),
+    Commit { name: String },
+    Stream { name: String },
     List,
+    Jobs,
+    Cancel { job: u64 },
 }
 
 /// The socket and the thread that serves it, one client after the other.
@@ -82,10 +91,24 @@ fn serve(stream: &UnixStream, exports: &Exports, stop: &AtomicBool) -> io::Resul
 }
 
 fn run(line: &str, exports: &Exports) -> Result<Value> {
-    match serde_json::from_str(line).context("Cannot understand the command")? {
-        Command::Add(spec) => exports.add(&spec)?,
-        Command::Remove { name } => exports.remove(&name)?,
+    let job = match serde_json::from_str(line).context("Cannot understand the command")? {
+        Command::Add(spec) => return exports.add(&spec).map(done),
+        Command::Remove { name } => return exports.remove(&name).map(done),
+        Command::Resize { name, size } => return exports.resize(&name, size).map(done),
+        Command::Snapshot { disks } => return exports.snapshot(&disks).map(done),
         Command::List => return Ok(json!({ "exports": exports.list() })),
-    }
-    Ok(json!({}))
+        Command::Jobs => return Ok(json!({ "jobs": exports.jobs().list() })),
+        Command::Cancel { job } => return exports.jobs().cancel(job).map(done),
+        Command::Mirror(spec) => exports.mirror(&spec, false)?,
+        Command::Migrate(spec) => exports.mirror(&spec, true)?,
+        Command::Backup(spec) => exports.backup(&spec)?,
+        Command::Commit { name } => exports.commit(&name)?,
+        Command::Stream { name } => exports.stream(&name)?,
+    };
+    Ok(json!({ "job": job }))
+}
+
+/// The reply to a command that is done.
+fn done((): ()) -> Value {
+    json!({})
 }

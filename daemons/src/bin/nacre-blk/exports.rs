@@ -1,13 +1,16 @@
 //! The disks that are exported.
 
+use crate::jobs::{Jobs, lock};
+use crate::vhost;
 use anyhow::{Context, Result};
+use blockfmt::job::{self, Mirror, MirrorMode};
 use blockfmt::nbd::{Export, ExportInfo, Server};
-use blockfmt::{Disk, Format, OpenOptions};
+use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// What to export.
 #[derive(Clone, Debug, Deserialize)]
@@ -25,13 +28,26 @@ pub struct ExportSpec {
     /// Names of the image's dirty bitmaps that clients may read.
     #[serde(default)]
     pub bitmaps: Vec<String>,
+    /// The socket of a vhost-user-blk device for this disk, besides NBD.
+    #[serde(default)]
+    pub vhost: Option<PathBuf>,
+    /// Queues of the vhost-user device.
+    #[serde(default = "default_queues")]
+    pub queues: u16,
+}
+
+/// One queue for each processor.
+fn default_queues() -> u16 {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u16::try_from(processors).unwrap_or(u16::MAX).min(vhost::MAX_QUEUES)
 }
 
 impl FromStr for ExportSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (mut name, mut path, mut format, mut readonly) = (None, None, None, false);
+        let (mut name, mut path, mut format, mut vhost) = (None, None, None, None);
+        let (mut readonly, mut queues) = (false, default_queues());
         let mut bitmaps = Vec::new();
         for part in text.split(',') {
             match part.split_once('=') {
@@ -39,8 +55,15 @@ impl FromStr for ExportSpec {
                 Some(("path", value)) => path = Some(PathBuf::from(value)),
                 Some(("format", value)) => format = Some(value.to_owned()),
                 Some(("bitmap", value)) => bitmaps.push(value.to_owned()),
+                Some(("vhost", value)) => vhost = Some(PathBuf::from(value)),
+                Some(("queues", value)) => {
+                    queues = value.parse().map_err(|_| format!("queues={value} is not a number"))?;
+                }
                 None if part == "readonly" => readonly = true,
-                _ => return Err(format!("{part:?} is none of name=, path=, format=, bitmap= and readonly")),
+                _ => {
+                    let known = "name=, path=, format=, bitmap=, vhost=, queues= and readonly";
+                    return Err(format!("{part:?} is none of {known}"));
+                }
             }
         }
         let missing = |what: &str| format!("{what}= is missing");
@@ -50,20 +73,80 @@ impl FromStr for ExportSpec {
             format: format.ok_or_else(|| missing("format"))?,
             readonly,
             bitmaps,
+            vhost,
+            queues,
         })
     }
 }
 
-/// The server and its disks. Clones are handles to the same.
+/// A new image on top of an exported disk.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotSpec {
+    /// The export.
+    pub name: String,
+    /// The image that takes what is written from now on. It must not exist.
+    pub path: PathBuf,
+}
+
+/// When changes reach the target of a mirror.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    #[default]
+    Background,
+    WriteBlocking,
+}
+
+/// A copy of an exported disk.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CopySpec {
+    /// The export.
+    pub name: String,
+    /// The image to create. It must not exist.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: String,
+    /// When changes reach the target (mirror and migrate).
+    #[serde(default)]
+    pub mode: Mode,
+    /// Copy what this persistent bitmap marks, and take the marks (backup).
+    #[serde(default)]
+    pub bitmap: Option<String>,
+    /// Bytes per second; 0 for no limit.
+    #[serde(default)]
+    pub rate: u64,
+}
+
+impl CopySpec {
+    /// Creates the image and opens it.
+    fn create(&self, size: u64) -> Result<Disk> {
+        let format: Format = self.format.parse()?;
+        CreateOptions::new(format, size)
+            .create(&self.path)
+            .with_context(|| format!("Cannot create {}", self.path.display()))?;
+        Ok(OpenOptions::new(format).open(&self.path)?)
+    }
+}
+
+/// The server, its disks and the jobs on them. Clones are handles to the same.
 #[derive(Clone)]
 pub struct Exports {
     server: Arc<Server>,
     disks: Arc<Mutex<BTreeMap<String, Disk>>>,
+    devices: Arc<Mutex<BTreeMap<String, vhost::Export>>>,
+    jobs: Arc<Jobs>,
 }
 
 impl Exports {
     pub fn new() -> Self {
-        Exports { server: Arc::new(Server::new()), disks: Arc::default() }
+        Exports {
+            server: Arc::new(Server::new()),
+            disks: Arc::default(),
+            devices: Arc::default(),
+            jobs: Arc::default(),
+        }
     }
 
     pub fn server(&self) -> &Server {
@@ -73,7 +156,7 @@ impl Exports {
     /// Opens a disk and exports it.
     pub fn add(&self, spec: &ExportSpec) -> Result<()> {
         let format: Format = spec.format.parse()?;
-        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disks = lock(&self.disks);
         let disk = OpenOptions::new(format).read_only(spec.readonly).open(&spec.path);
         let disk = disk.with_context(|| format!("Cannot export {}", spec.path.display()))?;
         let layer = disk.layers().remove(0);
@@ -91,13 +174,124 @@ impl Exports {
         for (name, bitmap) in bitmaps {
             self.server.show_bitmap(&spec.name, &name, bitmap)?;
         }
+        if let Some(socket) = &spec.vhost {
+            match vhost::Export::start(socket, disk.clone(), &spec.name, spec.readonly, spec.queues) {
+                Ok(device) => drop(lock(&self.devices).insert(spec.name.clone(), device)),
+                Err(error) => {
+                    self.server.remove_export(&spec.name)?;
+                    return Err(error);
+                }
+            }
+        }
         disks.insert(spec.name.clone(), disk);
         Ok(())
     }
 
-    /// Disconnects the clients of an export and closes its disk.
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    fn disk(&self, name: &str) -> Result<Disk> {
+        let disks = lock(&self.disks);
+        disks.get(name).cloned().with_context(|| format!("There is no export {name:?}"))
+    }
+
+    /// Changes the size of a disk; its clients learn of it when they connect again.
+    pub fn resize(&self, name: &str, size: u64) -> Result<()> {
+        Ok(self.disk(name)?.resize(size)?)
+    }
+
+    /// Freezes several disks at one instant; each continues in a new image.
+    pub fn snapshot(&self, list: &[SnapshotSpec]) -> Result<()> {
+        let mut group = Vec::new();
+        let take = |spec: &SnapshotSpec, group: &mut Vec<_>| -> Result<()> {
+            let disk = self.disk(&spec.name)?;
+            let layer = disk.create_child(&spec.path, &CreateOptions::new(Format::Qcow2, 0))?;
+            group.push((disk, layer));
+            Ok(())
+        };
+        let result = list.iter().try_for_each(|spec| take(spec, &mut group));
+        let result = result.and_then(|()| Ok(Disk::push_layers(&group)?));
+        if result.is_err() {
+            // Images of disks that did not continue in them are of no use; a file that was there before was
+            // not made by us.
+            for spec in &list[..group.len()] {
+                let _ = std::fs::remove_file(&spec.path);
+            }
+        }
+        result.context("Cannot take the snapshot")
+    }
+
+    /// Copies a disk to a new image; with `switch`, the disk continues there.
+    pub fn mirror(&self, spec: &CopySpec, switch: bool) -> Result<u64> {
+        let disk = self.disk(&spec.name)?;
+        let target = spec.create(disk.size())?;
+        let mode = match spec.mode {
+            Mode::Background => MirrorMode::Background,
+            Mode::WriteBlocking => MirrorMode::WriteBlocking,
+        };
+        let path = spec.path.clone();
+        self.jobs.start(if switch { "migrate" } else { "mirror" }, &spec.name, spec.rate, move |control| {
+            let copy = || -> Result<()> {
+                let mirror = Mirror::start(&disk, &target, mode, None)?.run(control)?;
+                if switch {
+                    mirror.pivot(control)?
+                } else {
+                    mirror.finish(control)?
+                }
+                Ok(())
+            };
+            discard_on_error(copy(), &path)?;
+            // After a switch the image belongs to the exported disk.
+            if !switch {
+                target.close()?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Copies a disk as it is now to a new image.
+    pub fn backup(&self, spec: &CopySpec) -> Result<u64> {
+        let disk = self.disk(&spec.name)?;
+        let changes = match &spec.bitmap {
+            None => None,
+            Some(name) => {
+                let layer = disk.layers().remove(0);
+                let image = layer.as_qcow2().context("Only qcow2 images have bitmaps")?;
+                Some(image.bitmap(name)?)
+            }
+        };
+        let target = spec.create(disk.size())?;
+        let path = spec.path.clone();
+        self.jobs.start("backup", &spec.name, spec.rate, move |control| {
+            let result = match &changes {
+                None => job::backup(&disk, &target, None, control),
+                Some(changes) => job::backup_changes(&disk, &target, changes, control),
+            };
+            discard_on_error(result.map_err(Into::into), &path)?;
+            Ok(target.close()?)
+        })
+    }
+
+    /// Merges the active image of a disk into its parent, which becomes the active one.
+    pub fn commit(&self, name: &str) -> Result<u64> {
+        let disk = self.disk(name)?;
+        self.jobs.start("commit", name, 0, move |control| Ok(job::commit(&disk, 0, control)?))
+    }
+
+    /// Makes the active image of a disk independent of all others.
+    pub fn stream(&self, name: &str) -> Result<u64> {
+        let disk = self.disk(name)?;
+        self.jobs.start("stream", name, 0, move |control| Ok(job::stream(&disk, 0, None, control)?))
+    }
+
+    /// Ends the jobs of an export, disconnects its clients and closes its disk.
     pub fn remove(&self, name: &str) -> Result<()> {
-        let mut disks = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        self.jobs.end(name);
+        // Not under the lock: its requests end first.
+        let device = lock(&self.devices).remove(name);
+        drop(device);
+        let mut disks = lock(&self.disks);
         let removed = self.server.remove_export(name);
         if let Some(disk) = disks.remove(name) {
             disk.close()?;
@@ -114,4 +308,13 @@ impl Exports {
         let results: Vec<_> = self.list().iter().map(|export| self.remove(&export.name)).collect();
         results.into_iter().collect()
     }
+}
+
+/// Removes the image of a copy that failed.
+fn discard_on_error(result: Result<()>, path: &Path) -> Result<()> {
+    if result.is_err() {
+        // It is incomplete, and what matters is why.
+        let _ = std::fs::remove_file(path);
+    }
+    result
 }

@@ -1,7 +1,9 @@
-//! `nacre-blk`: exports virtual disks over NBD.
+//! `nacre-blk`: exports virtual disks over NBD and as vhost-user-blk devices.
 
 mod api;
 mod exports;
+mod jobs;
+mod vhost;
 
 use anyhow::{Context, Result};
 use blockfmt::nbd::TlsServer;
@@ -11,7 +13,7 @@ use nix::sys::signal::{SigSet, Signal};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// Exports virtual disks over NBD; exports come and go while it runs.
+/// Exports virtual disks over NBD and as vhost-user-blk devices; exports come and go while it runs.
 #[derive(Parser)]
 #[command(
     version,
@@ -19,18 +21,24 @@ use std::path::PathBuf;
     after_help = "\
 Examples:
   nacre-blk --export name=root,path=root.qcow2,format=qcow2 --unix /run/nbd.sock
+  nacre-blk --export name=root,path=root.qcow2,format=qcow2,vhost=/run/root.sock,queues=4
   nacre-blk --export name=iso,path=cd.raw,format=raw,readonly --tcp 127.0.0.1:10809 --api /run/blk.sock
   echo '{\"command\":\"add\",\"name\":\"data\",\"path\":\"data.vhd\",\"format\":\"vhd\"}' | nc -NU /run/blk.sock
   echo '{\"command\":\"list\"}' | nc -NU /run/blk.sock
   echo '{\"command\":\"remove\",\"name\":\"data\"}' | nc -NU /run/blk.sock
+  echo '{\"command\":\"snapshot\",\"disks\":[{\"name\":\"root\",\"path\":\"root-1.qcow2\"}]}' | nc -NU /run/blk.sock
+  echo '{\"command\":\"migrate\",\"name\":\"root\",\"path\":\"/new/root.qcow2\",\"format\":\"qcow2\"}' \
+    | nc -NU /run/blk.sock
+  echo '{\"command\":\"jobs\"}' | nc -NU /run/blk.sock
   nacre-blk --export name=root,path=root.qcow2,format=qcow2 --tcp 0.0.0.0:10809 --tls-certificates pki --tls-verify-peer
   nbdinfo 'nbd+unix:///root?socket=/run/nbd.sock'
 
 Without --tls-certificates NBD is not encrypted: use --tcp in networks that are trusted only."
 )]
 struct Args {
-    /// Export a disk: name=NAME,path=PATH,format=FORMAT and, if wanted, readonly and
-    /// bitmap=NAME (a dirty bitmap that clients may read); may be repeated.
+    /// Export a disk: name=NAME,path=PATH,format=FORMAT and, after commas, any of readonly, bitmap=NAME (a dirty
+    /// bitmap that NBD clients may read), vhost=SOCKET (a vhost-user-blk device for one virtual machine, besides
+    /// NBD), queues=N (of this device); may be repeated.
     #[arg(long, value_name = "EXPORT")]
     export: Vec<ExportSpec>,
     /// Listen for NBD clients on this Unix socket; may be repeated.
@@ -45,7 +53,8 @@ struct Args {
     /// Clients have to prove who they are with a certificate signed by those in ca-cert.pem.
     #[arg(long, requires = "tls_certificates")]
     tls_verify_peer: bool,
-    /// Take commands (one JSON object a line: add, remove, list) on this Unix socket.
+    /// Take commands (one JSON object a line: add, remove, resize, snapshot, mirror, migrate, backup, commit,
+    /// stream, list, jobs, cancel) on this Unix socket.
     #[arg(long, value_name = "SOCKET")]
     api: Option<PathBuf>,
 }
@@ -54,8 +63,8 @@ fn main() -> Result<()> {
     daemons::log_to_stderr("RUST_LOG", tracing_subscriber::filter::LevelFilter::ERROR);
     let args = Args::parse();
     anyhow::ensure!(
-        !args.unix.is_empty() || !args.tcp.is_empty(),
-        "Say where to listen with --unix or --tcp"
+        !args.unix.is_empty() || !args.tcp.is_empty() || args.export.iter().any(|e| e.vhost.is_some()),
+        "Say where to listen with --unix, --tcp or an export's vhost="
     );
     // Blocked before any thread starts, so that the signals wait for `wait` below.
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
@@ -63,6 +72,9 @@ fn main() -> Result<()> {
     let exports = Exports::new();
     for spec in &args.export {
         exports.add(spec)?;
+        if let Some(socket) = &spec.vhost {
+            println!("listening vhost-user {}", socket.display());
+        }
     }
     if let Some(directory) = &args.tls_certificates {
         exports.server().require_tls(TlsServer::from_directory(directory, args.tls_verify_peer)?);

@@ -21,8 +21,10 @@ pub struct Commit {
 
 pub fn commit(args: Commit) -> Result<ExitCode> {
     let disk = args.image.open(false)?;
-    job::commit(&disk, 0, &args.work.control()?)?;
+    let control = args.work.control()?;
+    job::commit(&disk, 0, &control)?;
     disk.close()?;
+    args.work.report(&control)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -44,8 +46,10 @@ pub struct Stream {
 pub fn stream(args: Stream) -> Result<ExitCode> {
     let disk = args.image.open(false)?;
     let base = args.base.as_deref().map(|base| position(&disk, base)).transpose()?;
-    job::stream(&disk, 0, base, &args.work.control()?)?;
+    let control = args.work.control()?;
+    job::stream(&disk, 0, base, &control)?;
     disk.close()?;
+    args.work.report(&control)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -98,7 +102,9 @@ pub fn rebase(args: Rebase) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let disk = args.image.open(false)?;
-    job::rebase(&disk, &layers, reference.as_ref(), &args.work.control()?)?;
+    let control = args.work.control()?;
+    job::rebase(&disk, &layers, reference.as_ref(), &control)?;
     disk.close()?;
+    args.work.report(&control)?;
     Ok(ExitCode::SUCCESS)
 }

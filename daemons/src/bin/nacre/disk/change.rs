@@ -46,6 +46,7 @@ pub fn convert(args: Convert) -> Result<ExitCode> {
     if !remote {
         create.create(&args.target).with_context(|| format!("Cannot create {}", args.target.display()))?;
     }
+    let control = args.work.control()?;
     let run = || -> Result<()> {
         let target = args.image.secrets.apply(OpenOptions::new(args.target_format))?.open(&args.target)?;
         let options = ConvertOptions {
@@ -54,7 +55,7 @@ pub fn convert(args: Convert) -> Result<ExitCode> {
             target_is_zero: !remote,
             ..ConvertOptions::default()
         };
-        job::convert(&source, &target, options, &args.work.control()?)?;
+        job::convert(&source, &target, options, &control)?;
         target.close()?;
         Ok(())
     };
@@ -65,6 +66,7 @@ pub fn convert(args: Convert) -> Result<ExitCode> {
         }
         return Err(error.context(format!("Cannot convert {}", args.image.path.display())));
     }
+    args.work.report(&control)?;
     Ok(ExitCode::SUCCESS)
 }
 

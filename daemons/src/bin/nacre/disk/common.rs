@@ -10,8 +10,10 @@ use blockfmt::{
     OpenPolicy, Preallocation, Secret,
 };
 use clap::Args;
+use nix::sys::signal::{SigSet, Signal};
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// An image and how to open it.
 #[derive(Args)]
@@ -100,11 +102,14 @@ pub struct Work {
     /// Limit the rate, in bytes per second (suffixes K, M, G, T).
     #[arg(short, long, value_parser = parse_size, value_name = "RATE")]
     pub rate_limit: Option<u64>,
+    /// Print the result as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 impl Work {
-    /// The control of a job that does what the command line asks for.
-    pub fn control(&self) -> Result<JobControl> {
+    /// The control of a job that does what the command line asks for, and that Ctrl-C cancels.
+    pub fn control(&self) -> Result<Arc<JobControl>> {
         let mut control = JobControl::new();
         if self.progress {
             let style = "{bar:40} {percent:>3}% {binary_bytes_per_sec} {eta}";
@@ -116,7 +121,25 @@ impl Work {
             });
         }
         control.set_rate(self.rate_limit.unwrap_or(0));
+        let control = Arc::new(control);
+        // Blocked in this thread and all that it starts: only the waiting one gets them.
+        let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+        signals.thread_block().context("Cannot block signals")?;
+        let cancelled = control.clone();
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            if signals.wait().is_ok() {
+                cancelled.cancel();
+            }
+            // The next one ends the process at once.
+            let _ = signals.thread_unblock();
+            std::thread::park();
+        })?;
         Ok(control)
+    }
+
+    /// Prints what a job did, if that is asked for.
+    pub fn report(&self, control: &JobControl) -> Result<()> {
+        if self.json { print_json(&control.progress()) } else { Ok(()) }
     }
 }
 

@@ -275,20 +275,20 @@ fn try_compare(args: &Compare) -> Result<bool> {
         args.secrets.apply(options)?.open(path).with_context(|| format!("Cannot open {}", path.display()))
     };
     let (a, b) = (open(args.format, &args.first)?, open(args.second_format, &args.second)?);
-    if args.strict && a.size() != b.size() {
-        println!("Strict mode: Image size mismatch!");
-        return Ok(false);
+    let result = match args.strict && a.size() != b.size() {
+        true => None,
+        false => Some(job::compare(&a, &b, &*args.work.control()?)?),
+    };
+    let (identical, text, offset) = match result {
+        None => (false, "Strict mode: Image size mismatch!".to_owned(), None),
+        Some(Comparison::Identical) => (true, "Images are identical.".to_owned(), None),
+        Some(Comparison::Differs(at)) => (false, format!("Content mismatch at offset {at}!"), Some(at)),
+    };
+    match args.work.json {
+        true => print_json(&json!({ "identical": identical, "offset": offset }))?,
+        false => println!("{text}"),
     }
-    match job::compare(&a, &b, &args.work.control()?)? {
-        Comparison::Identical => {
-            println!("Images are identical.");
-            Ok(true)
-        }
-        Comparison::Differs(at) => {
-            println!("Content mismatch at offset {at}!");
-            Ok(false)
-        }
-    }
+    Ok(identical)
 }
 
 /// Tell how large the file of a converted image will be.

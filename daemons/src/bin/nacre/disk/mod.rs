@@ -3,8 +3,10 @@
 mod chain;
 mod change;
 mod common;
+mod copy;
 mod create;
 mod inspect;
+mod remote;
 
 use clap::{Args as ClapArgs, Subcommand};
 use std::process::ExitCode;
@@ -30,6 +32,8 @@ enum Command {
     Compare(inspect::Compare),
     Measure(inspect::Measure),
     Convert(change::Convert),
+    Mirror(copy::Mirror),
+    Backup(copy::Backup),
     Resize(change::Resize),
     Snapshot(change::Snapshot),
     Bitmap(change::Bitmap),
@@ -38,8 +42,21 @@ enum Command {
     Rebase(chain::Rebase),
 }
 
+/// Exit code of a command that was cancelled with Ctrl-C, as shells have it.
+const CANCELLED: u8 = 130;
+
 /// Runs a command. Exit codes are those of `qemu-img` where the commands mean the same.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match run_command(args) {
+        Err(error) if matches!(error.downcast_ref(), Some(blockfmt::Error::Cancelled)) => {
+            eprintln!("nacre: {error:#}");
+            Ok(ExitCode::from(CANCELLED))
+        }
+        result => result,
+    }
+}
+
+fn run_command(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Create(args) => create::create(args),
         Command::Clone(args) => create::clone(args),
@@ -50,6 +67,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Compare(args) => Ok(inspect::compare(args)),
         Command::Measure(args) => inspect::measure(args),
         Command::Convert(args) => change::convert(args),
+        Command::Mirror(args) => copy::mirror(args),
+        Command::Backup(args) => copy::backup(args),
         Command::Resize(args) => change::resize(args),
         Command::Snapshot(args) => change::snapshot(args),
         Command::Bitmap(args) => change::bitmap(args),

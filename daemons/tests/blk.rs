@@ -1,0 +1,226 @@
+//! The contract of `nacre-blk`: exports over NBD, the JSON API while clients are connected, and an orderly end.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use blockfmt::{CreateOptions, Format, OpenOptions};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+struct Daemon {
+    dir: tempfile::TempDir,
+    child: Child,
+}
+
+impl Daemon {
+    /// A daemon that exports "disk.qcow2", of 16 MiB with 1 MiB of data and perhaps a bitmap, as "disk".
+    fn start(bitmap: bool) -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let image = dir.path().join("disk.qcow2");
+        CreateOptions::new(Format::Qcow2, 16 * MIB).create(&image).unwrap();
+        let disk = OpenOptions::new(Format::Qcow2).open(&image).unwrap();
+        disk.write_at(&[5; MIB as usize], MIB).unwrap();
+        if bitmap {
+            disk.layers()[0].as_qcow2().unwrap().add_bitmap("daily", 65536).unwrap();
+        }
+        disk.close().unwrap();
+        drop(disk);
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nacre-blk"))
+            .args(["--export", "name=disk,path=disk.qcow2,format=qcow2", "--unix", "nbd", "--api", "api"])
+            .current_dir(dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "listening unix nbd\n");
+        Daemon { dir, child }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn api(&self, command: &Value) -> Value {
+        let socket = self.at("api");
+        // The socket appears a moment after the line that the daemon prints.
+        let mut stream = loop {
+            match UnixStream::connect(&socket) {
+                Ok(stream) => break stream,
+                Err(_) => std::thread::yield_now(),
+            }
+        };
+        stream.write_all(format!("{command}\n").as_bytes()).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn ok(&self, command: Value) -> Value {
+        let reply = self.api(&command);
+        assert!(reply.get("error").is_none(), "{command}: {reply}");
+        reply
+    }
+
+    /// Runs a job to its end and returns its last report.
+    fn job(&self, command: Value) -> Value {
+        let number = self.ok(command)["job"].clone();
+        loop {
+            let jobs = self.ok(json!({ "command": "jobs" }));
+            let job = jobs["jobs"].as_array().unwrap().iter().find(|j| j["job"] == number).unwrap();
+            if job["state"] != "running" {
+                return job.clone();
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn uri(&self, name: &str) -> String {
+        format!("nbd+unix:///{name}?socket={}", self.at("nbd").display())
+    }
+
+    /// Runs commands of `qemu-io` on an export.
+    fn io(&self, name: &str, commands: &[&str]) -> String {
+        let mut run = Command::new("qemu-io");
+        run.args(["-f", "raw"]);
+        if name == "more" {
+            run.arg("-r"); // exported without writes
+        }
+        commands.iter().for_each(|c| {
+            run.args(["-c", c]);
+        });
+        let output = run.arg(self.uri(name)).output();
+        let output = output.unwrap_or_else(|e| panic!("cannot run qemu-io ({e}); install qemu-utils"));
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(output.status.success() && !text.contains("failed"), "{commands:?}: {text}");
+        text
+    }
+
+    /// Ends the daemon with SIGTERM, which must go well.
+    fn end(&mut self) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It has ended unless the test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn check(path: &Path) {
+    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(path).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+fn read(path: &Path, offset: u64) -> u8 {
+    let disk = OpenOptions::new(Format::Qcow2).read_only(true).open(path).unwrap();
+    let mut byte = [0];
+    disk.read_at(&mut byte, offset).unwrap();
+    byte[0]
+}
+
+#[test]
+fn exports_come_and_go() {
+    let mut d = Daemon::start(false);
+    d.io("disk", &["read -P 5 1M 1M", "read -P 0 2M 1M", "write -P 6 2M 64k", "flush"]);
+    CreateOptions::new(Format::Raw, MIB).create(&d.at("more.raw")).unwrap();
+    let add =
+        json!({ "command": "add", "name": "more", "path": "more.raw", "format": "raw", "readonly": true });
+    d.ok(add.clone());
+    assert!(d.api(&add)["error"].is_string(), "twice the same name");
+    let list = d.ok(json!({ "command": "list" }));
+    assert_eq!(list["exports"].as_array().unwrap().len(), 2);
+    d.io("more", &["read -P 0 0 1M"]);
+    d.ok(json!({ "command": "remove", "name": "more" }));
+    assert!(d.api(&json!({ "command": "remove", "name": "more" }))["error"].is_string());
+    d.ok(json!({ "command": "resize", "name": "disk", "size": 20 * MIB }));
+    d.io("disk", &["write -P 7 19M 64k", "read -P 5 1M 1M"]);
+    for bad in
+        [json!({ "command": "explode" }), json!([]), json!({ "command": "resize", "name": "x", "size": 1 })]
+    {
+        assert!(d.api(&bad)["error"].is_string(), "{bad}");
+    }
+    d.end();
+    assert!(!d.at("nbd").exists() && !d.at("api").exists(), "sockets are removed");
+    check(&d.at("disk.qcow2"));
+    assert_eq!((read(&d.at("disk.qcow2"), 2 * MIB), read(&d.at("disk.qcow2"), 19 * MIB)), (6, 7));
+}
+
+#[test]
+fn snapshots_and_merges_while_clients_are_connected() {
+    let mut d = Daemon::start(false);
+    let take = |path: &str| json!({ "command": "snapshot", "disks": [{ "name": "disk", "path": path }] });
+    d.ok(take("one.qcow2"));
+    d.io("disk", &["write -P 6 1M 64k", "flush"]);
+    assert!(d.api(&take("one.qcow2"))["error"].is_string(), "the image exists");
+    assert!(d.at("one.qcow2").exists());
+    d.ok(take("two.qcow2"));
+    d.io("disk", &["write -P 7 3M 64k", "read -P 6 1M 64k"]);
+    assert_eq!(d.job(json!({ "command": "commit", "name": "disk" }))["state"], "done");
+    d.io("disk", &["read -P 6 1M 64k", "read -P 7 3M 64k"]);
+    assert_eq!(d.job(json!({ "command": "stream", "name": "disk" }))["state"], "done");
+    d.io("disk", &["read -P 6 1M 64k", "read -P 7 3M 64k", "read -P 5 1088k 64k"]);
+    d.end();
+    // The first image is what it was; "one" has everything and depends on nothing.
+    assert_eq!(read(&d.at("disk.qcow2"), MIB), 5);
+    std::fs::remove_file(d.at("disk.qcow2")).unwrap();
+    check(&d.at("one.qcow2"));
+    assert_eq!((read(&d.at("one.qcow2"), MIB), read(&d.at("one.qcow2"), 3 * MIB)), (6, 7));
+}
+
+#[test]
+fn disks_are_copied_and_migrated() {
+    let mut d = Daemon::start(true);
+    let copy = |command: &str, path: &str| json!({ "command": command, "name": "disk", "path": path, "format": "qcow2" });
+    assert_eq!(d.job(copy("backup", "full.qcow2"))["state"], "done");
+    d.io("disk", &["write -P 8 4M 64k", "flush"]);
+    let mut increment = copy("backup", "increment.qcow2");
+    increment["bitmap"] = "daily".into();
+    let report = d.job(increment);
+    assert_eq!((&report["state"], &report["done"]), (&json!("done"), &json!(65536)), "{report}");
+    // A slow job is cancelled, and another one is refused meanwhile.
+    let mut slow = copy("mirror", "slow.qcow2");
+    slow["rate"] = 1.into();
+    let number = d.ok(slow)["job"].clone();
+    assert!(d.api(&copy("mirror", "other.qcow2"))["error"].as_str().unwrap().contains("already"));
+    d.ok(json!({ "command": "cancel", "job": number }));
+    loop {
+        let jobs = d.ok(json!({ "command": "jobs" }));
+        let state =
+            jobs["jobs"].as_array().unwrap().iter().find(|j| j["job"] == number).unwrap()["state"].clone();
+        if state != "running" {
+            assert_eq!(state, "cancelled");
+            break;
+        }
+    }
+    assert!(!d.at("slow.qcow2").exists());
+    // The command line reaches the same jobs.
+    let socket = d.at("api");
+    let run = Command::new(env!("CARGO_BIN_EXE_nacre"))
+        .args(["disk", "mirror", "--json", "--via", socket.to_str().unwrap(), "--mode", "write-blocking"])
+        .args(["--switch", "-O", "qcow2", "disk"])
+        .arg(d.at("new.qcow2"))
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let report: Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert!(report["bytes"].as_u64() >= Some(16 * MIB), "{report}");
+    d.io("disk", &["write -P 9 5M 64k", "read -P 8 4M 64k"]);
+    d.end();
+    for (name, values) in [("full", (5, 0, 0)), ("disk", (5, 8, 0)), ("new", (5, 8, 9))] {
+        let path = d.at(&format!("{name}.qcow2"));
+        check(&path);
+        assert_eq!((read(&path, MIB), read(&path, 4 * MIB), read(&path, 5 * MIB)), values, "{name}");
+    }
+}

@@ -1,0 +1,282 @@
+//! The contract of `nacre disk`: what it makes and changes is what QEMU makes of it, and exit codes and JSON are what
+//! a program can rely on.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const MIB: usize = 1 << 20;
+
+/// A directory in which commands run.
+struct Bench(tempfile::TempDir);
+
+impl Bench {
+    fn new() -> Self {
+        Self(tempfile::tempdir_in("/dev/shm").unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn run(&self, program: &str, args: &str) -> Output {
+        let output = Command::new(program).args(args.split_whitespace()).current_dir(self.path()).output();
+        output.unwrap_or_else(|e| panic!("cannot run {program} ({e}); install the Debian package qemu-utils"))
+    }
+
+    /// Runs `nacre disk` and returns its exit code and output.
+    fn disk(&self, args: &str) -> (i32, String) {
+        let output = self.run(env!("CARGO_BIN_EXE_nacre"), &format!("disk {args}"));
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code().unwrap(), String::from_utf8(text).unwrap())
+    }
+
+    /// A command that succeeds.
+    fn ok(&self, args: &str) -> String {
+        let (code, text) = self.disk(args);
+        assert_eq!(code, 0, "nacre disk {args}: {text}");
+        text
+    }
+
+    /// A command that succeeds and prints JSON.
+    fn json(&self, args: &str) -> Value {
+        let text = self.ok(args);
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("nacre disk {args}: {e}: {text}"))
+    }
+
+    /// A command that fails with one line on the standard error.
+    fn fails(&self, args: &str, code: i32, message: &str) {
+        let (seen, text) = self.disk(args);
+        assert_eq!(seen, code, "nacre disk {args}: {text}");
+        assert!(text.contains(message), "nacre disk {args}: {text}");
+    }
+
+    fn qemu(&self, program: &str, args: &str) -> String {
+        let output = self.run(program, args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {args}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Makes "data.raw", 8 MiB with some zeros, and returns its bytes.
+    fn data(&self) -> Vec<u8> {
+        let mut seed = 1u64;
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 56) as u8
+        };
+        let mut bytes: Vec<u8> = (0..8 * MIB).map(|_| next()).collect();
+        bytes[2 * MIB..4 * MIB].fill(0);
+        bytes[6 * MIB..6 * MIB + 100].fill(0);
+        std::fs::write(self.path().join("data.raw"), &bytes).unwrap();
+        bytes
+    }
+
+    /// Asserts that QEMU finds an image sound and its contents equal to those of "data.raw".
+    fn same_as_data(&self, image: &str, format: &str) {
+        if format == "qcow2" {
+            self.qemu("qemu-img", &format!("check -f qcow2 {image}"));
+        }
+        self.qemu("qemu-img", &format!("compare -f {format} -F raw {image} data.raw"));
+    }
+}
+
+#[test]
+fn create_info_resize_and_measure() {
+    let b = Bench::new();
+    b.ok("create -f qcow2 -o cluster_size=128k,extended_l2=on a.qcow2 1G");
+    let theirs: Value =
+        serde_json::from_str(&b.qemu("qemu-img", "info --output=json -f qcow2 a.qcow2")).unwrap();
+    let ours = b.json("info -f qcow2 --json a.qcow2");
+    for key in ["virtual-size", "cluster-size", "format"] {
+        assert_eq!(ours[key], theirs[key], "{key}");
+    }
+    assert_eq!(ours["format-specific"]["data"]["extended-l2"], true);
+    assert!(b.ok("info -f qcow2 a.qcow2").contains("virtual size: 1.00 GiB"));
+    b.fails("create -f qcow2 a.qcow2 1G", 1, "Cannot");
+    b.fails("create -f qcow2 -o cluster_size=3 b.qcow2 1G", 1, "");
+    b.fails("info -f raw missing", 1, "missing");
+    b.fails("info a.qcow2", 2, "--format"); // the format is never guessed
+    b.ok("resize -f qcow2 a.qcow2 +1G");
+    assert_eq!(b.json("info -f qcow2 --json a.qcow2")["virtual-size"], 2u64 << 30);
+    b.fails("resize -f qcow2 a.qcow2 512M", 1, "--shrink");
+    b.ok("resize -f qcow2 --shrink a.qcow2 512M");
+    b.qemu("qemu-img", "check -f qcow2 a.qcow2");
+    b.data();
+    let ours = b.json("measure -f raw -O qcow2 --json data.raw");
+    let theirs: Value =
+        serde_json::from_str(&b.qemu("qemu-img", "measure --output=json -f raw -O qcow2 data.raw")).unwrap();
+    assert_eq!(ours["fully-allocated"], theirs["fully-allocated"]);
+}
+
+#[test]
+fn convert_compare_and_map() {
+    let b = Bench::new();
+    b.data();
+    for (options, image, format) in [
+        ("-O qcow2", "a.qcow2", "qcow2"),
+        ("-c -O qcow2 -o compression_type=zstd", "z.qcow2", "qcow2"),
+        ("-O vpc", "a.vhd", "vpc"),
+        ("-O raw", "a.raw", "raw"),
+    ] {
+        let report = b.json(&format!("convert --json -f raw {options} data.raw {image}"));
+        assert_eq!(report["done"], report["total"], "{report}");
+        if format != "vpc" {
+            b.same_as_data(image, format); // QEMU rounds the size of a VHD to its geometry
+        }
+        assert_eq!(b.json(&format!("compare --json -f raw -F {format} data.raw {image}"))["identical"], true);
+    }
+    b.fails("convert -f raw -O qcow2 data.raw a.qcow2", 1, "Cannot create");
+    b.fails("convert -f qcow2 -O raw data.raw new.raw", 1, "Cannot open");
+    assert!(!b.path().join("new.raw").exists());
+    let map = b.json("map -f qcow2 --json a.qcow2");
+    let theirs: Value =
+        serde_json::from_str(&b.qemu("qemu-img", "map --output=json -f qcow2 a.qcow2")).unwrap();
+    let runs = |v: &Value| -> Vec<_> {
+        let list = v.as_array().unwrap().iter();
+        list.map(|r| (r["start"].as_u64(), r["length"].as_u64(), r["data"].as_bool())).collect()
+    };
+    assert_eq!(runs(&map), runs(&theirs));
+    b.ok("convert -f raw -O raw data.raw b.raw");
+    let mut bytes = std::fs::read(b.path().join("b.raw")).unwrap();
+    bytes[5 * MIB + 7] ^= 1;
+    std::fs::write(b.path().join("b.raw"), bytes).unwrap();
+    b.fails("compare -f raw -F raw data.raw b.raw", 1, &format!("offset {}", 5 * MIB + 7));
+    b.fails("compare -f raw -F qcow2 data.raw b.raw", 2, "Cannot open");
+}
+
+#[test]
+fn chains_are_merged_and_moved() {
+    let b = Bench::new();
+    b.data();
+    b.ok("convert -f raw -O qcow2 data.raw base.qcow2");
+    b.ok("convert -f raw -O qcow2 data.raw other.qcow2");
+    for child in ["c1", "c2", "c3", "c4"] {
+        b.ok(&format!("create -f qcow2 -b base.qcow2 -F qcow2 {child}"));
+    }
+    b.ok("clone -f qcow2 base.qcow2 linked.qcow2");
+    b.same_as_data("linked.qcow2", "qcow2");
+    b.json("stream --json -f qcow2 c1");
+    assert!(b.json("info -f qcow2 --json c1").get("backing").is_none());
+    b.same_as_data("c1", "qcow2");
+    b.ok("rebase -f qcow2 -b other.qcow2 -F qcow2 c2");
+    assert_eq!(b.json("info -f qcow2 --json c2")["backing"]["path"], "other.qcow2");
+    b.same_as_data("c2", "qcow2");
+    b.ok("rebase -u -f qcow2 -b other.qcow2 -F qcow2 c3");
+    b.same_as_data("c3", "qcow2");
+    let chain = b.json("info -f qcow2 --backing-chain --json c2");
+    assert_eq!(chain.as_array().unwrap().len(), 2);
+    // What QEMU writes to a child arrives in the parent.
+    let write = Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "write -P 7 1M 64k", "c4"])
+        .current_dir(b.path())
+        .output();
+    assert!(write.unwrap().status.success());
+    b.ok("commit -f qcow2 c4");
+    let data = b.path().join("data.raw");
+    let mut bytes = std::fs::read(&data).unwrap();
+    bytes[MIB..MIB + 65536].fill(7);
+    std::fs::write(&data, bytes).unwrap();
+    b.same_as_data("base.qcow2", "qcow2");
+    b.fails("commit -f qcow2 base.qcow2", 1, "no parent");
+    b.fails("stream -f qcow2 --base c1 c2", 1, "not in the chain");
+}
+
+#[test]
+fn snapshots_bitmaps_check_and_repair() {
+    let b = Bench::new();
+    b.data();
+    b.ok("convert -f raw -O qcow2 data.raw a.qcow2");
+    b.ok("snapshot -f qcow2 -c first a.qcow2");
+    let write = |value: u8| {
+        let command = format!("write -P {value} 1M 1M");
+        let done = Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", &command, "a.qcow2"])
+            .current_dir(b.path())
+            .output();
+        assert!(done.unwrap().status.success());
+    };
+    write(9);
+    assert_eq!(b.json("snapshot -f qcow2 --list --json a.qcow2")[0]["name"], "first");
+    assert!(b.qemu("qemu-img", "snapshot -l a.qcow2").contains("first"));
+    b.ok("snapshot -f qcow2 -a first a.qcow2");
+    b.same_as_data("a.qcow2", "qcow2");
+    b.ok("snapshot -f qcow2 -d first a.qcow2");
+    b.fails("snapshot -f qcow2 -a first a.qcow2", 1, "no snapshot");
+    b.ok("bitmap -f qcow2 --add daily a.qcow2");
+    b.fails("bitmap -f qcow2 --add daily a.qcow2", 1, "exists");
+    assert_eq!(b.json("bitmap -f qcow2 --list --json a.qcow2")[0]["granularity"], 65536);
+    b.ok("bitmap -f qcow2 --remove daily a.qcow2");
+    assert_eq!(b.disk("check -f qcow2 a.qcow2").0, 0);
+    assert_eq!(b.disk("check -f raw data.raw").0, 63);
+    // A refcount of 1 in the last cluster of the block: nobody refers to it.
+    let image = b.path().join("a.qcow2");
+    let mut bytes = std::fs::read(&image).unwrap();
+    let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let block = be64(be64(48));
+    let unused = bytes.len() / 65536 - 1;
+    bytes.resize(bytes.len() + 65536, 0);
+    bytes[block + (unused + 1) * 2 + 1] = 1;
+    std::fs::write(&image, &bytes).unwrap();
+    assert_eq!(b.disk("check -f qcow2 a.qcow2").0, 3);
+    let report: Value = serde_json::from_str(&b.disk("check -f qcow2 --json a.qcow2").1).unwrap();
+    assert_eq!(report["leaks"], 1, "{report}");
+    b.ok("check -f qcow2 -r leaks a.qcow2");
+    b.ok("repair -f qcow2 a.qcow2");
+    b.same_as_data("a.qcow2", "qcow2");
+}
+
+#[test]
+fn backups_are_full_and_incremental() {
+    let b = Bench::new();
+    b.data();
+    b.ok("convert -f raw -O qcow2 data.raw a.qcow2");
+    b.ok("bitmap -f qcow2 --add daily a.qcow2");
+    assert!(b.json("backup --json -f qcow2 -O qcow2 a.qcow2 full.qcow2")["bytes"].as_u64() >= Some(8 << 20));
+    b.same_as_data("full.qcow2", "qcow2");
+    for (day, previous) in [("monday", "full"), ("tuesday", "monday")] {
+        let value = day.len();
+        let command = format!("write -P {value} {value}00k 100k");
+        let done = Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", &command, "a.qcow2"])
+            .current_dir(b.path())
+            .output();
+        assert!(done.unwrap().status.success());
+        let from = format!("-b {previous}.qcow2 -F qcow2 -O qcow2 a.qcow2 {day}.qcow2");
+        let report = b.json(&format!("backup --json -f qcow2 --bitmap daily {from}"));
+        assert!(report["bytes"].as_u64() <= Some(256 << 10), "{report}");
+        b.qemu("qemu-img", &format!("compare -f qcow2 -F qcow2 a.qcow2 {day}.qcow2"));
+    }
+    b.fails("backup -f qcow2 --bitmap nightly -O qcow2 a.qcow2 x.qcow2", 1, "nightly");
+    b.fails("backup -f qcow2 -b full.qcow2 -F qcow2 -O qcow2 a.qcow2 x.qcow2", 1, "--bitmap");
+}
+
+#[test]
+fn a_mirror_that_was_cancelled_goes_on() {
+    let b = Bench::new();
+    b.data();
+    // Slow enough that the signal comes first.
+    let args = "disk mirror -f raw -O qcow2 --rate-limit 1M data.raw copy.qcow2";
+    let mut child = Command::new(env!("CARGO_BIN_EXE_nacre"))
+        .args(args.split(' '))
+        .current_dir(b.path())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !b.path().join("copy.qcow2").exists() {
+        std::thread::yield_now();
+    }
+    // The signal may come before the command expects it; then it ends the process at once.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    b.qemu("qemu-img", "check -f qcow2 copy.qcow2");
+    b.fails("mirror -f raw -O qcow2 data.raw copy.qcow2", 1, "Cannot create");
+    b.ok("mirror -f raw -O qcow2 --resume data.raw copy.qcow2");
+    b.same_as_data("copy.qcow2", "qcow2");
+}
