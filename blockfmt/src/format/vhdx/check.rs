@@ -5,6 +5,7 @@ use super::bat::Usage;
 use super::header::REGION_TABLES;
 use crate::format::check::{CheckReport, Repair};
 use crate::{Error, Result};
+use std::sync::atomic::Ordering;
 
 impl Vhdx {
     /// Checks the image: both headers, both region tables, and every entry of the block allocation table.
@@ -24,6 +25,7 @@ impl Vhdx {
             self.remove_bad_entries()?;
             self.close_image()?;
             report = self.check_once()?;
+            self.damaged.store(report.corruptions > 0, Ordering::Release);
         }
         if repair != Repair::Nothing && report.leaks > 0 && report.corruptions == 0 {
             let mut meta = self.meta.write();
@@ -89,7 +91,7 @@ impl Vhdx {
         if bad.is_empty() {
             return Ok(());
         }
-        self.begin(true)?;
+        self.begin_repair(true)?;
         for entry in bad {
             let mut meta = self.meta.write();
             let at = meta.regions.bat.offset + entry * 8;

@@ -101,6 +101,8 @@ pub struct Vhdx {
     read_only: bool,
     /// Whether to open what contradicts itself.
     repair: bool,
+    /// The table contradicts itself, and the image was opened nevertheless.
+    damaged: AtomicBool,
     /// Whether the log was not empty when the image was opened.
     dirty: bool,
     p: Params,
@@ -158,6 +160,7 @@ impl Vhdx {
         Ok(Vhdx {
             read_only,
             repair: options.repair,
+            damaged: AtomicBool::new(!usage.findings.is_empty()),
             dirty,
             p,
             size: AtomicU64::new(metadata.size),
@@ -202,9 +205,17 @@ impl Vhdx {
         }
     }
 
-    /// Called before the file changes: takes the log into use and marks the file, and with `data` the disk,
-    /// as different from what it was.
+    /// Called before the file changes, as [`Vhdx::begin_repair`]. Entries of the table that contradict others
+    /// could lead a write anywhere, so an image that was opened to be repaired takes none before.
     fn begin(&self, data: bool) -> Result<()> {
+        if self.damaged.load(Ordering::Acquire) {
+            return Err(Error::corrupt(&self.name, "its block allocation table is damaged; repair it first"));
+        }
+        self.begin_repair(data)
+    }
+
+    /// Takes the log into use and marks the file, and with `data` the disk, as different from what it was.
+    fn begin_repair(&self, data: bool) -> Result<()> {
         let wanted = if data { DATA_CHANGED } else { METADATA_CHANGED };
         if self.touched.load(Ordering::Acquire) >= wanted {
             return Ok(());
