@@ -102,12 +102,16 @@ impl Control {
         }
     }
 
-    /// Why a vCPU stopped for the debugger, once, when all of them wait.
-    pub(super) fn take_debug_stop(&self) -> Option<(u32, DebugExit)> {
+    /// Empties [`Self::debug_event`]. What happens afterwards signals it again, so look at everything afterwards.
+    pub(super) fn clear_debug_event(&self) {
         if let Some(event) = &self.debug_event {
-            // Only empties the counter.
+            // An empty counter is no error.
             let _ = event.read();
         }
+    }
+
+    /// Why a vCPU stopped for the debugger, once, when all of them wait.
+    pub(super) fn take_debug_stop(&self) -> Option<(u32, DebugExit)> {
         let mut s = self.state.lock();
         s.debug_stop?;
         while s.active > 0 && s.phase == Phase::Waiting {

@@ -81,6 +81,7 @@ impl Debuggee {
 
     /// Why the machine stopped since it was resumed, if it did.
     pub(super) fn stop_reason(&self) -> Option<MultiThreadStopReason<u64>> {
+        self.control.clear_debug_event();
         match self.control.ending() {
             None => {}
             Some(StopReason::PowerOff | StopReason::Reset) => return Some(MultiThreadStopReason::Exited(0)),
