@@ -122,8 +122,12 @@ fn echo(guest: &mut Guest, tx: &mut DriverQueue, rx: &mut DriverQueue, tag: u8) 
     }
 }
 
+/// testpmd polls on two processors: one at a time, or a small host has none left for the rest.
+static TESTPMD: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
+
 #[test]
 fn dpdk_sends_frames_back() {
+    let _alone = TESTPMD.lock();
     let (dir, socket) = sockets();
     let mut backend = Backend::testpmd(dir.path(), &socket, 1);
     for transport in TRANSPORTS {
@@ -163,6 +167,7 @@ fn dpdk_sends_frames_back() {
 
 #[test]
 fn dpdk_serves_several_pairs() {
+    let _alone = TESTPMD.lock();
     let (dir, socket) = sockets();
     let _backend = Backend::testpmd(dir.path(), &socket, 2);
     let options = VhostUserNetOptions { pairs: 2, mtu: Some(1500), ..Default::default() };
