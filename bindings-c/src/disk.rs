@@ -76,9 +76,9 @@ pub(crate) fn failure(error: blockfmt::Error) -> Failure {
     use blockfmt::Error as E;
     let status = match &error {
         E::OutOfRange { .. } | E::InvalidOption(_) => NACRE_INVALID_ARGUMENT,
-        E::ReadOnly | E::NotAllowed { .. } | E::WrongSecret(_) => NACRE_PERMISSION,
+        E::ReadOnly | E::NotAllowed { .. } | E::WrongSecret(_) | E::SecretNeeded(_) => NACRE_PERMISSION,
         E::Unsupported { .. } => NACRE_UNSUPPORTED,
-        E::Corrupt { .. } | E::ParentChanged(_) => NACRE_CORRUPT,
+        E::Corrupt { .. } | E::WrongFormat { .. } | E::ParentChanged(_) => NACRE_CORRUPT,
         E::Locked { .. } => NACRE_BUSY,
         E::Exists { .. } => NACRE_EXISTS,
         E::NotFound { .. } => NACRE_NOT_FOUND,

@@ -34,6 +34,14 @@ pub enum Error {
     /// A write to a disk that was opened for reading.
     #[error("The disk is read-only")]
     ReadOnly,
+    /// A file that does not begin, or end, as images of the format do.
+    #[error("{name} is no {format} image; give the format that it has")]
+    WrongFormat {
+        /// The file.
+        name: String,
+        /// The format that it was opened as.
+        format: &'static str,
+    },
     /// A format, or a feature of it, that is not implemented.
     #[error("{name} uses an unsupported feature: {feature}")]
     Unsupported {
@@ -110,6 +118,11 @@ impl Error {
         Error::Corrupt { name: name.into(), what: what.into() }
     }
 
+    /// A file of another kind.
+    pub(crate) fn wrong_format(name: impl Into<String>, format: &'static str) -> Self {
+        Error::WrongFormat { name: name.into(), format }
+    }
+
     /// A feature that is not implemented.
     pub(crate) fn unsupported(name: impl Into<String>, feature: impl Into<String>) -> Self {
         Error::Unsupported { name: name.into(), feature: feature.into() }
@@ -124,7 +137,7 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Error::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
-            Error::OutOfRange { .. } | Error::InvalidOption(_) => libc::EINVAL,
+            Error::OutOfRange { .. } | Error::InvalidOption(_) | Error::WrongFormat { .. } => libc::EINVAL,
             Error::ReadOnly => libc::EROFS,
             Error::Unsupported { .. } => libc::ENOTSUP,
             Error::Corrupt { .. } | Error::ParentChanged(_) => libc::EIO,

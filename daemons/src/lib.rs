@@ -16,3 +16,33 @@ pub fn log_to_stderr(variable: &str, default: LevelFilter) {
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     tracing_subscriber::registry().with(lines).with(filter).init();
 }
+
+/// An error with its causes in one line. Libraries name the file that a failure is about, and so may their callers:
+/// what was said is not said again.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    let mut last = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if text != last {
+            if !line.is_empty() {
+                line.push_str(": ");
+            }
+            line.push_str(&text);
+            last = text;
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_that_says_the_same_is_left_out() {
+        let error = anyhow::anyhow!("no such file").context("Cannot open x").context("Cannot open x");
+        assert_eq!(describe(&error), "Cannot open x: no such file");
+        assert_eq!(describe(&anyhow::anyhow!("one")), "one");
+    }
+}

@@ -67,7 +67,7 @@ impl LuksHeader {
     pub fn parse(b: &[u8; HEADER_BYTES], name: &str) -> Result<Self> {
         let unsupported = |what: String| Error::unsupported(name, what);
         if !b.starts_with(MAGIC) {
-            return Err(Error::corrupt(name, "it has no LUKS header"));
+            return Err(Error::wrong_format(name, "LUKS"));
         }
         let version = u16::from_be_bytes([b[6], b[7]]);
         if version != 1 {

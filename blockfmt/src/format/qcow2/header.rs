@@ -98,7 +98,7 @@ impl Header {
         let mut fixed = [0; 112];
         storage.read_at(&mut fixed, 0)?;
         if be32(&fixed, 0) != MAGIC {
-            return Err(Error::unsupported(name, "no qcow2 signature"));
+            return Err(Error::wrong_format(name, "qcow2"));
         }
         let version = be32(&fixed, 4);
         if !(2..=3).contains(&version) {

@@ -163,7 +163,7 @@ fn read_footer(storage: &Arc<dyn Storage>, name: &str) -> Result<(Footer, Kind)>
         (Some(_), _) => trailing, // only the copy is damaged
         _ => None,
     };
-    let footer = footer.ok_or_else(|| Error::corrupt(name, "it has no valid VHD footer"))?;
+    let footer = footer.ok_or_else(|| Error::wrong_format(name, "VHD"))?;
     footer.check(name)?;
     let kind = footer.kind(name)?;
     if kind == Kind::Fixed && footer.size() > len.saturating_sub(SECTOR) {

@@ -132,7 +132,7 @@ impl Headers {
         let mut signature = [0; 8];
         storage.read_at(&mut signature, 0)?;
         if signature != *b"vhdxfile" {
-            return Err(Error::corrupt(name, "it is no VHDX image"));
+            return Err(Error::wrong_format(name, "VHDX"));
         }
         let mut best: Option<Headers> = None;
         let mut copies = 0;

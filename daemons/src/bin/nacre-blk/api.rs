@@ -84,7 +84,7 @@ fn serve(stream: &UnixStream, exports: &Exports, stop: &AtomicBool) -> io::Resul
         if reader.by_ref().take(MAX_LINE).read_line(&mut line)? == 0 {
             break;
         }
-        let reply = run(&line, exports).unwrap_or_else(|error| json!({ "error": format!("{error:#}") }));
+        let reply = run(&line, exports).unwrap_or_else(|error| json!({ "error": daemons::describe(&error) }));
         (&*stream).write_all(format!("{reply}\n").as_bytes())?;
     }
     Ok(())

@@ -81,7 +81,7 @@ impl Jobs {
                 Ok(()) => State::Done,
                 Err(error) => match error.downcast_ref() {
                     Some(blockfmt::Error::Cancelled) => State::Cancelled,
-                    _ => State::Failed { error: format!("{error:#}") },
+                    _ => State::Failed { error: daemons::describe(&error) },
                 },
             };
             *lock(&result) = end;

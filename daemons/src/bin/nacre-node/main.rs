@@ -64,7 +64,7 @@ fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("nacre-node: {error:#}");
+            eprintln!("nacre-node: {}", daemons::describe(&error));
             ExitCode::FAILURE
         }
     }

@@ -94,7 +94,7 @@ fn main() -> Result<()> {
         match apply(&switch, path) {
             Ok(()) => tracing::info!("configuration applied"),
             // A wrong file changes nothing; the switch goes on as it is.
-            Err(e) => tracing::error!("configuration refused: {e:#}"),
+            Err(e) => tracing::error!("configuration refused: {}", daemons::describe(&e)),
         }
     }
     Ok(())

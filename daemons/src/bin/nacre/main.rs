@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         }
     };
     result.unwrap_or_else(|error| {
-        eprintln!("nacre: {error:#}");
+        eprintln!("nacre: {}", daemons::describe(&error));
         ExitCode::FAILURE
     })
 }

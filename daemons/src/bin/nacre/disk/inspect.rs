@@ -189,7 +189,7 @@ pub fn check(args: Check) -> ExitCode {
         Ok(report) if report.leaks > 0 => ExitCode::from(3),
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nacre: {error:#}");
+            eprintln!("nacre: {}", daemons::describe(&error));
             ExitCode::FAILURE
         }
     }
@@ -263,7 +263,7 @@ pub fn compare(args: Compare) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {
-            eprintln!("nacre: {error:#}");
+            eprintln!("nacre: {}", daemons::describe(&error));
             ExitCode::from(2)
         }
     }

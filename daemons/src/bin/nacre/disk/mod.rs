@@ -49,7 +49,7 @@ const CANCELLED: u8 = 130;
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match run_command(args) {
         Err(error) if matches!(error.downcast_ref(), Some(blockfmt::Error::Cancelled)) => {
-            eprintln!("nacre: {error:#}");
+            eprintln!("nacre: {}", daemons::describe(&error));
             Ok(ExitCode::from(CANCELLED))
         }
         result => result,
