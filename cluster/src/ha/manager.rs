@@ -156,8 +156,8 @@ pub enum HaOutput {
     Fence(Incarnation),
     /// This life need not be fenced any more.
     CancelFence(HostId),
-    /// Tell a host.
-    Send(HostId, Command),
+    /// Tell a life of a host; a later life must not act on it.
+    Send(Incarnation, Command),
     /// A VM was given up.
     GaveUp(VmId),
 }
@@ -412,7 +412,7 @@ impl HaManager {
                 }
                 (false, ..) => {
                     let epoch = record.epoch;
-                    self.send(now, id, place.host, Command::Stop { vm: id, epoch }, out);
+                    self.send(now, id, place, Command::Stop { vm: id, epoch }, out);
                 }
                 (true, VmPhase::Starting, Some(Some(VmStatus::Running))) => {
                     self.write_vm(now, VmRecord { phase: VmPhase::Running, ..record });
@@ -428,7 +428,7 @@ impl HaManager {
                         epoch: record.epoch,
                         gone: self.evidences(),
                     };
-                    self.send(now, id, place.host, command, out);
+                    self.send(now, id, place, command, out);
                 }
                 // The host has no trace of a VM that ran there: it failed.
                 (true, VmPhase::Running, Some(None)) if since > self.config.repeat => {
@@ -467,8 +467,8 @@ impl HaManager {
         } else if at_source.is_some() || self.reported(from, id, epoch).is_none() {
             if self.due(now, id) {
                 let spec = record.spec.clone();
-                out.push(HaOutput::Send(to.host, Command::Receive { spec, epoch: epoch + 1, from }));
-                self.send(now, id, from.host, Command::Migrate { vm: id, epoch, to }, out);
+                out.push(HaOutput::Send(to, Command::Receive { spec, epoch: epoch + 1, from }));
+                self.send(now, id, from, Command::Migrate { vm: id, epoch, to }, out);
             }
         } else if at_target.is_none() && self.reported(to, id, epoch + 1).is_some() && since > 10_000 {
             // Neither has it.
@@ -476,7 +476,7 @@ impl HaManager {
         } else if at_target == Some(VmStatus::Incoming) {
             let orphan = *self.orphaned.entry(id).or_insert(now);
             if now.since(orphan) > 15_000 {
-                self.send(now, id, to.host, Command::Stop { vm: id, epoch: epoch + 1 }, out);
+                self.send(now, id, to, Command::Stop { vm: id, epoch: epoch + 1 }, out);
             }
             return;
         }
@@ -503,10 +503,10 @@ impl HaManager {
         self.sent.get(&vm).is_none_or(|at| now >= *at + self.config.repeat)
     }
 
-    fn send(&mut self, now: Time, vm: VmId, host: HostId, command: Command, out: &mut Vec<HaOutput>) {
+    fn send(&mut self, now: Time, vm: VmId, to: Incarnation, command: Command, out: &mut Vec<HaOutput>) {
         if self.due(now, vm) {
             self.sent.insert(vm, now);
-            out.push(HaOutput::Send(host, command));
+            out.push(HaOutput::Send(to, command));
         }
     }
 

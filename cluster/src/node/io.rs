@@ -65,6 +65,8 @@ pub enum Message {
     Command {
         /// The coordinator's token; commands of an older coordinator are ignored.
         token: u64,
+        /// The life of the host that is meant; any other one ignores the command.
+        to: Incarnation,
         /// What to do.
         command: Command,
     },

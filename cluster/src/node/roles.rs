@@ -35,8 +35,9 @@ impl Node {
                 note_watchdog(&self.membership, &mut self.watchdogs, host);
             }
             Message::Report(report) => self.ha_input(now, HaInput::Report(report), out),
-            Message::Command { token, command } => {
-                if token >= self.max_token {
+            Message::Command { token, to, command } => {
+                // What was sent to a former life of this host may come late: its VM is placed anew.
+                if token >= self.max_token && to == self.me {
                     self.max_token = token;
                     self.on_command(now, command, out);
                 }
@@ -117,12 +118,12 @@ impl Node {
                 HaOutput::CancelFence(host) => {
                     self.fencings.retain(|f| f.fencer.target().host != host || f.switched_off);
                 }
-                HaOutput::Send(host, command) => {
+                HaOutput::Send(to, command) => {
                     let token = leads.unwrap_or(0);
-                    if host == self.me.host {
+                    if to == self.me {
                         self.on_command(now, command, out);
-                    } else {
-                        out.push(NodeOutput::Send(host, Message::Command { token, command }));
+                    } else if to.host != self.me.host {
+                        out.push(NodeOutput::Send(to.host, Message::Command { token, to, command }));
                     }
                 }
                 HaOutput::GaveUp(vm) => out.push(NodeOutput::GaveUp(vm)),
