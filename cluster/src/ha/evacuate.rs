@@ -36,6 +36,7 @@ impl HaManager {
                     .filter(|h| {
                         h.host != source
                             && h.free().fits(record.spec.demand)
+                            && !self.avoids(now, id, h.host)
                             && self.sees_volumes(h.host, &record.spec)
                     })
                     .max_by_key(|h| (!h.spare, h.free().memory));

@@ -13,6 +13,9 @@ use crate::membership::Verdict;
 use crate::mutants::{self, Mutant};
 use crate::types::{HostId, Incarnation, LockspaceId, Millis, Resources, Time, VmId};
 
+/// How long a VM is kept off a host that it failed on.
+const AVOIDANCE: Millis = 30_000;
+
 /// Limits and timers of the manager.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HaConfig {
@@ -402,11 +405,15 @@ impl HaManager {
                 self.lost(now, record, out);
                 continue;
             }
-            let status = self.reported(place, id, record.epoch);
+            // A move that failed left nothing on its target, which may be the place now.
+            let here = |status: &VmStatus| *status != VmStatus::NotReceived;
+            let status = self.reported(place, id, record.epoch).map(|s| s.filter(here));
             let since = now.since(*self.changed.entry(id).or_insert(now));
             match (record.wanted, record.phase, status) {
                 // Stopping: repeat until the host has nothing of it.
-                (false, _, Some(None | Some(VmStatus::Refused))) if since > self.config.repeat => {
+                (false, _, Some(status))
+                    if status.is_none_or(VmStatus::is_over) && since > self.config.repeat =>
+                {
                     let phase = VmPhase::Waiting;
                     self.write_vm(now, VmRecord { place: None, phase, ..record });
                 }
@@ -418,9 +425,15 @@ impl HaManager {
                     self.write_vm(now, VmRecord { phase: VmPhase::Running, ..record });
                 }
                 (true, _, Some(Some(VmStatus::Refused))) => {
-                    self.avoid.insert(id, (place.host, now + 30_000));
+                    self.avoid(now, id, place.host);
                     let phase = VmPhase::Waiting;
                     self.write_vm(now, VmRecord { place: None, phase, ..record });
+                }
+                (true, phase, Some(Some(VmStatus::Failed))) => {
+                    if phase == VmPhase::Starting {
+                        self.avoid(now, id, place.host);
+                    }
+                    self.lost(now, record, out);
                 }
                 (true, VmPhase::Starting, None | Some(None)) => {
                     let command = Command::Start {
@@ -449,8 +462,11 @@ impl HaManager {
         out: &mut Vec<HaOutput>,
     ) {
         let (id, epoch) = (record.spec.id, record.epoch);
-        let at_source = self.reported(from, id, epoch).flatten();
-        let at_target = self.reported(to, id, epoch + 1).flatten();
+        let present = |status: &VmStatus| !status.is_over();
+        let at_source = self.reported(from, id, epoch).flatten().filter(present);
+        let reported = self.reported(to, id, epoch + 1);
+        let at_target = reported.flatten().filter(present);
+        let target_failed = reported.flatten().is_some_and(VmStatus::is_over);
         let source_over = self.life_over(from, view);
         let target_over = self.life_over(to, view);
         let since = now.since(*self.changed.entry(id).or_insert(now));
@@ -462,7 +478,8 @@ impl HaManager {
         } else if source_over {
             // Whatever the target holds has to go before the VM starts anew.
             self.write_vm(now, VmRecord { phase: VmPhase::Starting, ..arrived });
-        } else if target_over || since > self.config.patience {
+        } else if target_over || target_failed && at_source.is_some() || since > self.config.patience {
+            self.avoid(now, id, to.host);
             self.write_vm(now, VmRecord { phase: VmPhase::Running, ..record.clone() });
         } else if at_source.is_some() || self.reported(from, id, epoch).is_none() {
             if self.due(now, id) {
@@ -470,7 +487,7 @@ impl HaManager {
                 out.push(HaOutput::Send(to, Command::Receive { spec, epoch: epoch + 1, from }));
                 self.send(now, id, from, Command::Migrate { vm: id, epoch, to }, out);
             }
-        } else if at_target.is_none() && self.reported(to, id, epoch + 1).is_some() && since > 10_000 {
+        } else if at_target.is_none() && reported.is_some() && since > 10_000 {
             // Neither has it.
             self.lost(now, record.clone(), out);
         } else if at_target == Some(VmStatus::Incoming) {
@@ -481,6 +498,16 @@ impl HaManager {
             return;
         }
         self.orphaned.remove(&id);
+    }
+
+    /// Keeps a VM off a host that it failed on, for a while.
+    fn avoid(&mut self, now: Time, vm: VmId, host: HostId) {
+        self.avoid.insert(vm, (host, now + AVOIDANCE));
+    }
+
+    /// Whether a VM is kept off a host.
+    pub(super) fn avoids(&self, now: Time, vm: VmId, host: HostId) -> bool {
+        self.avoid.get(&vm).is_some_and(|(avoided, until)| *avoided == host && now < *until)
     }
 
     /// Whether a VM has been left alone for a while: a failed move is not tried again at once.
@@ -583,13 +610,12 @@ impl HaManager {
             if !ready || now < self.history.earliest(id, &self.config.restart) {
                 continue;
             }
-            let avoid = self.avoid.get(&id).filter(|(_, until)| now < *until).map(|(h, _)| *h);
             let target = hosts
                 .iter()
                 .enumerate()
                 .filter(|(_, h)| {
                     h.free().fits(record.spec.demand)
-                        && Some(h.host) != avoid
+                        && !self.avoids(now, id, h.host)
                         && self.starting_on(h.host) < self.config.restart.parallel
                         && self.sees_volumes(h.host, &record.spec)
                 })

@@ -174,8 +174,19 @@ pub enum VmStatus {
     Running,
     /// Stopping, or giving its locks back.
     Stopping,
-    /// It could not be started; the host has nothing of it any more.
+    /// It did not get its locks; the host has nothing of it any more.
     Refused,
+    /// Its process has ended; the host has nothing of it any more.
+    Failed,
+    /// A migration did not bring it here; the host has nothing of it any more.
+    NotReceived,
+}
+
+impl VmStatus {
+    /// Whether the placement has come to its end.
+    pub fn is_over(self) -> bool {
+        matches!(self, VmStatus::Refused | VmStatus::Failed | VmStatus::NotReceived)
+    }
 }
 
 /// A VM in a host's report.

@@ -6,6 +6,8 @@
 
 mod io;
 mod roles;
+#[cfg(test)]
+mod tests;
 mod vms;
 mod volumes;
 
@@ -64,7 +66,7 @@ pub struct Node {
     monitor: LocalMonitor,
     monitor_wake: Time,
     vms: BTreeMap<VmId, LocalVm>,
-    refused: BTreeMap<VmId, u64>,
+    ended: BTreeMap<VmId, vms::Ended>,
     moved: Vec<vms::Moved>,
     next_report: Time,
     report_seq: u64,
@@ -103,7 +105,7 @@ impl Node {
             monitor: LocalMonitor::new(MonitorConfig { watchdog }),
             monitor_wake: now,
             vms: BTreeMap::new(),
-            refused: BTreeMap::new(),
+            ended: BTreeMap::new(),
             moved: Vec::new(),
             next_report: now,
             report_seq: 0,

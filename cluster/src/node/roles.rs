@@ -273,7 +273,7 @@ impl Node {
             capacity: self.config.capacity,
             watchdog: self.config.watchdog,
             leases,
-            vms: self.vm_reports(),
+            vms: self.vm_reports(now),
         }
     }
 

@@ -14,6 +14,9 @@ const LOCK_RETRY: Millis = 3000;
 const INCOMING_PATIENCE: Millis = 120_000;
 /// How long a source repeats that the locks are handed over.
 const MOVED_REPEAT: Millis = 30_000;
+/// How long the end of a placement is reported. A move that ended may be tried again after that, when nothing
+/// of the first try is on its way any more.
+const ENDED_REPORT: Millis = 2 * MOVED_REPEAT;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -48,8 +51,17 @@ enum Stage {
     /// The process is gone; giving back the locks one by one.
     Releasing {
         next: usize,
-        refused: bool,
+        end: VmStatus,
     },
+}
+
+/// How the last placement of a VM on this host ended. Commands are repeated until a report shows their effect,
+/// and the coordinator may be deaf: the same placement must not be started twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ended {
+    epoch: u64,
+    end: VmStatus,
+    reported_until: Time,
 }
 
 /// A source keeps telling its target that the locks are handed over.
@@ -113,21 +125,18 @@ impl Node {
         self.vms.values().filter(|v| v.process && v.uses(lockspace)).count() as u32
     }
 
-    pub(super) fn vm_reports(&self) -> Vec<VmReport> {
+    pub(super) fn vm_reports(&self, now: Time) -> Vec<VmReport> {
         let present = self.vms.iter().map(|(id, v)| VmReport {
             vm: *id,
             epoch: v.epoch,
             status: v.status(),
             usage: v.usage,
         });
-        let refused = self.refused.iter().filter(|(id, _)| !self.vms.contains_key(id));
-        let refused = refused.map(|(id, epoch)| VmReport {
-            vm: *id,
-            epoch: *epoch,
-            status: VmStatus::Refused,
-            usage: None,
-        });
-        present.chain(refused).collect()
+        let ended = |(id, e): (&VmId, &Ended)| {
+            let report = VmReport { vm: *id, epoch: e.epoch, status: e.end, usage: None };
+            (now < e.reported_until && !self.vms.contains_key(id)).then_some(report)
+        };
+        present.chain(self.ended.iter().filter_map(ended)).collect()
     }
 
     pub(super) fn vms_wake(&self) -> Time {
@@ -153,7 +162,10 @@ impl Node {
                     self.note_gone(host, lockspace, generation);
                 }
                 let id = spec.id;
-                if self.may_take(id, epoch) {
+                if let Some(ended) = self.ended.get_mut(&id).filter(|e| e.epoch == epoch) {
+                    ended.reported_until = now + ENDED_REPORT;
+                }
+                if self.may_take(id) && !self.has_ended(id, epoch) {
                     let stage =
                         Stage::Locking { next: 0, retry: None, until: now + self.config.ha.patience / 2 };
                     self.insert(spec, epoch, stage, false);
@@ -174,7 +186,8 @@ impl Node {
             }
             Command::Receive { spec, epoch, from } => {
                 let id = spec.id;
-                if self.may_take(id, epoch) {
+                let tried = self.ended.get(&id).is_some_and(|e| e.epoch == epoch && now < e.reported_until);
+                if self.may_take(id) && !self.has_ended(id, epoch) && !tried {
                     self.insert(
                         spec.clone(),
                         epoch,
@@ -191,16 +204,20 @@ impl Node {
         }
     }
 
-    fn may_take(&self, vm: VmId, epoch: u64) -> bool {
-        !self.leaving
-            && !self.stopping_all
-            && !self.vms.contains_key(&vm)
-            && self.refused.get(&vm).is_none_or(|e| *e < epoch)
+    fn may_take(&self, vm: VmId) -> bool {
+        !self.leaving && !self.stopping_all && !self.vms.contains_key(&vm)
+    }
+
+    /// Whether this placement, or a later one, was here already. A move that failed was none yet.
+    fn has_ended(&self, vm: VmId, epoch: u64) -> bool {
+        self.ended
+            .get(&vm)
+            .is_some_and(|e| epoch < e.epoch || epoch == e.epoch && e.end != VmStatus::NotReceived)
     }
 
     fn insert(&mut self, spec: Arc<VmSpec>, epoch: u64, stage: Stage, incoming: bool) {
-        self.refused.remove(&spec.id);
         let id = spec.id;
+        self.ended.remove(&id);
         let vm = LocalVm { spec, epoch, stage, process: incoming, incoming, usage: None };
         self.vms.insert(id, vm);
         self.next_report = Time(0);
@@ -339,8 +356,8 @@ impl Node {
             (VmEvent::MoveFailed, Stage::MovingOut { .. }) => v.stage = Stage::Running,
             (VmEvent::Exited, _) => {
                 v.process = false;
-                let refused = matches!(v.stage, Stage::Starting | Stage::Incoming { .. });
-                v.stage = Stage::Releasing { next: 0, refused };
+                let end = if v.incoming { VmStatus::NotReceived } else { VmStatus::Failed };
+                v.stage = Stage::Releasing { next: 0, end };
                 self.release_next(now, vm, 0, out);
                 self.monitor_wake = now;
             }
@@ -352,18 +369,16 @@ impl Node {
     /// Gives back the locks from `next` on; locks of a lost lease are already forgotten.
     fn release_next(&mut self, now: Time, id: VmId, next: usize, out: &mut Vec<NodeOutput>) {
         let Some(v) = self.vms.get_mut(&id) else { return };
-        let Stage::Releasing { refused, .. } = v.stage else { return };
+        let Stage::Releasing { end, .. } = v.stage else { return };
         for n in next..v.spec.disks.len() {
             let resource = v.spec.disks[n];
             if self.locks.iter().any(|l| l.0 == resource && !l.1.is_idle()) {
-                v.stage = Stage::Releasing { next: n, refused };
+                v.stage = Stage::Releasing { next: n, end };
                 self.lock_input(now, resource, LockInput::Release, out);
                 return;
             }
         }
-        if refused {
-            self.refused.insert(id, v.epoch);
-        }
+        self.ended.insert(id, Ended { epoch: v.epoch, end, reported_until: now + ENDED_REPORT });
         self.vms.remove(&id);
         self.next_report = now;
     }
@@ -385,7 +400,7 @@ impl Node {
                 out.push(NodeOutput::Vm { vm: id, epoch, action: VmAction::Kill });
             }
             Stage::Locking { .. } => {
-                v.stage = Stage::Releasing { next: 0, refused: true };
+                v.stage = Stage::Releasing { next: 0, end: VmStatus::Refused };
                 self.release_next(now, id, 0, out);
             }
             Stage::HandingOver { .. } | Stage::Stopping { .. } | Stage::Killing | Stage::Releasing { .. } => {

@@ -51,9 +51,13 @@ pub fn trace(schedule: &Schedule, mutant: Option<Mutant>) -> Vec<String> {
     lines
 }
 
-/// Leaves out faults of a failing schedule while it still fails, and gives the smallest one found.
+/// Leaves out faults of a failing schedule while it still fails, and gives the smallest one found. A schedule
+/// that holds is given back as it is.
 pub fn shrink(schedule: &Schedule, mutant: Option<Mutant>) -> Schedule {
     let mut best = schedule.clone();
+    if run(schedule, mutant).violation.is_none() {
+        return best;
+    }
     loop {
         let smaller = (0..best.faults.len()).find_map(|i| {
             let mut candidate = best.clone();

@@ -1,0 +1,106 @@
+//! What one node does with what it is sent.
+
+use std::sync::Arc;
+
+use super::{Config, Message, Node, NodeInput, NodeOutput, VmAction, VmEvent};
+use crate::ha::{Command, HaConfig, VmSpec, VmStatus};
+use crate::lease::Timing;
+use crate::membership::MembershipConfig;
+use crate::ondisk::Name;
+use crate::types::{HostId, Incarnation, Resources, Time, VmId};
+
+const ME: HostId = HostId(1);
+const VM: VmId = VmId(7);
+
+fn node(boot: u64) -> Node {
+    let config = Config {
+        host: ME,
+        name: Name::new("a").unwrap(),
+        timing: Timing { io_timeout: 5, watchdog: 30 },
+        lockspaces: 1,
+        watchdog: true,
+        capacity: Resources { cpu: 1000, memory: 1024 },
+        membership: MembershipConfig::new(ME, vec![ME, HostId(2), HostId(3)]),
+        ha: HaConfig::default(),
+        fencing: Vec::new(),
+        witness: None,
+        stop_grace: 20_000,
+    };
+    Node::new(Time(1000), config, boot)
+}
+
+/// A VM without disks needs no locks.
+fn spec() -> Arc<VmSpec> {
+    let demand = Resources { cpu: 100, memory: 128 };
+    let (depends_on, disks, definition) = (Vec::new(), Vec::new(), String::new());
+    Arc::new(VmSpec { id: VM, priority: 0, depends_on, demand, disks, definition })
+}
+
+fn start(epoch: u64) -> Command {
+    Command::Start { spec: spec(), epoch, gone: Vec::new() }
+}
+
+fn receive(epoch: u64) -> Command {
+    Command::Receive { spec: spec(), epoch, from: Incarnation { host: HostId(2), generation: 1 } }
+}
+
+/// What the node does with VMs after a command to a life of its host.
+fn obey(node: &mut Node, now: u64, generation: u64, token: u64, command: Command) -> Vec<VmAction> {
+    let to = Incarnation { host: ME, generation };
+    let mut out = Vec::new();
+    node.step(Time(now), NodeInput::Message(Message::Command { token, to, command }), &mut out);
+    let action = |o| if let NodeOutput::Vm { action, .. } = o { Some(action) } else { None };
+    out.into_iter().filter_map(action).collect()
+}
+
+fn tell(node: &mut Node, now: u64, epoch: u64, event: VmEvent) {
+    node.step(Time(now), NodeInput::Vm { vm: VM, epoch, event }, &mut Vec::new());
+}
+
+fn reported(node: &Node, now: u64) -> Vec<(u64, VmStatus)> {
+    node.vm_reports(Time(now)).iter().map(|r| (r.epoch, r.status)).collect()
+}
+
+#[test]
+fn a_command_to_a_former_life_is_ignored_and_one_to_this_life_obeyed() {
+    let mut node = node(2);
+    assert_eq!(obey(&mut node, 1001, 1, 9, start(1)), []);
+    // Nor does its token count.
+    assert_eq!(obey(&mut node, 1001, 2, 5, start(1)), [VmAction::Start(spec())]);
+}
+
+#[test]
+fn a_command_of_an_older_coordinator_is_ignored() {
+    let mut node = node(1);
+    assert_eq!(obey(&mut node, 1001, 1, 5, start(1)), [VmAction::Start(spec())]);
+    assert_eq!(obey(&mut node, 1002, 1, 4, Command::Stop { vm: VM, epoch: 1 }), []);
+    assert_eq!(obey(&mut node, 1003, 1, 5, Command::Stop { vm: VM, epoch: 1 }), [VmAction::Stop]);
+}
+
+#[test]
+fn a_placement_that_ended_is_not_started_again_and_is_reported_while_it_is_asked_for() {
+    let mut node = node(1);
+    assert_eq!(obey(&mut node, 1001, 1, 1, start(3)), [VmAction::Start(spec())]);
+    tell(&mut node, 1002, 3, VmEvent::Started);
+    tell(&mut node, 1003, 3, VmEvent::Exited);
+    // The coordinator has not heard of it yet, and repeats.
+    assert_eq!(obey(&mut node, 50_000, 1, 1, start(3)), []);
+    assert_eq!(reported(&node, 109_000), [(3, VmStatus::Failed)]);
+    assert_eq!(reported(&node, 111_000), []);
+    assert_eq!(obey(&mut node, 200_000, 1, 1, start(3)), []);
+    assert_eq!(reported(&node, 200_001), [(3, VmStatus::Failed)]);
+    // The next placement is another matter.
+    assert_eq!(obey(&mut node, 200_002, 1, 1, start(4)), [VmAction::Start(spec())]);
+}
+
+#[test]
+fn a_move_that_failed_may_be_tried_again_later_and_does_not_stand_in_the_way_of_a_start() {
+    let mut node = node(1);
+    assert!(matches!(obey(&mut node, 1001, 1, 1, receive(2))[..], [VmAction::Receive { .. }]));
+    tell(&mut node, 1002, 2, VmEvent::Exited);
+    assert_eq!(reported(&node, 1003), [(2, VmStatus::NotReceived)]);
+    assert_eq!(obey(&mut node, 60_000, 1, 1, receive(2)), []);
+    assert!(matches!(obey(&mut node, 61_003, 1, 1, receive(2))[..], [VmAction::Receive { .. }]));
+    tell(&mut node, 61_004, 2, VmEvent::Exited);
+    assert_eq!(obey(&mut node, 61_005, 1, 1, start(2)), [VmAction::Start(spec())]);
+}
