@@ -1,20 +1,60 @@
-//! Runs random fault schedules against whole simulated clusters.
-//!
-//! `cargo run --release -p cluster --example simulate -- --schedules 100000` runs seeds 0 to 99,999 and
-//! exits with 1 if one breaks an invariant; `--seed N` runs, shrinks and explains one; `--trace N`
-//! prints its events; `--mutants` shows for each planted bug how many schedules it takes to find it.
+//! Runs random fault schedules against whole simulated clusters; see `--help`.
 
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
+use clap::Parser;
 use cluster::mutants::Mutant;
 use cluster::sim::{Schedule, run, shrink, trace};
 
-fn explain(seed: u64, mutant: Option<Mutant>) {
+/// Run random fault schedules against simulated clusters and check that no invariant is broken.
+#[derive(Parser)]
+#[command(after_help = "\
+Each schedule is 600 virtual seconds of 4 or 5 hosts with six faults; the same seed gives the same run.
+
+Exit status: 0 when all invariants hold (with --mutants: when every planted bug is found), 1 otherwise.
+
+Examples:
+  simulate --schedules 100000                    seeds 0 to 99,999, as in CI
+  simulate --first 100000 --schedules 100000     seeds nobody has looked at yet
+  simulate --seed 4815                           run one schedule; shrink it if it fails
+  simulate --trace 4815                          tell what happens in one schedule
+  simulate --mutants                             how many schedules it takes to find each planted bug
+  simulate --mutants --explain                   the same, with a small schedule that shows each bug")]
+struct Args {
+    /// How many schedules to run (with --mutants: at most, for each planted bug).
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    schedules: u64,
+    /// The first seed.
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    first: u64,
+    /// Run the schedule with this seed instead; if it fails, leave out faults while it still does.
+    #[arg(long, value_name = "SEED", conflicts_with_all = ["first", "schedules"])]
+    seed: Option<u64>,
+    /// Tell what happens in the schedule with this seed instead (shrunk, if it fails).
+    #[arg(long, value_name = "SEED", conflicts_with_all = ["first", "schedules", "seed"])]
+    trace: Option<u64>,
+    /// Plant one bug after the other and look for each of them.
+    #[arg(long, conflicts_with_all = ["seed", "trace"])]
+    mutants: bool,
+    /// Show a small schedule in which each planted bug breaks an invariant.
+    #[arg(long, requires = "mutants")]
+    explain: bool,
+}
+
+/// Runs one schedule and shrinks it if it fails; gives whether it holds.
+fn explain(seed: u64, mutant: Option<Mutant>) -> bool {
     let small = shrink(&Schedule::random(seed), mutant);
     match run(&small, mutant).violation {
-        Some((at, v)) => println!("FAILED at {:.3} s: {v}\n{small}", at as f64 / 1000.0),
-        None => println!("seed {seed} holds"),
+        Some((at, v)) => {
+            println!("FAILED at {:.3} s: {v}\n{small}", at as f64 / 1000.0);
+            false
+        }
+        None => {
+            println!("seed {seed} holds");
+            true
+        }
     }
 }
 
@@ -48,58 +88,58 @@ fn sweep(first: u64, count: u64, mutant: Option<Mutant>) -> (Option<u64>, u64, [
     ((failed != u64::MAX).then_some(failed), ran, totals.map(AtomicU64::into_inner))
 }
 
-fn main() -> std::process::ExitCode {
-    let args: Vec<String> = std::env::args().collect();
-    let number = |name: &str| {
-        let at = args.iter().position(|a| a == name)?;
-        args.get(at + 1)?.parse::<u64>().ok()
-    };
-    let count = number("--schedules").unwrap_or(10_000);
-    if let Some(seed) = number("--trace") {
-        for line in trace(&shrink(&Schedule::random(seed), None), None) {
-            println!("{line}");
-        }
-        return std::process::ExitCode::SUCCESS;
-    }
-    if let Some(seed) = number("--seed") {
-        explain(seed, None);
-        return std::process::ExitCode::SUCCESS;
-    }
-    if args.iter().any(|a| a == "--mutants") {
-        let mut missed = 0;
-        for mutant in Mutant::ALL {
-            let (failed, ran, _) = sweep(0, count, Some(mutant));
-            match failed {
-                Some(seed) => {
-                    println!("{mutant:?}: found after {ran} schedules");
-                    if args.iter().any(|a| a == "--explain") {
-                        explain(seed, Some(mutant));
-                    }
-                }
-                None => {
-                    println!("{mutant:?}: NOT FOUND in {ran} schedules");
-                    missed += 1;
+/// Looks for every planted bug; gives how many were not found.
+fn find_mutants(args: &Args) -> usize {
+    let mut missed = 0;
+    for mutant in Mutant::ALL {
+        let (failed, ran, _) = sweep(args.first, args.schedules, Some(mutant));
+        match failed {
+            Some(seed) => {
+                println!("{mutant:?}: found after {ran} schedules");
+                if args.explain {
+                    explain(seed, Some(mutant));
                 }
             }
+            None => {
+                println!("{mutant:?}: NOT FOUND in {ran} schedules");
+                missed += 1;
+            }
         }
-        return std::process::ExitCode::from(u8::from(missed > 0));
+    }
+    missed
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Some(seed) = args.trace {
+        let schedule = shrink(&Schedule::random(seed), None);
+        println!("{schedule}");
+        for line in trace(&schedule, None) {
+            println!("{line}");
+        }
+        return ExitCode::SUCCESS;
+    }
+    if let Some(seed) = args.seed {
+        return ExitCode::from(u8::from(!explain(seed, None)));
+    }
+    if args.mutants {
+        return ExitCode::from(u8::from(find_mutants(&args) > 0));
     }
     let start = Instant::now();
-    let (failed, ran, [events, starts, fenced, moves]) = sweep(number("--first").unwrap_or(0), count, None);
+    let (failed, ran, [events, starts, fenced, moves]) = sweep(args.first, args.schedules, None);
     let seconds = start.elapsed().as_secs_f64();
     println!(
-        "{ran} schedules of 600 virtual seconds in {seconds:.1} s ({:.0} a minute); {} events, {starts} VM starts, {fenced} hosts fenced, {moves} live moves",
+        "{ran} schedules of 600 virtual seconds in {seconds:.1} s ({:.0} a minute); {events} events, {starts} VM starts, {fenced} hosts fenced, {moves} live moves",
         ran as f64 * 60.0 / seconds,
-        events
     );
     match failed {
         Some(seed) => {
             explain(seed, None);
-            std::process::ExitCode::FAILURE
+            ExitCode::FAILURE
         }
         None => {
             println!("all invariants hold");
-            std::process::ExitCode::SUCCESS
+            ExitCode::SUCCESS
         }
     }
 }
