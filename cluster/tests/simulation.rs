@@ -6,7 +6,7 @@ use cluster::mutants::Mutant;
 use cluster::sim::{Schedule, run, shrink};
 
 /// Schedules that broke an invariant once.
-const REGRESSIONS: &[u64] = &[91, 305, 487, 841, 4815, 62_592, 66_548];
+const REGRESSIONS: &[u64] = &[91, 305, 487, 841, 4815, 62_592, 66_548, 76_012];
 
 fn check(seed: u64) {
     let schedule = Schedule::random(seed);

@@ -57,6 +57,8 @@ pub struct Node {
     watchdogs: HostSet,
     membership: Membership,
     membership_wake: Time,
+    witness_wanted: bool,
+    witness_wake: Time,
     coordinator: Coordinator,
     coordinator_wake: Time,
     ha: HaManager,
@@ -96,6 +98,8 @@ impl Node {
             watchdogs: HostSet::default(),
             membership: Membership::new(now, config.membership.clone(), boot, config.watchdog),
             membership_wake: now,
+            witness_wanted: false,
+            witness_wake: Time(u64::MAX),
             coordinator: Coordinator::new(now, CoordinatorConfig::new(me)),
             coordinator_wake: now,
             ha: HaManager::new(config.ha.clone()),
@@ -231,6 +235,7 @@ impl Node {
     fn next_wake(&self, now: Time) -> Time {
         let mut wake = self
             .membership_wake
+            .min(self.witness_wake)
             .min(self.coordinator_wake)
             .min(self.ha_wake)
             .min(self.monitor_wake)

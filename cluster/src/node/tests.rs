@@ -4,29 +4,33 @@ use std::sync::Arc;
 
 use super::{Config, Message, Node, NodeInput, NodeOutput, VmAction, VmEvent};
 use crate::ha::{Command, HaConfig, VmSpec, VmStatus};
-use crate::lease::Timing;
+use crate::lease::{DeltaRecord, Timing};
 use crate::membership::MembershipConfig;
 use crate::ondisk::Name;
-use crate::types::{HostId, Incarnation, Resources, Time, VmId};
+use crate::types::{HostId, Incarnation, LockspaceId, ResourceId, Resources, Time, VmId};
 
 const ME: HostId = HostId(1);
 const VM: VmId = VmId(7);
 
 fn node(boot: u64) -> Node {
-    let config = Config {
+    Node::new(Time(1000), config(), boot)
+}
+
+fn config() -> Config {
+    Config {
         host: ME,
         name: Name::new("a").unwrap(),
         timing: Timing { io_timeout: 5, watchdog: 30 },
         lockspaces: 1,
         watchdog: true,
         capacity: Resources { cpu: 1000, memory: 1024 },
-        membership: MembershipConfig::new(ME, vec![ME, HostId(2), HostId(3)]),
+        // Alone, it has quorum.
+        membership: MembershipConfig::new(ME, vec![ME]),
         ha: HaConfig::default(),
         fencing: Vec::new(),
         witness: None,
         stop_grace: 20_000,
-    };
-    Node::new(Time(1000), config, boot)
+    }
 }
 
 /// A VM without disks needs no locks.
@@ -103,4 +107,35 @@ fn a_move_that_failed_may_be_tried_again_later_and_does_not_stand_in_the_way_of_
     assert!(matches!(obey(&mut node, 61_003, 1, 1, receive(2))[..], [VmAction::Receive { .. }]));
     tell(&mut node, 61_004, 2, VmEvent::Exited);
     assert_eq!(obey(&mut node, 61_005, 1, 1, start(2)), [VmAction::Start(spec())]);
+}
+
+#[test]
+fn the_witness_is_sought_until_it_is_had() {
+    let witness = ResourceId { lockspace: LockspaceId(0), index: 0 };
+    // Half of the members are heard from the first moment on, when there is no lease to take locks under.
+    let membership = MembershipConfig::new(ME, vec![ME, HostId(2)]);
+    let mut node = Node::new(Time(1000), Config { membership, witness: Some(witness), ..config() }, 1);
+    let mut sector = DeltaRecord::default();
+    let sought = (1000..60_000).step_by(500).any(|now| {
+        let mut inputs = vec![NodeInput::Tick];
+        while let Some(input) = inputs.pop() {
+            let mut out = Vec::new();
+            node.step(Time(now), input, &mut out);
+            for output in out {
+                match output {
+                    NodeOutput::ReadDelta { lockspace, op } => {
+                        inputs.push(NodeInput::DeltaRead { lockspace, op, result: Ok(sector) });
+                    }
+                    NodeOutput::WriteDelta { lockspace, op, record } => {
+                        sector = record;
+                        inputs.push(NodeInput::DeltaWrote { lockspace, op, result: Ok(()) });
+                    }
+                    NodeOutput::ReadLeader { resource, .. } => return resource == witness,
+                    _ => {}
+                }
+            }
+        }
+        false
+    });
+    assert!(sought);
 }

@@ -9,7 +9,7 @@ use crate::mutants::{self, Mutant};
 use crate::types::{HostId, Incarnation, LockspaceId, Millis, ResourceId, Resources, Time, VmId};
 
 /// How soon a lock that another host holds is tried again.
-const LOCK_RETRY: Millis = 3000;
+pub(super) const LOCK_RETRY: Millis = 3000;
 /// How long a migration target waits for its source.
 const INCOMING_PATIENCE: Millis = 120_000;
 /// How long a source repeats that the locks are handed over.

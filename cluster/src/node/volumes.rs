@@ -1,5 +1,6 @@
 //! Leases, locks and the local monitor of a node.
 
+use super::vms::LOCK_RETRY;
 use super::{Node, NodeOutput};
 use crate::fence::{MonitorInput, MonitorOutput, VolumeUse};
 use crate::lease::{DeltaRecord, DiskLife, IoFailed, LeaseInput, LeaseOutput, LeaseStatus, OpId};
@@ -122,6 +123,7 @@ impl Node {
                 self.lock_input(now, resource, LockInput::Abandon, out);
                 if Some(resource) == self.config.witness {
                     self.membership_input(now, MembershipInput::Witness(false), out);
+                    self.witness_wake = now + LOCK_RETRY;
                 }
             }
         }
@@ -163,6 +165,9 @@ impl Node {
                 v.scan = Some((self.op, now));
                 out.push(NodeOutput::ReadSpace { lockspace, op: self.op });
             }
+        }
+        if now >= self.witness_wake {
+            self.seek_witness(now, out);
         }
         for i in 0..self.locks.len() {
             if now >= self.locks[i].2 {
@@ -220,6 +225,7 @@ impl Node {
                     if Some(resource) == self.config.witness {
                         let held = matches!(event, LockOutput::Acquired(_));
                         self.membership_input(now, MembershipInput::Witness(held), out);
+                        self.witness_wake = now + LOCK_RETRY;
                     } else {
                         self.on_lock_event(now, resource, event, out);
                     }
@@ -229,9 +235,27 @@ impl Node {
     }
 
     pub(super) fn want_witness(&mut self, now: Time, wanted: bool, out: &mut Vec<NodeOutput>) {
-        if let Some(witness) = self.config.witness {
-            let input = if wanted { LockInput::Acquire(LockMode::Exclusive) } else { LockInput::Release };
-            self.lock_input(now, witness, input, out);
+        self.witness_wanted = wanted;
+        self.seek_witness(now, out);
+    }
+
+    /// Takes the tie-break witness, or lets go of it, as wanted; again and again until it is so: the own lease
+    /// may not be fresh yet, the former holder not gone, or the lock busy.
+    pub(super) fn seek_witness(&mut self, now: Time, out: &mut Vec<NodeOutput>) {
+        self.witness_wake = Time(u64::MAX);
+        let Some(witness) = self.config.witness else { return };
+        let locker = self.locks.iter().find(|l| l.0 == witness).map(|l| &l.1);
+        let idle = locker.is_none_or(Locker::is_idle);
+        let held = locker.is_some_and(|l| l.held().is_some());
+        let settled = if self.witness_wanted { held } else { idle };
+        if settled {
+            return;
+        }
+        self.witness_wake = now + LOCK_RETRY;
+        if !self.witness_wanted {
+            self.lock_input(now, witness, LockInput::Release, out);
+        } else if idle {
+            self.lock_input(now, witness, LockInput::Acquire(LockMode::Exclusive), out);
         }
     }
 

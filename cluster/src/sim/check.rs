@@ -29,6 +29,8 @@ pub enum Violation {
     StartStorm(HostId),
     /// A host counts its lease longer than its last write on disk allows.
     LeaseOverrated(HostId),
+    /// A host's lease has a generation that an earlier lease of it had: what is known to be over would go on.
+    GenerationReused(HostId),
     /// A host coordinates although another one, or none, holds the key.
     Usurper(HostId),
     /// The stored state went back in time.
@@ -54,6 +56,7 @@ impl fmt::Display for Violation {
             Violation::LeaseOverrated(h) => {
                 write!(f, "{h} counts its lease from a later time than its write")
             }
+            Violation::GenerationReused(h) => write!(f, "{h} took its lease with an old generation"),
             Violation::Usurper(h) => write!(f, "{h} coordinates without holding the key"),
             Violation::StateRegressed(vm) => write!(f, "the record of VM {} went back in time", vm.0),
         }

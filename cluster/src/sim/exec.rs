@@ -108,11 +108,11 @@ impl World {
             NodeOutput::Fenced(target, evidence) => self.check_fenced(target, evidence),
             NodeOutput::Locked(resource, token) => self.check_token(resource, token),
             NodeOutput::WakeAt(at) => self.wake(host, at),
+            NodeOutput::LeaseLost(volume) => self.hosts[host].lease_over(usize::from(volume.0)),
             NodeOutput::HostChanged(..)
             | NodeOutput::Coordinating(_)
             | NodeOutput::FencingStarted(_)
             | NodeOutput::FenceStuck(_)
-            | NodeOutput::LeaseLost(_)
             | NodeOutput::GaveUp(_)
             | NodeOutput::Left => {}
         }

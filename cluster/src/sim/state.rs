@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use super::schedule::VOLUMES;
 use crate::ha::ClusterState;
 use crate::lease::DeltaRecord;
 use crate::lock::Leader;
 use crate::membership::KeyHolder;
 use crate::node::Node;
 use crate::ondisk::HostBlock;
-use crate::types::{Time, VmId};
+use crate::types::{Generation, Time, VmId};
 
 /// What a VM process does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,11 +60,19 @@ pub(super) struct SimHost {
     pub(super) wake_at: u64,
     pub(super) bmc: Bmc,
     pub(super) unkillable: bool,
+    /// Of each volume the generation of the lease as last seen, and the highest of those that are over.
+    pub(super) generations: [(Generation, Generation); VOLUMES as usize],
     /// Since when the host believes to coordinate without being it.
     pub(super) usurper_since: Option<u64>,
 }
 
 impl SimHost {
+    /// The lease on a volume is lost, with the host or without it.
+    pub(super) fn lease_over(&mut self, volume: usize) {
+        let (seen, over) = &mut self.generations[volume];
+        *over = (*over).max(*seen);
+    }
+
     /// The host's own clock.
     pub(super) fn local(&self, now: u64) -> Time {
         let elapsed = now.saturating_sub(self.booted_at) as i64;

@@ -145,6 +145,7 @@ impl World {
             wake_at: u64::MAX,
             bmc: Bmc::Good,
             unkillable: false,
+            generations: Default::default(),
             usurper_since: None,
         };
         let hosts: Vec<SimHost> = (0..n).map(&mut host).collect();
@@ -398,6 +399,9 @@ impl World {
         let h = &mut self.hosts[host];
         h.powered = false;
         h.node = None;
+        for volume in 0..usize::from(VOLUMES) {
+            h.lease_over(volume);
+        }
         h.procs.clear();
         h.watchdog_at = None;
     }
@@ -587,18 +591,25 @@ impl World {
         }
     }
 
+    /// Looks at a host's leases after a renewal that was submitted at this local time.
     fn check_lease(&mut self, host: usize, submitted: Time) {
-        let Some(node) = &self.hosts[host].node else { return };
-        let overrated = node.leases().any(|l| match l {
-            LeaseStatus::Held { expires, .. } => {
-                let local = self.hosts[host].local(self.now);
-                // Of two volumes only the one just written can count from this moment.
-                expires == local + TIMING.fail() && local > submitted
-            }
-            LeaseStatus::None => false,
-        });
+        let local = self.hosts[host].local(self.now);
+        let h = &mut self.hosts[host];
+        let Some(node) = &h.node else { return };
+        let (mut overrated, mut reused) = (false, false);
+        for (lease, (seen, over)) in node.leases().zip(&mut h.generations) {
+            let LeaseStatus::Held { generation, expires } = lease else { continue };
+            // Of two volumes only the one just written can count from this moment.
+            overrated |= expires == local + TIMING.fail() && local > submitted;
+            reused |= generation <= *over;
+            *seen = generation;
+        }
+        let id = HostId(host as u16 + 1);
         if overrated {
-            self.violate(Violation::LeaseOverrated(HostId(host as u16 + 1)));
+            self.violate(Violation::LeaseOverrated(id));
+        }
+        if reused {
+            self.violate(Violation::GenerationReused(id));
         }
     }
 
