@@ -6,6 +6,7 @@ mod blk;
 mod conformance;
 mod console;
 mod driver;
+mod hang_up;
 mod namespace;
 mod net;
 mod oracle;

@@ -1,6 +1,7 @@
 //! The front-end's half of the vhost-user protocol: messages over a Unix socket.
 
 use std::io::Read;
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -107,6 +108,13 @@ impl Connection {
         self.stream.as_raw_fd()
     }
 
+    /// After a failure nobody knows what the next bytes mean: ends the connection, which whoever watches it notices.
+    fn broken(&self, error: VhostUserError) -> VhostUserError {
+        // It may have ended by itself.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        error
+    }
+
     fn write(
         &self,
         request: Request,
@@ -116,17 +124,19 @@ impl Connection {
     ) -> Result<(), VhostUserError> {
         let mut message = words(&[request as u32, VERSION | flags, payload.len() as u32]);
         message.extend(payload);
-        let sent =
-            self.stream.send_with_fds(&[&message[..]], fds).map_err(|e| VhostUserError::Io(e.into()))?;
-        if sent == message.len() {
-            Ok(())
-        } else {
-            Err(VhostUserError::Protocol("took only a part of a message"))
+        let sent = self.stream.send_with_fds(&[&message[..]], fds);
+        match sent.map_err(|e| self.broken(VhostUserError::Io(e.into())))? {
+            n if n == message.len() => Ok(()),
+            _ => Err(self.broken(VhostUserError::Protocol("took only a part of a message"))),
         }
     }
 
     /// Reads the answer to `request`.
     fn answer(&mut self, request: Request) -> Result<Vec<u8>, VhostUserError> {
+        self.read_answer(request).map_err(|error| self.broken(error))
+    }
+
+    fn read_answer(&mut self, request: Request) -> Result<Vec<u8>, VhostUserError> {
         let mut header = [0; HEADER];
         self.stream.read_exact(&mut header).map_err(VhostUserError::Io)?;
         let word = |i: usize| u32::from_le_bytes([header[i], header[i + 1], header[i + 2], header[i + 3]]);
@@ -144,9 +154,8 @@ impl Connection {
 
     fn answer_u64(&mut self, request: Request) -> Result<u64, VhostUserError> {
         let payload = self.answer(request)?;
-        let bytes =
-            payload.try_into().map_err(|_| VhostUserError::Protocol("sent an answer of another size"))?;
-        Ok(u64::from_le_bytes(bytes))
+        let wrong = |_| self.broken(VhostUserError::Protocol("sent an answer of another size"));
+        Ok(u64::from_le_bytes(payload.try_into().map_err(wrong)?))
     }
 
     fn get_u64(&mut self, request: Request) -> Result<u64, VhostUserError> {

@@ -78,10 +78,9 @@ impl External {
         match context.interrupt().queue_event(index)? {
             Some(fd) => connection.vring_fd(Request::SetVringCall, index, fd.as_raw_fd())?,
             None => {
-                let call = EventFd::new(EFD_NONBLOCK)?;
-                context.watch(call.as_raw_fd(), index as u32, EventSet::IN)?;
-                connection.vring_fd(Request::SetVringCall, index, call.as_raw_fd())?;
-                self.calls[index] = Some(call);
+                let call = self.calls[index].insert(EventFd::new(EFD_NONBLOCK)?).as_raw_fd();
+                context.watch(call, index as u32, EventSet::IN)?;
+                connection.vring_fd(Request::SetVringCall, index, call)?;
             }
         }
         connection.vring_fd(Request::SetVringKick, index, self.kicks[index].as_raw_fd())?;
@@ -90,37 +89,56 @@ impl External {
         Ok(())
     }
 
+    /// Connects if there is no connection, and hands the queues over.
+    fn reach(&mut self, held: &mut Option<Connection>, context: &Context) -> Result<(), DeviceError> {
+        let connection = match held {
+            Some(connection) => connection,
+            None => held.insert(Connection::open(&self.core.path, self.core.wanted)?),
+        };
+        self.hand_over(connection, context)?;
+        // Not for being readable: an answer to the control queue's thread is no loss of the connection.
+        context.watch(connection.descriptor(), CONNECTION, EventSet::READ_HANG_UP)?;
+        Ok(())
+    }
+
     /// Hands the queues over, or looks for the back-end again later.
     fn try_hand_over(&mut self, context: &mut Context) -> Result<(), DeviceError> {
         let core = Arc::clone(&self.core);
         let mut held = core.connection.lock();
-        if held.is_none() {
-            match Connection::open(&core.path, core.wanted) {
-                Ok(connection) => *held = Some(connection),
-                Err(error) => {
-                    tracing::debug!(%error, "The back-end is not there");
-                    context.deadline = Some(Instant::now() + RETRY);
-                    return Ok(());
-                }
-            }
-        }
-        let Some(connection) = &mut *held else { return Ok(()) };
-        match self.hand_over(connection, context) {
+        match self.reach(&mut held, context) {
             Ok(()) => {
-                // Not for being readable: an answer to the control queue's thread is no loss of the connection.
-                context.watch(connection.descriptor(), CONNECTION, EventSet::READ_HANG_UP)?;
                 drop(held);
                 core.set_link(true);
                 Ok(())
             }
             Err(DeviceError::Backend(error)) => {
-                tracing::warn!(%error, "The back-end does not take the device");
-                *held = None;
-                context.deadline = Some(Instant::now() + RETRY);
-                Ok(())
+                if held.take().is_some() {
+                    tracing::warn!(%error, "The back-end does not take the device");
+                } else {
+                    tracing::debug!(%error, "The back-end is not there");
+                }
+                drop(held);
+                self.lost(context)
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Shows the driver that the connection is gone, at whatever step of the protocol that happened, and looks for the
+    /// back-end again later.
+    fn lost(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        self.core.set_link(false);
+        // The back-end may hold on to these and signal them for ever.
+        for call in self.calls.iter_mut().filter_map(Option::take) {
+            context.unwatch(call.as_raw_fd());
+        }
+        // Go on behind what the driver was given back; what was in flight is done again.
+        for queue in context.queues.iter_mut().flatten() {
+            let used = queue.used_index()?;
+            queue.set_position((used, used));
+        }
+        context.deadline = Some(Instant::now() + RETRY);
+        Ok(())
     }
 }
 
@@ -152,14 +170,7 @@ impl QueueHandler for External {
         if let Some(connection) = self.core.connection.lock().take() {
             context.unwatch(connection.descriptor());
         }
-        self.core.set_link(false);
-        // Go on behind what the driver was given back; what was in flight is done again.
-        for queue in context.queues.iter_mut().flatten() {
-            let used = queue.used_index()?;
-            queue.set_position((used, used));
-        }
-        context.deadline = Some(Instant::now() + RETRY);
-        Ok(())
+        self.lost(context)
     }
 
     fn timer(&mut self, context: &mut Context) -> Result<(), DeviceError> {

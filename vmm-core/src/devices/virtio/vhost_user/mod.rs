@@ -118,11 +118,15 @@ struct Core {
 impl Core {
     /// Shows in the configuration space of a network device whether the back-end is there.
     fn set_link(&self, up: bool) {
-        if self.is_net {
-            self.config.lock()[NET_STATUS] = u8::from(up);
-            if let Some(notifier) = self.notifier.get() {
-                notifier.changed();
-            }
+        if !self.is_net {
+            return;
+        }
+        let before = std::mem::replace(&mut self.config.lock()[NET_STATUS], u8::from(up));
+        // Coming up is always told: the driver of a restored guest may have seen the link of another back-end.
+        if (up || before != 0)
+            && let Some(notifier) = self.notifier.get()
+        {
+            notifier.changed();
         }
     }
 }
