@@ -91,6 +91,11 @@ impl GuestMemory {
         self.inner.observer.store(observer.map(Arc::new));
     }
 
+    /// Whether somebody has to be told of every write: [`Self::mark_written`] is more than a formality then.
+    pub fn has_write_observer(&self) -> bool {
+        self.inner.observer.load().is_some()
+    }
+
     /// Reports a write made through a raw pointer or by another process.
     pub fn mark_written(&self, address: u64, len: u64) {
         if let Some(observer) = &*self.inner.observer.load() {

@@ -3,14 +3,18 @@
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use tempfile::TempDir;
+use vmm_core::accel::soft::SoftHypervisor;
+use vmm_core::accel::{CpuState, Hypervisor, IoBus, VcpuExit, VcpuHandle, VmSpec};
 use vmm_core::devices::virtio::net::net_features as f;
 use vmm_core::devices::virtio::vhost_user::{VhostUserError, VhostUserNetOptions};
 use vmm_core::devices::virtio::{Status, VhostUser, VirtioDevice, features};
+use vmm_core::memory::{GuestMemory, WriteObserver};
 
-use crate::driver::{Buffer, DriverQueue, Guest, TRANSPORTS, Transport};
+use crate::driver::{Buffer, DriverQueue, Guest, MEMORY, TRANSPORTS, Transport};
 
 /// A back-end process; dropping it ends it.
 struct Backend(Child);
@@ -125,14 +129,37 @@ fn echo(guest: &mut Guest, tx: &mut DriverQueue, rx: &mut DriverQueue, tag: u8) 
 /// testpmd polls on two processors: one at a time, or a small host has none left for the rest.
 static TESTPMD: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
 
+/// The transports, the last of them also with a relay between the rings.
+fn transports() -> impl Iterator<Item = (Transport, GuestMemory)> {
+    let plain = TRANSPORTS.map(|transport| (transport, GuestMemory::flat(MEMORY).unwrap()));
+    let relayed = [Transport::PciMsix, Transport::PciIntx].map(|transport| (transport, observed().0));
+    plain.into_iter().chain(relayed)
+}
+
+/// Memory whose writes somebody has to hear of, and those that were reported.
+fn observed() -> (GuestMemory, Reported) {
+    struct Log(Reported);
+    impl WriteObserver for Log {
+        fn written(&self, address: u64, len: u64) {
+            self.0.lock().push((address, len));
+        }
+    }
+    let memory = GuestMemory::flat(MEMORY).unwrap();
+    let reported = Reported::default();
+    memory.set_write_observer(Some(Box::new(Log(reported.clone()))));
+    (memory, reported)
+}
+
+type Reported = Arc<parking_lot::Mutex<Vec<(u64, u64)>>>;
+
 #[test]
 fn dpdk_sends_frames_back() {
     let _alone = TESTPMD.lock();
     let (dir, socket) = sockets();
     let mut backend = Backend::testpmd(dir.path(), &socket, 1);
-    for transport in TRANSPORTS {
+    for (transport, memory) in transports() {
         let device = VhostUser::net(&socket, &VhostUserNetOptions::default()).unwrap();
-        let mut guest = Guest::new(transport, device);
+        let mut guest = Guest::with_memory(transport, device, memory);
         for wanted in [0, f::MRG_RXBUF | f::STATUS | features::INDIRECT_DESC] {
             let mut queues = guest.bring_up(wanted, 64);
             let [rx, tx] = &mut queues[..] else { panic!("{} queues", queues.len()) };
@@ -200,10 +227,10 @@ fn qemu_serves_a_disk() {
     let image = dir.path().join("disk.raw");
     std::fs::write(&image, vec![0x11; 1 << 20]).unwrap();
     let mut backend = Backend::storage(&socket, &image);
-    for transport in TRANSPORTS {
+    for (transport, memory) in transports() {
         let device = VhostUser::blk(&socket, 4, 128).unwrap();
         assert_eq!(device.device_type(), 2);
-        let mut guest = Guest::new(transport, device);
+        let mut guest = Guest::with_memory(transport, device, memory);
         assert_eq!(guest.config_u64(0), 2048);
         let mut queues = guest.bring_up(u64::MAX, 64);
         let queue = &mut queues[0];
@@ -225,6 +252,96 @@ fn qemu_serves_a_disk() {
         backend = Backend::storage(&socket, &image);
         guest.wait_used(queue);
         assert_eq!(guest.bytes(buffers[1]), [0; 512]);
+    }
+}
+
+/// What the back-end wrote to each part of a chain is reported, and before the buffer is in the used ring.
+#[test]
+fn writes_of_a_back_end_are_reported_before_the_driver_sees_them() {
+    let (dir, socket) = sockets();
+    let image = dir.path().join("disk.raw");
+    std::fs::write(&image, vec![0x11; 1 << 20]).unwrap();
+    let _backend = Backend::storage(&socket, &image);
+    for wanted in [0, features::INDIRECT_DESC, features::INDIRECT_DESC | features::EVENT_IDX] {
+        let (memory, reported) = observed();
+        let device = VhostUser::blk(&socket, 1, 64).unwrap();
+        let mut guest = Guest::with_memory(Transport::PciMsix, device, memory);
+        let mut queues = guest.bring_up(wanted, 16);
+        let queue = &mut queues[0];
+        for round in 0..20 {
+            let header = guest.readable(&[0; 16]);
+            let buffers = [header, guest.writable(512), guest.writable(1024), guest.writable(1)];
+            if wanted & features::INDIRECT_DESC != 0 && round % 2 == 0 {
+                let table = guest.allocate(4096);
+                queue.submit_indirect(table, &buffers);
+            } else {
+                queue.submit(&buffers);
+            }
+            // What the guest wrote itself is in it, too.
+            reported.lock().clear();
+            guest.notify(0);
+            guest.wait_used(queue);
+            assert_eq!(guest.bytes(buffers[2]), [0x11; 1024]);
+            let log = reported.lock().clone();
+            let index = |address: u64| log.iter().position(|w| w.0 == address);
+            let seen = index(queue.used + 2).expect("the used index is written by the device");
+            for buffer in &buffers[1..] {
+                let at = index(buffer.address).unwrap_or_else(|| panic!("{buffer:x?} is missing: {log:x?}"));
+                assert!(at < seen && log[at].1 == u64::from(buffer.len), "{log:x?}");
+            }
+            assert_eq!(index(header.address), None, "only writable parts are reported");
+        }
+    }
+}
+
+/// A guest on the software CPU runs code from a disk of another process, and other code at the same place after it was
+/// read again.
+#[test]
+fn code_from_a_back_end_is_decoded_anew() {
+    /// Ends the run when the guest writes to a port.
+    struct Stop {
+        value: AtomicU8,
+        vcpu: OnceLock<Arc<dyn VcpuHandle>>,
+    }
+    impl IoBus for Stop {
+        fn mmio_read(&self, _: u64, _: &mut [u8]) {}
+        fn mmio_write(&self, _: u64, _: &[u8]) {}
+        fn port_read(&self, _: u16, _: &mut [u8]) {}
+        fn port_write(&self, _: u16, data: &[u8]) {
+            self.value.store(data[0], Ordering::SeqCst);
+            self.vcpu.get().unwrap().kick();
+        }
+    }
+    let (dir, socket) = sockets();
+    let image = dir.path().join("disk.raw");
+    // again: mov al, value; out 0x80, al; jmp again
+    let sector = |value: u8| {
+        let mut sector = vec![0xb0, value, 0xe6, 0x80, 0xeb, 0xfa];
+        sector.resize(512, 0);
+        sector
+    };
+    std::fs::write(&image, (0..32).flat_map(sector).collect::<Vec<_>>()).unwrap();
+    let _backend = Backend::storage(&socket, &image);
+
+    let memory = GuestMemory::flat(MEMORY).unwrap();
+    let bus = Arc::new(Stop { value: AtomicU8::new(0xff), vcpu: OnceLock::new() });
+    let spec = VmSpec { memory: memory.clone(), vcpus: 1, bus: bus.clone() };
+    let vm = SoftHypervisor::new().create_vm(spec).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    assert!(bus.vcpu.set(vcpu.handle()).is_ok());
+    let mut guest = Guest::with_memory(Transport::Mmio, VhostUser::blk(&socket, 1, 64).unwrap(), memory);
+    let mut queues = guest.bring_up(0, 16);
+    let code = guest.writable(512);
+    for value in 0..32 {
+        assert_eq!(block(&mut guest, &mut queues[0], 0, value, code), 0);
+        if value == 0 {
+            let mut state = CpuState::reset();
+            state.segments[1].base = code.address;
+            state.rip = 0;
+            vcpu.set_state(&state).unwrap();
+        }
+        assert!(matches!(vcpu.run(), Ok(VcpuExit::Interrupted)));
+        assert_eq!(u64::from(bus.value.load(Ordering::SeqCst)), value);
     }
 }
 

@@ -12,13 +12,13 @@ use super::chain::{Chain, Segment};
 use crate::memory::{AccessError, GuestMemory};
 
 /// The longest chain accepted when it comes from an indirect table.
-const MAX_INDIRECT: u32 = 1024;
-const DESCRIPTOR_SIZE: u64 = 16;
-const NEXT: u16 = 1;
-const WRITE: u16 = 1 << 1;
-const INDIRECT: u16 = 1 << 2;
+pub(super) const MAX_INDIRECT: u32 = 1024;
+pub(super) const DESCRIPTOR_SIZE: u64 = 16;
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 1 << 1;
+pub(super) const INDIRECT: u16 = 1 << 2;
 const NO_INTERRUPT: u16 = 1;
-const NO_NOTIFY: u16 = 1;
+pub(super) const NO_NOTIFY: u16 = 1;
 
 /// What is wrong with a queue. The device cannot go on and asks for a reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,6 +84,12 @@ struct Descriptor {
     len: u32,
     flags: u16,
     next: u16,
+}
+
+/// Whether the other side, which wants to hear when its ring's index passes `event`, has to be told that the index went
+/// from `old` to `new` (virtio 1.2, section 2.7.10).
+pub(super) fn wants_event(event: u16, old: u16, new: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
 impl Queue {
@@ -268,7 +274,7 @@ impl Queue {
         if self.layout.event_idx {
             let at = self.layout.driver + 4 + 2 * u64::from(self.layout.size);
             let event = self.memory.load_u16(at, Ordering::Relaxed)?;
-            Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+            Ok(wants_event(event, old, new))
         } else {
             Ok(self.memory.load_u16(self.layout.driver, Ordering::Relaxed)? & NO_INTERRUPT == 0)
         }

@@ -180,14 +180,19 @@ impl Connection {
         }
     }
 
-    /// Shares guest RAM.
-    pub(super) fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), VhostUserError> {
-        let regions = memory.regions();
+    /// Shares guest RAM, and what else the rings are in.
+    pub(super) fn set_memory(
+        &mut self,
+        memory: &GuestMemory,
+        rings: Option<&GuestMemory>,
+    ) -> Result<(), VhostUserError> {
+        let rings = rings.into_iter().flat_map(GuestMemory::regions);
+        let regions: Vec<_> = memory.regions().iter().chain(rings).collect();
         if regions.len() > MAX_REGIONS {
             return Err(VhostUserError::TooManyRegions(regions.len()));
         }
         let mut payload = words(&[regions.len() as u32, 0]);
-        for region in regions {
+        for region in &regions {
             for value in [region.guest_address(), region.size(), region.host_ptr().addr() as u64, 0] {
                 payload.extend(value.to_le_bytes());
             }

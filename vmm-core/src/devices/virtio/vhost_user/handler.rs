@@ -13,7 +13,8 @@ use super::super::device::{DeviceError, QueueHandler};
 use super::super::queue::Queue;
 use super::super::worker::Context;
 use super::connection::{Connection, F_PROTOCOL_FEATURES, Request};
-use super::{Core, VhostUserError};
+use super::relay::Relay;
+use super::{Core, IN_ORDER, VhostUserError};
 
 /// How often a lost back-end is looked for.
 const RETRY: Duration = Duration::from_millis(200);
@@ -26,14 +27,20 @@ pub(super) struct External {
     core: Arc<Core>,
     features: u64,
     kicks: Vec<EventFd>,
-    /// For queues without an interrupt descriptor of the transport: the back-end signals these.
+    /// For queues without an interrupt descriptor of the transport, and those that are relayed: the back-end signals
+    /// these.
     calls: Vec<Option<EventFd>>,
+    /// Whether buffers have to pass by here on their way back.
+    relays: bool,
+    /// While there is a connection.
+    relay: Option<Relay>,
+    chain: Chain,
 }
 
 impl External {
-    pub(super) fn new(core: Arc<Core>, features: u64, kicks: Vec<EventFd>) -> Self {
+    pub(super) fn new(core: Arc<Core>, features: u64, kicks: Vec<EventFd>, relays: bool) -> Self {
         let calls = kicks.iter().map(|_| None).collect();
-        Self { core, features, kicks, calls }
+        Self { core, features, kicks, calls, relays, relay: None, chain: Chain::default() }
     }
 
     /// Describes everything to the back-end.
@@ -45,8 +52,14 @@ impl External {
         {
             return Err(VhostUserError::Lacks("features that the driver uses").into());
         }
-        connection.send(Request::SetFeatures, &(features & connection.features).to_le_bytes(), &[])?;
-        connection.set_memory(&context.memory)?;
+        if self.relays {
+            self.relay = Some(Relay::new(self.core.ring_memory(&context.memory)?, context)?);
+        }
+        // A relay puts buffers in order by itself, and has to see each of them.
+        let hidden = if self.relays { IN_ORDER } else { 0 };
+        let accepted = features & connection.features & !hidden;
+        connection.send(Request::SetFeatures, &accepted.to_le_bytes(), &[])?;
+        connection.set_memory(&context.memory, self.relay.as_ref().map(Relay::memory))?;
         for index in 0..self.kicks.len() {
             let Some(queue) = &context.queues[index] else { continue };
             self.set_up(connection, index, queue, context)?;
@@ -68,14 +81,18 @@ impl External {
         queue: &Queue,
         context: &Context,
     ) -> Result<(), DeviceError> {
-        let layout = queue.layout();
-        let host =
-            |address: u64| Ok::<_, DeviceError>(context.memory.slice(address, 1)?.host_ptr().addr() as u64);
+        let relay = self.relay.as_ref().and_then(|relay| Some((relay.memory(), relay.ring(index)?)));
+        let (memory, layout, base, kick) = match relay {
+            Some((memory, (layout, kick))) => (memory, layout, 0, kick),
+            None => (&context.memory, queue.layout(), queue.position().0, &self.kicks[index]),
+        };
+        let host = |address: u64| Ok::<_, DeviceError>(memory.slice(address, 1)?.host_ptr().addr() as u64);
         let rings = [host(layout.descriptors)?, host(layout.driver)?, host(layout.device)?];
         connection.vring(Request::SetVringNum, index, u32::from(layout.size))?;
-        connection.vring(Request::SetVringBase, index, u32::from(queue.position().0))?;
+        connection.vring(Request::SetVringBase, index, u32::from(base))?;
         connection.vring_address(index, rings)?;
-        match context.interrupt().queue_event(index)? {
+        let interrupt = if self.relays { None } else { context.interrupt().queue_event(index)? };
+        match interrupt {
             Some(fd) => connection.vring_fd(Request::SetVringCall, index, fd.as_raw_fd())?,
             None => {
                 let call = self.calls[index].insert(EventFd::new(EFD_NONBLOCK)?).as_raw_fd();
@@ -83,14 +100,14 @@ impl External {
                 connection.vring_fd(Request::SetVringCall, index, call)?;
             }
         }
-        connection.vring_fd(Request::SetVringKick, index, self.kicks[index].as_raw_fd())?;
+        connection.vring_fd(Request::SetVringKick, index, kick.as_raw_fd())?;
         // The back-end does not see what was signalled before it had the descriptor.
-        self.kicks[index].write(1)?;
+        kick.write(1)?;
         Ok(())
     }
 
     /// Connects if there is no connection, and hands the queues over.
-    fn reach(&mut self, held: &mut Option<Connection>, context: &Context) -> Result<(), DeviceError> {
+    fn reach(&mut self, held: &mut Option<Connection>, context: &mut Context) -> Result<(), DeviceError> {
         let connection = match held {
             Some(connection) => connection,
             None => held.insert(Connection::open(&self.core.path, self.core.wanted)?),
@@ -98,7 +115,21 @@ impl External {
         self.hand_over(connection, context)?;
         // Not for being readable: an answer to the control queue's thread is no loss of the connection.
         context.watch(connection.descriptor(), CONNECTION, EventSet::READ_HANG_UP)?;
-        Ok(())
+        // What the driver made available before.
+        (0..self.kicks.len()).try_for_each(|index| self.forward(index, context))
+    }
+
+    /// Passes on to the back-end what the driver made available, where it does not look itself.
+    fn forward(&mut self, index: usize, context: &mut Context) -> Result<(), DeviceError> {
+        self.relay.as_mut().map_or(Ok(()), |relay| relay.forward(index, &mut self.chain, context))
+    }
+
+    /// Ends the connection, or notices that it has ended.
+    fn disconnect(&mut self, context: &mut Context) -> Result<(), DeviceError> {
+        if let Some(connection) = self.core.connection.lock().take() {
+            context.unwatch(connection.descriptor());
+        }
+        self.lost(context)
     }
 
     /// Hands the queues over, or looks for the back-end again later.
@@ -132,13 +163,31 @@ impl External {
         for call in self.calls.iter_mut().filter_map(Option::take) {
             context.unwatch(call.as_raw_fd());
         }
+        self.end_relay(context);
         // Go on behind what the driver was given back; what was in flight is done again.
-        for queue in context.queues.iter_mut().flatten() {
+        for index in 0..self.kicks.len() {
+            let Some(queue) = &mut context.queues[index] else { continue };
             let used = queue.used_index()?;
+            let signalled = queue.position().1;
             queue.set_position((used, used));
+            // It may have gone before it told the driver.
+            if used != signalled {
+                context.interrupt().queue(index);
+            }
         }
         context.deadline = Some(Instant::now() + RETRY);
         Ok(())
+    }
+
+    /// Gives the driver what the back-end was done with.
+    fn end_relay(&mut self, context: &mut Context) {
+        if let Some(mut relay) = self.relay.take() {
+            for index in 0..self.kicks.len() {
+                if let Err(error) = relay.give_back(index, context) {
+                    tracing::warn!(%error, "The last buffers of the back-end are done again");
+                }
+            }
+        }
     }
 }
 
@@ -153,24 +202,32 @@ impl QueueHandler for External {
         self.try_hand_over(context)
     }
 
-    fn queue(&mut self, _index: usize, _context: &mut Context) -> Result<(), DeviceError> {
-        Ok(())
+    fn queue(&mut self, index: usize, context: &mut Context) -> Result<(), DeviceError> {
+        self.forward(index, context)
     }
 
     fn event(&mut self, token: u32, _ready: EventSet, context: &mut Context) -> Result<(), DeviceError> {
-        if token != CONNECTION {
-            if let Some(Some(call)) = self.calls.get(token as usize) {
-                // The count does not matter.
-                let _ = call.read();
-                context.interrupt().queue(token as usize);
+        if token == CONNECTION {
+            tracing::warn!(path = %self.core.path.display(), "The vhost-user back-end went away; waiting for it");
+            return self.disconnect(context);
+        }
+        let index = token as usize;
+        let Some(Some(call)) = self.calls.get(index) else { return Ok(()) };
+        // The count does not matter.
+        let _ = call.read();
+        match &mut self.relay {
+            Some(relay) => match relay.give_back(index, context) {
+                Err(DeviceError::Backend(error)) => {
+                    tracing::warn!(%error, "Connecting to the vhost-user back-end again");
+                    self.disconnect(context)
+                }
+                result => result,
+            },
+            None => {
+                context.interrupt().queue(index);
+                Ok(())
             }
-            return Ok(());
         }
-        tracing::warn!(path = %self.core.path.display(), "The vhost-user back-end went away; waiting for it");
-        if let Some(connection) = self.core.connection.lock().take() {
-            context.unwatch(connection.descriptor());
-        }
-        self.lost(context)
     }
 
     fn timer(&mut self, context: &mut Context) -> Result<(), DeviceError> {
@@ -179,23 +236,28 @@ impl QueueHandler for External {
 
     fn stop(&mut self, context: &mut Context) {
         self.calls.fill_with(|| None);
-        let mut held = self.core.connection.lock();
-        for (index, slot) in context.queues.iter_mut().enumerate() {
-            let Some(queue) = slot else { continue };
-            let Some(connection) = &mut *held else {
-                let used = queue.used_index().unwrap_or(0);
-                queue.set_position((used, used));
-                continue;
-            };
+        let core = Arc::clone(&self.core);
+        let mut held = core.connection.lock();
+        let mut bases = vec![None; context.queues.len()];
+        for (index, base) in
+            bases.iter_mut().enumerate().filter(|(index, _)| context.queues[*index].is_some())
+        {
+            let Some(connection) = &mut *held else { break };
             match connection.vring_base(index) {
-                Ok(base) => queue.set_position((base, queue.used_index().unwrap_or(base))),
+                Ok(next) => *base = Some(next),
                 Err(error) => {
                     tracing::warn!(%error, "The back-end did not stop in an orderly way");
                     *held = None;
-                    let used = queue.used_index().unwrap_or(0);
-                    queue.set_position((used, used));
                 }
             }
+        }
+        self.end_relay(context);
+        for (queue, base) in context.queues.iter_mut().zip(bases) {
+            let Some(queue) = queue else { continue };
+            let used = queue.used_index().unwrap_or(0);
+            // The back-end counts in the relay's ring, which returns buffers in order.
+            let base = base.filter(|_| !self.relays).unwrap_or(used);
+            queue.set_position((base, used));
         }
     }
 }

@@ -3,9 +3,13 @@
 //! The back-end maps guest RAM and moves the data itself. This process passes on features, rings and descriptors,
 //! answers the configuration space, and connects again when the back-end restarts: it then continues at the used index
 //! that it finds in guest memory.
+//!
+//! Where writes to guest RAM must not go unnoticed, on the software accelerator, the back-end gets rings of this
+//! process's own instead of the guest's (`relay`): buffers pass by here on their way back.
 
 mod connection;
 mod handler;
+mod relay;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,6 +24,7 @@ use super::device::{
 };
 use super::net::net_features as f;
 use crate::lifecycle::LifecycleError;
+use crate::memory::GuestMemory;
 use connection::{Connection, F_PROTOCOL_FEATURES, protocol};
 use handler::{Control, External};
 
@@ -110,12 +115,27 @@ struct Core {
     connection: Mutex<Option<Connection>>,
     config: Mutex<Vec<u8>>,
     is_net: bool,
+    /// Queues that the back-end serves, and the most entries of each.
+    queues: (u16, u16),
+    /// Memory for the rings of a relay, from its first use on.
+    rings: Mutex<Option<GuestMemory>>,
     /// Pairs of queues that the driver uses.
     active: AtomicU16,
     notifier: OnceLock<ConfigNotifier>,
 }
 
 impl Core {
+    /// Memory for the rings of a relay.
+    fn ring_memory(&self, guest: &GuestMemory) -> Result<GuestMemory, DeviceError> {
+        let mut rings = self.rings.lock();
+        if let Some(memory) = &*rings {
+            return Ok(memory.clone());
+        }
+        let (queues, size) = self.queues;
+        let memory = relay::allocate(guest, queues, size).map_err(io::Error::other)?;
+        Ok(rings.insert(memory).clone())
+    }
+
     /// Shows in the configuration space of a network device whether the back-end is there.
     fn set_link(&self, up: bool) {
         if !self.is_net {
@@ -135,9 +155,6 @@ impl Core {
 pub struct VhostUser {
     core: Arc<Core>,
     features: u64,
-    /// Queues that the back-end serves.
-    queues: u16,
-    queue_size: u16,
 }
 
 impl VhostUser {
@@ -205,11 +222,12 @@ impl VhostUser {
             connection: Mutex::new(Some(connection)),
             config: Mutex::new(config),
             is_net,
+            queues: (queues, queue_size.clamp(2, 1 << 15).next_power_of_two()),
+            rings: Mutex::default(),
             active: AtomicU16::new(1),
             notifier: OnceLock::new(),
         };
-        let queue_size = queue_size.clamp(2, 1 << 15).next_power_of_two();
-        Ok(Arc::new(Self { core: Arc::new(core), features: offered | ring, queues, queue_size }))
+        Ok(Arc::new(Self { core: Arc::new(core), features: offered | ring }))
     }
 
     fn has_control(&self) -> bool {
@@ -235,7 +253,8 @@ impl VirtioDevice for VhostUser {
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        let mut sizes = vec![self.queue_size; usize::from(self.queues)];
+        let (queues, size) = self.core.queues;
+        let mut sizes = vec![size; usize::from(queues)];
         sizes.extend(self.has_control().then_some(CONTROL_SIZE));
         sizes
     }
@@ -263,16 +282,19 @@ impl VirtioDevice for VhostUser {
 
     fn activate(&self, activation: Activation<'_>) -> Result<Vec<HandlerSpec>, DeviceError> {
         let multi = activation.features & f::MQ != 0 && self.core.is_net;
-        let served = if self.core.is_net && !multi { 2 } else { usize::from(self.queues) };
+        let (queues, _) = self.core.queues;
+        let served = if self.core.is_net && !multi { 2 } else { usize::from(queues) };
+        let relays = activation.memory.has_write_observer();
         let external = External::new(
             Arc::clone(&self.core),
             activation.features | F_PROTOCOL_FEATURES,
             activation.kicks[..served].iter().map(|k| k.try_clone()).collect::<io::Result<_>>()?,
+            relays,
         );
-        let mut handlers =
-            vec![HandlerSpec { queues: (0..served).collect(), external: true, handler: Box::new(external) }];
+        let own = (0..served).collect();
+        let mut handlers = vec![HandlerSpec { queues: own, external: !relays, handler: Box::new(external) }];
         if self.has_control() && activation.features & f::CTRL_VQ != 0 {
-            handlers.push(HandlerSpec::new([served], Control::new(Arc::clone(&self.core), self.queues / 2)));
+            handlers.push(HandlerSpec::new([served], Control::new(Arc::clone(&self.core), queues / 2)));
         }
         Ok(handlers)
     }
@@ -287,7 +309,7 @@ impl VirtioDevice for VhostUser {
 
     fn restore(&self, state: &serde_json::Value) -> Result<(), LifecycleError> {
         let pairs = state["pairs"].as_u64().and_then(|p| u16::try_from(p).ok());
-        let pairs = pairs.filter(|p| (1..=self.queues.max(1)).contains(p));
+        let pairs = pairs.filter(|p| (1..=self.core.queues.0.max(1)).contains(p));
         let pairs = pairs.ok_or_else(|| LifecycleError::State("its pairs of queues are others".into()))?;
         self.core.active.store(pairs, Ordering::Release);
         Ok(())
