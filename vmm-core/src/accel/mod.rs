@@ -12,6 +12,8 @@ mod state;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+/// Which instruction set extensions a guest sees.
+pub use softcpu::CpuModel;
 /// Architectural state of one CPU, the same for both accelerators.
 pub use softcpu::CpuState;
 
@@ -77,6 +79,8 @@ pub struct VmSpec {
     pub memory: GuestMemory,
     /// Number of vCPUs that will be created; APIC IDs are `0..vcpus`.
     pub vcpus: u32,
+    /// The features that CPUID shows at most. `None`: all that the accelerator has.
+    pub model: Option<CpuModel>,
     /// Where accesses that are not RAM go.
     pub bus: Arc<dyn IoBus>,
 }

@@ -211,7 +211,7 @@ impl Guest {
         }
         let code = [KERNEL_INSTRUCTIONS, LOOP_CODE].concat();
         memory.write(CODE, &code).map_err(|e| no_memory(&e))?;
-        let vm = hypervisor.create_vm(VmSpec { memory, vcpus: 1, bus: Arc::new(NoDevices) })?;
+        let vm = hypervisor.create_vm(VmSpec { memory, vcpus: 1, model: None, bus: Arc::new(NoDevices) })?;
         Ok(Self { cpu: vm.create_vcpu(0)? })
     }
 

@@ -4,20 +4,21 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::config::{AccelChoice, ConsoleConfig, VmConfig};
+use super::config::{AccelChoice, ConsoleConfig, CpuModelChoice, VmConfig};
 use super::console::{Console, InputFilter};
 use super::devices::{self, Attached};
 use super::gdb::GdbServer;
 use super::metrics::{BusCounters, Sources};
 use super::vcpu::Control;
 use super::{Devices, Vm, VmError, entry, layout};
-use crate::accel::{self, Hypervisor, IoBus, VmSpec, probe};
+use crate::accel::{self, CpuModel, Hypervisor, IoBus, VmSpec, probe};
 use crate::acpi::{self, MmioDevice, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
 use crate::boot::{self, BootSource};
 use crate::bus::{Bus, BusDevice};
 use crate::devices::legacy::{
-    AcpiPm, DebugConsole, DebugExit, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink, Pvpanic, Rtc, Serial,
-    SerialOutput,
+    AcpiPm, DebugConsole, DebugExit, FW_CFG, FwCfg, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink,
+    Pvpanic, Rtc, Serial, SerialOutput, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE, TEST_SCRATCH,
+    TEST_SCRATCH_BYTES, TestIrqs, TestScratch,
 };
 use crate::devices::virtio::VirtioDevice;
 use crate::lifecycle::Lifecycle;
@@ -28,6 +29,8 @@ const CMOS: u64 = 0x70;
 const I8042_COMMAND: u64 = 0x64;
 const DEBUG_CONSOLE: u64 = 0xe9;
 const DEBUG_EXIT: u64 = 0xf4;
+/// Guests write a byte or a double-word.
+const DEBUG_EXIT_SIZE: u64 = 4;
 
 /// Builds a [`Vm`].
 pub struct VmBuilder {
@@ -118,7 +121,11 @@ impl VmBuilder {
         let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default(), counters: Arc::default() });
         let counters = buses.counters.clone();
         let (mmio, ports) = (buses.mmio.clone(), buses.ports.clone());
-        let spec = VmSpec { memory: memory.clone(), vcpus: config.cpus, bus: buses };
+        let model = config.cpu_model.map(|model| match model {
+            CpuModelChoice::V1 => CpuModel::V1,
+            CpuModelChoice::V2 => CpuModel::V2,
+        });
+        let spec = VmSpec { memory: memory.clone(), vcpus: config.cpus, model, bus: buses };
         let accel = hypervisor.create_vm(spec)?;
         let host = |what| move |source| VmError::Host { what, source };
         let control =
@@ -153,7 +160,20 @@ impl VmBuilder {
         insert(PVPANIC_PORT.into(), 1, Arc::new(Pvpanic::new(power.clone())))?;
         if config.debug_ports {
             insert(DEBUG_CONSOLE, 1, Arc::new(DebugConsole::new(clone_output())))?;
-            insert(DEBUG_EXIT, 1, Arc::new(DebugExit::new(power.clone())))?;
+        }
+        if config.debug_ports || config.test_devices {
+            insert(DEBUG_EXIT, DEBUG_EXIT_SIZE, Arc::new(DebugExit::new(power.clone())))?;
+        }
+        if config.test_devices {
+            insert(TEST_SCRATCH.into(), 4, Arc::new(TestScratch::new(4)))?;
+            if !config.debug_ports {
+                // The debug console has one of these ports.
+                insert(TEST_SCRATCH_BYTES.into(), 4, Arc::new(TestScratch::new(4)))?;
+            }
+            let lines: Result<Vec<_>, _> = (0..TEST_IRQS).map(|n| accel.irq_line(n.into())).collect();
+            insert(TEST_IRQ.into(), TEST_IRQS.into(), Arc::new(TestIrqs::new(lines?)))?;
+            insert(FW_CFG.into(), 2, Arc::new(FwCfg::new(config.memory.size, config.cpus as u16)))?;
+            mmio.insert(TEST_MEMORY, TEST_MEMORY_SIZE as u64, Arc::new(TestScratch::new(TEST_MEMORY_SIZE)))?;
         }
         let mut attached = if config.mmio {
             Attached::mmio(accel.clone(), memory.clone(), mmio.clone())

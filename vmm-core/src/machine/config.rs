@@ -20,6 +20,17 @@ pub enum AccelChoice {
     Soft,
 }
 
+/// The features that a guest's CPUs have at most, by the levels of the x86-64 psABI. Guests that shall run on either
+/// accelerator, or move between hosts, need one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CpuModelChoice {
+    /// The baseline, with SSE3, CMPXCHG16B and RDRAND.
+    V1,
+    /// Adds SSSE3, SSE4.1, SSE4.2 and POPCNT.
+    V2,
+}
+
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -28,6 +39,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Host CPUs that each vCPU's thread may run on, by vCPU; empty for all.
     pub cpu_affinity: Vec<Vec<usize>>,
+    /// CPU features; without it all that the accelerator has (the software CPU: `v2`).
+    pub cpu_model: Option<CpuModelChoice>,
     /// RAM.
     pub memory: MemoryConfig,
     /// Accelerator.
@@ -52,6 +65,9 @@ pub struct VmConfig {
     pub mmio: bool,
     /// Ports 0xE9 (debug console, printed on the serial console) and 0xF4 (exit with a code), for test guests.
     pub debug_ports: bool,
+    /// What programs of kvm-unit-tests use: the debug-exit port, scratch ports (0xE0, 0xE8), interrupt lines (0x2000),
+    /// fw_cfg (0x510) and scratch memory (0xFF000000).
+    pub test_devices: bool,
     /// Listen for a debugger, and wait for it before the first instruction.
     pub gdb: Option<GdbConfig>,
     /// End the machine when the guest's kernel panics (pvpanic).
@@ -63,6 +79,7 @@ impl Default for VmConfig {
         Self {
             cpus: 1,
             cpu_affinity: Vec::new(),
+            cpu_model: None,
             memory: MemoryConfig::default(),
             accel: AccelChoice::default(),
             boot: BootConfig::default(),
@@ -75,6 +92,7 @@ impl Default for VmConfig {
             balloon: false,
             mmio: false,
             debug_ports: false,
+            test_devices: false,
             gdb: None,
             stop_on_panic: true,
         }

@@ -34,8 +34,8 @@ use parking_lot::Mutex;
 
 pub use self::build::VmBuilder;
 pub use self::config::{
-    AccelChoice, BootConfig, ConsoleConfig, ConsolePortConfig, DiskConfig, GdbConfig, LimitConfig,
-    MemoryConfig, NetBackendConfig, NetConfig, NumaConfig, PageConfig, VmConfig, VsockConfig,
+    AccelChoice, BootConfig, ConsoleConfig, ConsolePortConfig, CpuModelChoice, DiskConfig, GdbConfig,
+    LimitConfig, MemoryConfig, NetBackendConfig, NetConfig, NumaConfig, PageConfig, VmConfig, VsockConfig,
 };
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};

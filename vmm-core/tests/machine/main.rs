@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vmm_core::accel::AccelKind;
-use vmm_core::machine::{AccelChoice, BootConfig, MemoryConfig, StopReason, Vm, VmConfig, VmError, VmEvent};
+use vmm_core::machine::{
+    AccelChoice, BootConfig, CpuModelChoice, MemoryConfig, StopReason, Vm, VmConfig, VmError, VmEvent,
+};
 
 /// The accelerators of this host. The software one is everywhere; KVM counts when its device opens.
 fn accelerators() -> Vec<AccelChoice> {
@@ -139,6 +141,62 @@ fn every_way_to_stop_has_its_reason() {
             });
             assert_eq!(run(config(kernel.path(), accel)).1, *reason, "{accel:?}");
         }
+    }
+}
+
+/// A guest sees the features of the CPU model that was chosen, whatever the accelerator could show it.
+#[test]
+fn a_cpu_model_limits_what_the_guest_sees() {
+    // Exits with the bits SSE3 (which both models have), SSE4.1, SSE4.2 and AVX of CPUID.
+    let kernel = guest::kernel(|a| {
+        a.mov(eax, 1)?;
+        a.cpuid()?;
+        a.mov(ebx, ecx)?;
+        a.and(ebx, 1)?;
+        a.mov(eax, ecx)?;
+        a.shr(eax, 18)?;
+        a.and(eax, 6)?;
+        a.or(eax, ebx)?;
+        a.shr(ecx, 25)?;
+        a.and(ecx, 8)?;
+        a.or(eax, ecx)?;
+        a.out(0xf4, al)?;
+        a.hlt()
+    });
+    for accel in accelerators() {
+        for (model, bits) in [(CpuModelChoice::V1, 0b0001), (CpuModelChoice::V2, 0b0111)] {
+            let config = VmConfig { cpu_model: Some(model), ..config(kernel.path(), accel) };
+            assert_eq!(run(config).1, StopReason::Exit(bits), "{accel:?}, {model:?}");
+        }
+    }
+}
+
+/// What programs of kvm-unit-tests find: the number of processors in fw_cfg, scratch registers, and an exit port that
+/// takes double-words.
+#[test]
+fn test_guests_find_their_devices() {
+    let kernel = guest::kernel(|a| {
+        a.mov(dx, 0x510)?;
+        a.mov(ax, 5)?;
+        a.out(dx, ax)?;
+        a.mov(dx, 0x511)?;
+        a.in_(al, dx)?;
+        a.movzx(ebx, al)?;
+        // The scratch port and the scratch memory keep 16 and 32.
+        a.mov(eax, 0x10)?;
+        a.out(0xe0, eax)?;
+        a.mov(dword_ptr(0xff00_0ff0u32), 0x20)?;
+        a.in_(eax, 0xe0)?;
+        a.or(ebx, eax)?;
+        a.or(ebx, dword_ptr(0xff00_0ff0u32))?;
+        a.mov(eax, ebx)?;
+        a.out(0xf4, eax)?;
+        a.hlt()
+    });
+    for accel in accelerators() {
+        let config =
+            VmConfig { cpus: 3, debug_ports: false, test_devices: true, ..config(kernel.path(), accel) };
+        assert_eq!(run(config).1, StopReason::Exit(0x33), "{accel:?}");
     }
 }
 

@@ -26,6 +26,35 @@ const EDX_EXTENDED: u32 = 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29;
 /// 0x80000001, ECX: LAHF CR8-legacy 3DNow-prefetch.
 const ECX_EXTENDED: u32 = 1 | 1 << 4 | 1 << 8;
 
+/// What function 0x80000001 repeats of function 1, EDX.
+const EDX_SHARED: u32 = EDX & 0x0183_f3ff | APIC;
+/// Function 1, EDX: a local APIC that is enabled.
+const APIC: u32 = 1 << 9;
+
+impl CpuModel {
+    fn ecx(self) -> u32 {
+        match self {
+            Self::V1 => ECX_V1,
+            Self::V2 => ECX_V2,
+        }
+    }
+
+    /// The bits of EAX, EBX, ECX and EDX that the model allows in a leaf with feature flags; bits that say something
+    /// else are set. `None` for other leaves. Another accelerator that masks its CPUID with them shows its guests no
+    /// feature that this processor lacks.
+    pub fn features(self, leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
+        const ANY: u32 = u32::MAX;
+        Some(match (leaf, subleaf) {
+            (1, _) => [ANY, ANY, self.ecx(), EDX | APIC],
+            (7, 0) => [0, EBX_7, 0, EDX_7],
+            // Sub-leaves of function 7; XSAVE and what builds on it.
+            (7 | 0xd | 0x12 | 0x14 | 0x19 | 0x1d | 0x1e | 0x24, _) => [0; 4],
+            (0x8000_0001, _) => [ANY, ANY, ECX_EXTENDED, EDX_SHARED | EDX_EXTENDED],
+            _ => return None,
+        })
+    }
+}
+
 impl Cpu {
     /// EAX, EBX, ECX and EDX for a leaf and sub-leaf.
     pub(crate) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -37,8 +66,8 @@ impl Cpu {
         match leaf {
             0 => [0x16, VENDOR[0], VENDOR[2], VENDOR[1]],
             1 => {
-                let apic = u32::from(self.apic_page.is_some() || self.local.mmio_page().is_none()) << 9;
-                let ecx = if self.config.model == CpuModel::V1 { ECX_V1 } else { ECX_V2 };
+                let apic = u32::from(self.apic_page.is_some() || self.local.mmio_page().is_none()) * APIC;
+                let ecx = self.config.model.ecx();
                 let htt = u32::from(count > 1) << 28;
                 [SIGNATURE, id << 24 | count.min(255) << 16 | 8 << 8, ecx, EDX | apic | htt]
             }
@@ -59,10 +88,7 @@ impl Cpu {
             0x4000_0000 if self.config.kvm_leaves => [0x4000_0001, KVM[0], KVM[1], KVM[2]],
             0x4000_0001 if self.config.kvm_leaves => [KVM_FEATURES, 0, 0, 0],
             0x8000_0000 => [0x8000_0021, VENDOR[0], VENDOR[2], VENDOR[1]],
-            0x8000_0001 => {
-                let shared = EDX & 0x0183_f3ff | 1 << 9;
-                [SIGNATURE, 0, ECX_EXTENDED, shared | EDX_EXTENDED]
-            }
+            0x8000_0001 => [SIGNATURE, 0, ECX_EXTENDED, EDX_SHARED | EDX_EXTENDED],
             0x8000_0002..=0x8000_0004 => {
                 let at = (leaf - 0x8000_0002) as usize * 16;
                 std::array::from_fn(|i| {

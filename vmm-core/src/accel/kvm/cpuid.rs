@@ -6,7 +6,7 @@
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 use super::failed;
-use crate::accel::AccelError;
+use crate::accel::{AccelError, CpuModel};
 
 /// ECX of leaf 1.
 mod leaf1_ecx {
@@ -32,6 +32,8 @@ pub struct Topology {
     pub cpus: u32,
     /// Whether the in-kernel APIC offers the TSC-deadline timer.
     pub tsc_deadline: bool,
+    /// The features that the guest sees at most.
+    pub model: Option<CpuModel>,
 }
 
 impl Topology {
@@ -54,6 +56,9 @@ pub fn for_vcpu(supported: &CpuId, topology: Topology) -> Result<CpuId, AccelErr
         entries.extend(topology_leaf(0x1f, topology));
     }
     let amd = entries.iter().any(|e| e.function == 0 && is_amd(e));
+    if let Some(model) = topology.model {
+        entries.iter_mut().for_each(|entry| restrict(entry, model));
+    }
     for entry in &mut entries {
         adjust(entry, topology, amd);
     }
@@ -66,8 +71,18 @@ fn is_amd(leaf0: &kvm_cpuid_entry2) -> bool {
     vendor == b"AuthenticAMD" || vendor == b"HygonGenuine"
 }
 
+/// Hides what the model does not have.
+fn restrict(entry: &mut kvm_cpuid_entry2, model: CpuModel) {
+    if let Some([eax, ebx, ecx, edx]) = model.features(entry.function, entry.index) {
+        entry.eax &= eax;
+        entry.ebx &= ebx;
+        entry.ecx &= ecx;
+        entry.edx &= edx;
+    }
+}
+
 fn adjust(entry: &mut kvm_cpuid_entry2, topology: Topology, amd: bool) {
-    let Topology { apic_id, cpus, tsc_deadline } = topology;
+    let Topology { apic_id, cpus, tsc_deadline, .. } = topology;
     let set = |word: &mut u32, bits: u32, on: bool| *word = if on { *word | bits } else { *word & !bits };
     match entry.function {
         1 => {
@@ -151,7 +166,7 @@ mod tests {
             leaf(0x8000_001e, [7, 0x103, 1, 0]),
         ];
         let host = CpuId::from_entries(&host).unwrap();
-        let topology = Topology { apic_id: 5, cpus: 6, tsc_deadline: true };
+        let topology = Topology { apic_id: 5, cpus: 6, tsc_deadline: true, model: None };
         let guest = for_vcpu(&host, topology).unwrap();
         let one = find(&guest, 1, 0);
         assert_eq!(one.ebx, 0x0506_0800);
@@ -172,11 +187,38 @@ mod tests {
     #[test]
     fn a_single_cpu_has_no_siblings() {
         let host = CpuId::from_entries(&[leaf(0, [0x1f, 0, 0, 0]), leaf(1, [0, !0, !0, !0])]).unwrap();
-        let guest = for_vcpu(&host, Topology { apic_id: 0, cpus: 1, tsc_deadline: false }).unwrap();
+        let guest =
+            for_vcpu(&host, Topology { apic_id: 0, cpus: 1, tsc_deadline: false, model: None }).unwrap();
         let one = find(&guest, 1, 0);
         assert_eq!(one.ebx >> 16, 1);
         assert_eq!(one.edx & HTT, 0);
         assert_eq!(one.ecx & leaf1_ecx::TSC_DEADLINE, 0);
         assert_eq!(find(&guest, 0x1f, 1).eax, 0);
+    }
+
+    #[test]
+    fn a_model_hides_later_extensions() {
+        let host = [
+            leaf(0, [0x1f, 0, 0, 0]),
+            leaf(1, [0x1234, 0, !0, !0]),
+            leaf(7, [2, !0, !0, !0]),
+            leaf(0xd, [7, 832, 832, 0]),
+            leaf(0x8000_0001, [0x1234, 0, !0, !0]),
+        ];
+        let host = CpuId::from_entries(&host).unwrap();
+        let guest = |model| {
+            for_vcpu(&host, Topology { apic_id: 0, cpus: 1, tsc_deadline: true, model: Some(model) }).unwrap()
+        };
+        let (v1, v2) = (guest(CpuModel::V1), guest(CpuModel::V2));
+        const SSE4_2: u32 = 1 << 20;
+        const AVX_XSAVE: u32 = 1 << 28 | 1 << 26;
+        assert_eq!(find(&v1, 1, 0).ecx & (SSE4_2 | AVX_XSAVE), 0);
+        assert_eq!(find(&v2, 1, 0).ecx & (SSE4_2 | AVX_XSAVE), SSE4_2);
+        assert_eq!(find(&v2, 1, 0).eax, 0x1234);
+        const AVX2: u32 = 1 << 5;
+        assert_eq!(find(&v2, 7, 0).ebx & AVX2, 0);
+        assert_eq!(find(&v2, 0xd, 0).eax, 0);
+        const LONG_MODE: u32 = 1 << 29;
+        assert_eq!(find(&v1, 0x8000_0001, 0).edx & LONG_MODE, LONG_MODE);
     }
 }

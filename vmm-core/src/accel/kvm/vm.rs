@@ -12,7 +12,9 @@ use super::cpuid::{self, Topology};
 use super::interrupts::{self, Line, MsiRoutes, Vector};
 use super::vcpu::KvmVcpu;
 use super::{Host, chipset, failed, sys};
-use crate::accel::{AccelError, ChipsetState, IOAPIC_PINS, IoAddress, IoBus, PicState, Vcpu, Vm, VmSpec};
+use crate::accel::{
+    AccelError, ChipsetState, CpuModel, IOAPIC_PINS, IoAddress, IoBus, PicState, Vcpu, Vm, VmSpec,
+};
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
 
@@ -35,6 +37,7 @@ pub struct Shared {
     pub routes: Mutex<MsiRoutes>,
     pub(super) host: Arc<Host>,
     vcpus: u32,
+    model: Option<CpuModel>,
 }
 
 impl KvmVm {
@@ -75,6 +78,7 @@ impl KvmVm {
             routes: Mutex::default(),
             host: Arc::clone(host),
             vcpus: spec.vcpus,
+            model: spec.model,
         });
         Ok(Arc::new(Self { shared, tracking: AtomicBool::new(false) }))
     }
@@ -90,6 +94,7 @@ impl Vm for KvmVm {
             apic_id: id,
             cpus: shared.vcpus,
             tsc_deadline: shared.host.kvm.check_extension(Cap::TscDeadlineTimer),
+            model: shared.model,
         };
         let cpuid = cpuid::for_vcpu(shared.host.supported_cpuid()?, topology)?;
         Ok(Box::new(KvmVcpu::new(Arc::clone(shared), id, &cpuid)?))

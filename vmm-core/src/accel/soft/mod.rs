@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use softcpu::{Clock, CpuConfig};
+use softcpu::{Clock, CpuConfig, CpuModel};
 
 use self::bus::SoftBus;
 use self::irqfd::IrqFds;
@@ -85,6 +85,7 @@ impl Hypervisor for SoftHypervisor {
             bus,
             tracking: AtomicBool::new(false),
             vcpus: spec.vcpus,
+            model: spec.model.unwrap_or_default(),
             created: Mutex::new(vec![false; spec.vcpus as usize]),
             irqfds: Arc::default(),
         }))
@@ -113,6 +114,7 @@ struct SoftVm {
     /// Dirty pages are recorded.
     tracking: AtomicBool,
     vcpus: u32,
+    model: CpuModel,
     created: Mutex<Vec<bool>>,
     irqfds: Arc<IrqFds>,
 }
@@ -138,6 +140,7 @@ impl Vm for SoftVm {
             apic_id: id,
             processors: self.vcpus,
             bootstrap: id == 0,
+            model: self.model,
             ..CpuConfig::new(self.clock.clone())
         };
         Ok(Box::new(SoftVcpu::new(

@@ -6,6 +6,7 @@ mod pvpanic;
 mod reset;
 mod rtc;
 mod serial;
+mod testdev;
 
 use std::sync::Arc;
 
@@ -15,6 +16,10 @@ pub use pvpanic::{PVPANIC_PORT, Pvpanic};
 pub use reset::I8042;
 pub use rtc::Rtc;
 pub use serial::{Serial, SerialOutput};
+pub use testdev::{
+    FW_CFG, FwCfg, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE, TEST_SCRATCH, TEST_SCRATCH_BYTES,
+    TestIrqs, TestScratch,
+};
 
 /// What the guest asks of the machine through a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use vmm_core::machine::{
-    AccelChoice, ConsoleConfig, ConsolePortConfig, DiskConfig, GdbConfig, LimitConfig, NetBackendConfig,
-    NetConfig, VmConfig, VsockConfig,
+    AccelChoice, ConsoleConfig, ConsolePortConfig, CpuModelChoice, DiskConfig, GdbConfig, LimitConfig,
+    NetBackendConfig, NetConfig, VmConfig, VsockConfig,
 };
 
 use super::pairs::Pairs;
@@ -59,6 +59,9 @@ pub struct Args {
     /// Accelerator [default: auto].
     #[arg(long, value_enum)]
     accel: Option<Accel>,
+    /// CPU features that the guest has at most [default: all that the accelerator has].
+    #[arg(long, value_enum)]
+    cpu_model: Option<CpuModel>,
     /// A disk: path=FILE,format=FORMAT and, after commas, any of readonly, direct, id=NAME, queues=N, allow=DIR
     /// (of parent images), bps=N, iops=N (may be repeated).
     #[arg(long, value_name = "path=FILE,format=FORMAT,...", value_parser = parse_disk)]
@@ -98,6 +101,17 @@ pub struct Args {
     /// Offer the debug console (port 0xE9) and debug-exit (port 0xF4) ports to test guests.
     #[arg(long)]
     debug_ports: bool,
+    /// Offer what programs of kvm-unit-tests use: debug-exit, scratch and interrupt ports, fw_cfg, scratch memory.
+    #[arg(long)]
+    test_devices: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CpuModel {
+    /// The x86-64 baseline.
+    V1,
+    /// x86-64-v2: adds SSSE3, SSE4.1, SSE4.2 and POPCNT.
+    V2,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -152,6 +166,12 @@ impl Args {
                 Accel::Soft => AccelChoice::Soft,
             };
         }
+        if let Some(model) = self.cpu_model {
+            config.cpu_model = Some(match model {
+                CpuModel::V1 => CpuModelChoice::V1,
+                CpuModel::V2 => CpuModelChoice::V2,
+            });
+        }
         if let Some(console) = self.console {
             config.console = console;
         }
@@ -168,6 +188,7 @@ impl Args {
             config.gdb = self.gdb;
         }
         config.debug_ports |= self.debug_ports;
+        config.test_devices |= self.test_devices;
         for pin in &self.pin {
             let (vcpu, cpus) = parse_pin(pin)?;
             if vcpu >= config.cpus as usize {
@@ -331,6 +352,16 @@ mod tests {
         assert_eq!(config.boot.kernel, PathBuf::from("b"));
         assert_eq!(config.boot.command_line, "x");
         assert_eq!(config.cpu_affinity[3], [0, 1]);
+    }
+
+    #[test]
+    fn a_cpu_model_can_be_chosen() {
+        let config = |line: &[&str]| Args::try_parse_from(line).unwrap().config().unwrap();
+        assert_eq!(config(&["run", "--kernel", "k"]).cpu_model, None);
+        let chosen = config(&["run", "--kernel", "k", "--cpu-model", "v1", "--test-devices"]);
+        assert_eq!(chosen.cpu_model, Some(CpuModelChoice::V1));
+        assert!(chosen.test_devices);
+        assert!(Args::try_parse_from(["run", "--kernel", "k", "--cpu-model", "v9"]).is_err());
     }
 
     #[test]

@@ -1,0 +1,191 @@
+//! The ports that guest programs of kvm-unit-tests use (its `lib/x86`), where QEMU has `pc-testdev` and fw_cfg.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::bus::BusDevice;
+use crate::interrupt::IrqLine;
+
+/// First port of the scratch register that is accessed in any size.
+pub const TEST_SCRATCH: u16 = 0xe0;
+/// First port of the scratch register of four separate bytes.
+pub const TEST_SCRATCH_BYTES: u16 = 0xe8;
+/// Port of the first interrupt line.
+pub const TEST_IRQ: u16 = 0x2000;
+/// Number of interrupt lines.
+pub const TEST_IRQS: u16 = 24;
+/// Address of the scratch memory.
+pub const TEST_MEMORY: u64 = 0xff00_0000;
+/// Bytes of scratch memory.
+pub const TEST_MEMORY_SIZE: usize = 0x1_0000;
+/// The selector port of fw_cfg; the next port holds data.
+pub const FW_CFG: u16 = 0x510;
+
+/// Registers that keep what was written to them.
+pub struct TestScratch {
+    bytes: Mutex<Vec<u8>>,
+}
+
+impl TestScratch {
+    /// `len` bytes, zero at first.
+    pub fn new(len: usize) -> Self {
+        Self { bytes: Mutex::new(vec![0; len]) }
+    }
+}
+
+impl BusDevice for TestScratch {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let bytes = self.bytes.lock();
+        match bytes.get(offset as usize..).and_then(|rest| rest.get(..data.len())) {
+            Some(found) => data.copy_from_slice(found),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut bytes = self.bytes.lock();
+        if let Some(found) = bytes.get_mut(offset as usize..).and_then(|rest| rest.get_mut(..data.len())) {
+            found.copy_from_slice(data);
+        }
+    }
+}
+
+/// Interrupt lines: a byte written to the port of a line raises it, or lowers it if the byte is 0.
+pub struct TestIrqs {
+    lines: Vec<Arc<dyn IrqLine>>,
+}
+
+impl TestIrqs {
+    /// Port n drives line n.
+    pub fn new(lines: Vec<Arc<dyn IrqLine>>) -> Self {
+        Self { lines }
+    }
+}
+
+impl BusDevice for TestIrqs {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(line) = self.lines.get(offset as usize) {
+            line.set_level(data[0] != 0);
+        }
+    }
+}
+
+/// The part of QEMU's fw_cfg that test guests read: a signature, the interface's version, the size of RAM and the number
+/// of processors. A write to the first port selects an item, reads of the second return its bytes, then zeroes.
+pub struct FwCfg {
+    memory: u64,
+    cpus: u16,
+    /// The selected item, and the offset of its next byte.
+    state: Mutex<(u16, usize)>,
+}
+
+impl FwCfg {
+    const SIGNATURE: u16 = 0;
+    const ID: u16 = 1;
+    const RAM_SIZE: u16 = 3;
+    const NB_CPUS: u16 = 5;
+    const MAX_CPUS: u16 = 15;
+
+    /// Tells of a machine with `memory` bytes of RAM and `cpus` processors.
+    pub fn new(memory: u64, cpus: u16) -> Self {
+        Self { memory, cpus, state: Mutex::new((Self::SIGNATURE, 0)) }
+    }
+
+    fn byte(&self, item: u16, at: usize) -> u8 {
+        let value = match item {
+            Self::SIGNATURE => u64::from(u32::from_le_bytes(*b"QEMU")),
+            // The traditional interface, without DMA.
+            Self::ID => 1,
+            Self::RAM_SIZE => self.memory,
+            Self::NB_CPUS | Self::MAX_CPUS => self.cpus.into(),
+            _ => 0,
+        };
+        value.to_le_bytes().get(at).copied().unwrap_or(0)
+    }
+}
+
+impl BusDevice for FwCfg {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset == 1 {
+            let (item, at) = &mut *self.state.lock();
+            data[0] = self.byte(*item, *at);
+            *at = at.saturating_add(1);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (0, &[low, high]) = (offset, data) {
+            *self.state.lock() = (u16::from_le_bytes([low, high]), 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    fn read(device: &dyn BusDevice, offset: u64, len: usize) -> u64 {
+        let mut data = [0; 8];
+        device.read(offset, &mut data[..len]);
+        u64::from_le_bytes(data)
+    }
+
+    #[test]
+    fn scratch_registers_keep_what_was_written() {
+        let scratch = TestScratch::new(4);
+        scratch.write(0, &0x1234_5678u32.to_le_bytes());
+        scratch.write(1, &[0xab]);
+        assert_eq!(read(&scratch, 0, 4), 0x1234_ab78);
+        assert_eq!(read(&scratch, 2, 2), 0x1234);
+        scratch.write(3, &[1, 2]);
+        assert_eq!(read(&scratch, 3, 2), 0xffff, "beyond the end is nothing");
+        assert_eq!(read(&scratch, 3, 1), 0x12);
+    }
+
+    struct Line(Arc<AtomicU32>, u32);
+
+    impl IrqLine for Line {
+        fn set_level(&self, asserted: bool) {
+            match asserted {
+                true => self.0.fetch_or(1 << self.1, Ordering::Relaxed),
+                false => self.0.fetch_and(!(1 << self.1), Ordering::Relaxed),
+            };
+        }
+    }
+
+    #[test]
+    fn a_port_drives_its_interrupt_line() {
+        let levels = Arc::new(AtomicU32::new(0));
+        let lines = (0..3).map(|n| Arc::new(Line(levels.clone(), n)) as Arc<dyn IrqLine>).collect();
+        let irqs = TestIrqs::new(lines);
+        irqs.write(1, &[1]);
+        irqs.write(2, &[0x80]);
+        irqs.write(3, &[1]);
+        assert_eq!(levels.load(Ordering::Relaxed), 0b110);
+        irqs.write(1, &[0]);
+        assert_eq!(levels.load(Ordering::Relaxed), 0b100);
+    }
+
+    #[test]
+    fn fw_cfg_tells_memory_and_processors() {
+        let device = FwCfg::new(0x1_2345_6000, 300);
+        let item = |number: u16, len: usize| {
+            device.write(0, &number.to_le_bytes());
+            (0..len).fold(0, |value, n| value | read(&device, 1, 1) << (8 * n))
+        };
+        assert_eq!(item(FwCfg::SIGNATURE, 4), u64::from(u32::from_le_bytes(*b"QEMU")));
+        assert_eq!(item(FwCfg::ID, 4), 1);
+        assert_eq!(item(FwCfg::RAM_SIZE, 8), 0x1_2345_6000);
+        assert_eq!(item(FwCfg::NB_CPUS, 2), 300);
+        assert_eq!(item(0x1234, 2), 0);
+        assert_eq!(read(&device, 1, 1), 0, "an item that has been read ends in zeroes");
+    }
+}
