@@ -1,7 +1,9 @@
 //! The long run of the differential test against the host's processor:
-//! `difftest [--cases N] [--seed S] [--bits 64|32|16] [--only MNEMONIC] [--jobs J] [--kvm yes]`.
+//! `difftest [--cases N] [--seed S] [--bits 64|32|16] [--only MNEMONIC] [--jobs J] [--kvm yes]
+//! [--translate yes]`.
 //!
-//! With `--kvm yes` single instructions run in a machine of KVM as well, as a third opinion.
+//! With `--kvm yes` single instructions run in a machine of KVM as well, as a third opinion; with `--translate yes` all 64-bit code is
+//! translated to machine code first (feature `native`).
 //! Jobs are processes with consecutive seeds that share the cases. Exits with 1 if anything differs.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -10,7 +12,14 @@ mod difftest;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn main() -> std::process::ExitCode {
-    let mut options = difftest::Options { cases: 10_000_000, seed: 1, mode: None, only: None, kvm: false };
+    let mut options = difftest::Options {
+        cases: 10_000_000,
+        seed: 1,
+        mode: None,
+        only: None,
+        kvm: false,
+        translate: false,
+    };
     let mut jobs = 1;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -29,6 +38,7 @@ fn main() -> std::process::ExitCode {
                 });
             }
             "--kvm" => options.kvm = value == "yes",
+            "--translate" => options.translate = value == "yes",
             "--only" => options.only = Some(value.to_lowercase()),
             _ => panic!("unknown option {argument}"),
         }
@@ -60,6 +70,9 @@ fn spawn(options: &difftest::Options, jobs: u64) -> bool {
             }
             if let Some(only) = &options.only {
                 command.arg("--only").arg(only);
+            }
+            if options.translate {
+                command.args(["--translate", "yes"]);
             }
             if options.kvm {
                 command.args(["--kvm", "yes"]);

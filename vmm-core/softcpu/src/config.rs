@@ -45,6 +45,10 @@ pub struct CpuConfig {
     pub kvm_leaves: bool,
     /// The machine's time source, the same for all its processors.
     pub clock: Arc<Clock>,
+    /// Translate a block of 64-bit code to machine code of the host after it was entered this often; `None` leaves all
+    /// to the interpreter, as does a crate without the feature `native`. Changes nothing that the guest can see but its
+    /// speed.
+    pub translate_after: Option<u32>,
     /// Seeds what the guest can observe as random (RDRAND, RDSEED). `None` uses the host's entropy.
     pub seed: Option<u64>,
 }
@@ -60,11 +64,15 @@ impl CpuConfig {
             model: CpuModel::default(),
             cpuid: Vec::new(),
             kvm_leaves: true,
+            translate_after: cfg!(feature = "native").then_some(TRANSLATE_AFTER),
             clock,
             seed: None,
         }
     }
 }
+
+/// Entries after which a block is worth its translation.
+const TRANSLATE_AFTER: u32 = 64;
 
 /// Family, model and stepping as CPUID function 1 and EDX after a reset report them: family 0x1a, whose
 /// members need the fewest work-arounds in guests.

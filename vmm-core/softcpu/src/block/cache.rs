@@ -26,6 +26,27 @@ struct Jump {
     first: OpPtr,
 }
 
+/// What generated code has to know of the table by linear address.
+#[cfg(feature = "native")]
+pub(super) mod layout {
+    use std::mem::offset_of;
+
+    use super::{BlockCache, JUMPS, Jump};
+
+    /// The table's address within [`BlockCache`].
+    pub const JUMPS_AT: i32 = offset_of!(BlockCache, jumps) as i32;
+    /// The two valid keys within [`BlockCache`].
+    pub const KEYS: i32 = offset_of!(BlockCache, keys) as i32;
+    /// Bits of an entry's index.
+    pub const JUMP_MASK: u32 = JUMPS as u32 - 1;
+    /// An entry's size as a power of two.
+    pub const JUMP_SHIFT: u32 = size_of::<Jump>().trailing_zeros();
+    pub const JUMP_RIP: i32 = offset_of!(Jump, rip) as i32;
+    pub const JUMP_KEY: i32 = offset_of!(Jump, key) as i32;
+    pub const JUMP_FIRST: i32 = offset_of!(Jump, first) as i32;
+    const _: () = assert!(size_of::<Jump>().is_power_of_two());
+}
+
 const NO_JUMP: Jump = Jump { rip: 0, key: 0, block: BlockPtr::NULL, first: OpPtr::NULL };
 
 /// All blocks of one processor.

@@ -194,7 +194,20 @@ impl Cpu {
             builder.instruction(instruction, (total - i) as u8, quiet >> i & 1 != 0);
         }
         let (ops, owned) = builder.finish();
+        #[cfg(feature = "native")]
+        let ops = {
+            let mut ops = ops;
+            let counter = if gpa == NOWHERE || second_page.is_some() {
+                None
+            } else {
+                self.native.counter(mode, &ops[0])
+            };
+            counter.into_iter().for_each(|counter| ops.insert(0, counter));
+            ops
+        };
         Box::new(Block {
+            #[cfg(feature = "native")]
+            native: Default::default(),
             count: total as u32,
             valid: Cell::new(true),
             ops: ops.into_boxed_slice(),
@@ -236,8 +249,20 @@ fn decode_window(bytes: &[u8], offset: usize, mode: u16, page_end: bool) -> Vec<
     result
 }
 
+/// Decodes the instructions of a block that is within one page, as they are in memory now.
+#[cfg(feature = "native")]
+pub(super) fn decode_again(gpa: u64, host: u64, mode: u16) -> Vec<Instruction> {
+    let offset = (gpa % PAGE_SIZE) as usize;
+    let room = PAGE_SIZE as usize - offset;
+    let mut window = [0u8; WINDOW];
+    let len = room.min(WINDOW);
+    // SAFETY: `host` is the address of RAM at `gpa`, and `len` bytes are within its page.
+    unsafe { host::copy(window.as_mut_ptr() as usize as u64, host, len) };
+    decode_window(&window[..len], offset, mode, room <= len)
+}
+
 /// Whether no instruction of the same block can follow.
-fn ends_block(instruction: &Instruction) -> bool {
+pub(super) fn ends_block(instruction: &Instruction) -> bool {
     match slow_handler(instruction) {
         Some((_, goes_on)) => !goes_on,
         None => !matches!(instruction.flow_control(), FlowControl::Next),

@@ -3,6 +3,8 @@
 pub(crate) mod cache;
 mod decode;
 mod liveness;
+#[cfg(feature = "native")]
+pub(crate) mod native;
 pub(crate) mod op;
 mod slow;
 mod translate;
@@ -38,6 +40,9 @@ pub(crate) struct Block {
     pub mode: u16,
     /// Guest-physical address of the second page, if the instruction crosses into it.
     pub second_page: Option<u64>,
+    /// What its code refers to, if it has been translated.
+    #[cfg(feature = "native")]
+    pub native: native::PartsCell,
     /// What operations point to.
     pub _owned: Owned,
 }

@@ -12,6 +12,8 @@ mod transfer;
 use std::sync::Arc;
 
 use crate::block::cache::BlockCache;
+#[cfg(feature = "native")]
+use crate::block::native::Native;
 use crate::block::op::{FS_BASE, GS_BASE, RIP};
 use crate::bus::{Bus, Local};
 use crate::config::CpuConfig;
@@ -125,6 +127,8 @@ pub struct Cpu {
     /// RFLAGS without the status flags.
     pub(crate) flags: u64,
     pub(crate) blocks: BlockCache,
+    #[cfg(feature = "native")]
+    pub(crate) native: Native,
     /// RIP of the block that executes a generic instruction.
     pub(crate) block_start: u64,
     /// What RIP is limited to: 16, 32 or 64 bits.
@@ -234,6 +238,8 @@ impl Cpu {
             user: 0,
             flags: 2,
             blocks: BlockCache::new(),
+            #[cfg(feature = "native")]
+            native: Native::new(config.translate_after),
             block_start: 0,
             rip_mask: 0xffff,
             fpu: FpuState::default(),
@@ -311,6 +317,14 @@ impl Cpu {
     /// How many instructions the processor has executed.
     pub fn executed(&self) -> u64 {
         self.executed
+    }
+
+    /// How many blocks were translated to machine code of the host.
+    pub fn translated(&self) -> u64 {
+        #[cfg(feature = "native")]
+        return self.native.translated;
+        #[cfg(not(feature = "native"))]
+        0
     }
 
     /// How often the guest tried to execute an instruction that this crate does not implement.

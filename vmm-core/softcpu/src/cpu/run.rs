@@ -80,6 +80,10 @@ impl Cpu {
                 return self.deliver_pending();
             }
         };
+        #[cfg(feature = "native")]
+        if crate::block::native::is_due(&first) && !self.translate_block(first) {
+            return None;
+        }
         if u64::from(first.count) > allowed && !single {
             // Exact budgets: the block does not fit any more.
             return self.run_slice(1, true);

@@ -1,11 +1,11 @@
-//! Executable memory for generated stubs. A page is never writable and executable at once.
+//! Executable memory for generated code. A page is never writable and executable at once.
 
 use std::io;
 use std::ptr::NonNull;
 
 /// Address space reserved for stubs. The number of distinct forms is bounded (an opcode, its
 /// immediate byte, register or memory operand), so a guest cannot outgrow it.
-const CAPACITY: usize = 8 << 20;
+const STUBS: usize = 8 << 20;
 const PAGE: usize = 4096;
 
 /// An append-only region of machine code, owned by one virtual CPU.
@@ -15,6 +15,7 @@ const PAGE: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Arena {
     base: NonNull<u8>,
+    capacity: usize,
     used: usize,
 }
 
@@ -22,13 +23,18 @@ pub(crate) struct Arena {
 unsafe impl Send for Arena {}
 
 impl Arena {
-    /// Reserves the address space; no memory is committed yet.
+    /// Room for all stubs.
     pub(crate) fn new() -> io::Result<Self> {
+        Self::with_capacity(STUBS)
+    }
+
+    /// Reserves the address space, a multiple of the page size; no memory is committed yet.
+    pub(crate) fn with_capacity(capacity: usize) -> io::Result<Self> {
         // SAFETY: an anonymous private mapping at an address that the kernel chooses.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                CAPACITY,
+                capacity,
                 libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
@@ -39,14 +45,34 @@ impl Arena {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { base, used: 0 })
+        Ok(Self { base, capacity, used: 0 })
+    }
+
+    /// Bytes in use.
+    #[cfg(feature = "native")]
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Where the next code will be.
+    #[cfg(feature = "native")]
+    pub(crate) fn next_address(&self) -> u64 {
+        self.base.as_ptr() as u64 + self.used.next_multiple_of(16) as u64
+    }
+
+    /// Forgets all but the first `used` bytes.
+    #[cfg(feature = "native")]
+    pub(crate) fn truncate(&mut self, used: usize) {
+        self.used = self.used.min(used);
     }
 
     /// Copies `code` into the arena and returns the address where it can be called.
     pub(crate) fn append(&mut self, code: &[u8]) -> io::Result<NonNull<u8>> {
         let start = self.used.next_multiple_of(16);
-        let end =
-            start.checked_add(code.len()).filter(|&end| end <= CAPACITY).ok_or(io::ErrorKind::OutOfMemory)?;
+        let end = start
+            .checked_add(code.len())
+            .filter(|&end| end <= self.capacity)
+            .ok_or(io::ErrorKind::OutOfMemory)?;
         let first = start / PAGE * PAGE;
         let length = end.next_multiple_of(PAGE) - first;
         self.protect(first, length, libc::PROT_READ | libc::PROT_WRITE)?;
@@ -72,7 +98,7 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         // SAFETY: the mapping was made in `new` with this length and nothing runs in it any more.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), CAPACITY) };
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.capacity) };
     }
 }
 
@@ -100,7 +126,7 @@ mod tests {
     #[test]
     fn a_full_arena_is_an_error() {
         let mut arena = Arena::new().expect("arena");
-        assert!(arena.append(&vec![0xcc; CAPACITY + 1]).is_err());
+        assert!(arena.append(&vec![0xcc; STUBS + 1]).is_err());
         assert!(arena.append(&[0xc3]).is_ok());
     }
 }

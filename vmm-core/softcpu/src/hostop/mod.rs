@@ -22,7 +22,11 @@ mod stub;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "native")]
+pub(crate) use arena::Arena;
 pub(crate) use handlers::choose;
 pub(crate) use op::{HostOp, translate};
+#[cfg(feature = "native")]
+pub(crate) use op::{depends_on_mxcsr, may_be_misaligned};
 pub(crate) use resident::Resident;
 pub(crate) use stub::StubCache;

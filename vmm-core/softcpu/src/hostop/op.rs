@@ -231,7 +231,7 @@ fn unit(instruction: &Instruction, stubs: &StubCache) -> Option<Unit> {
 }
 
 /// Whether rounding, denormal handling or exception bits of MXCSR take part.
-fn depends_on_mxcsr(mnemonic: M) -> bool {
+pub(crate) fn depends_on_mxcsr(mnemonic: M) -> bool {
     matches!(
         mnemonic,
         M::Addps
@@ -310,7 +310,8 @@ fn depends_on_mxcsr(mnemonic: M) -> bool {
     )
 }
 
-fn may_be_misaligned(mnemonic: M) -> bool {
+/// Whether a memory operand of 16 bytes may be at any address.
+pub(crate) fn may_be_misaligned(mnemonic: M) -> bool {
     matches!(
         mnemonic,
         // As on AMD processors.

@@ -23,6 +23,10 @@ pub(crate) struct Resident {
 }
 
 impl Resident {
+    /// Where generated code finds whether MXCSR is resident: a byte that is not 0 then.
+    #[cfg(feature = "native")]
+    pub(crate) const MXCSR: usize = std::mem::offset_of!(Self, mxcsr);
+
     /// Moves what is resident back to `fpu` and gives the host's registers back to the host.
     #[inline(always)]
     pub(crate) fn settle(&mut self, fpu: &mut FpuState) {

@@ -54,6 +54,8 @@ pub struct Options {
     pub only: Option<String>,
     /// Run single instructions in a machine of KVM as well.
     pub kvm: bool,
+    /// Translate everything to machine code before it is executed.
+    pub translate: bool,
 }
 
 /// What a run found.
@@ -85,7 +87,11 @@ pub fn run(options: &Options) -> Summary {
         .flat_map(|mode| forms::all(mode, options.only.as_deref()).into_iter().map(move |form| (mode, form)))
         .collect();
     assert!(!forms.is_empty(), "no such mnemonic");
-    let mut machines = Machines { native: Native::new(), soft: Soft::new(), kvm: options.kvm.then(Kvm::new) };
+    let mut machines = Machines {
+        native: Native::new(),
+        soft: Soft::new(options.translate),
+        kvm: options.kvm.then(Kvm::new),
+    };
     machines.fill_read_only(&mut Random::new(options.seed));
     let mut random = Random::new(options.seed);
     let mut summary = Summary { forms: forms.len(), ..Summary::default() };
@@ -103,6 +109,12 @@ pub fn run(options: &Options) -> Summary {
         next += 1;
         machines.test_form(*mode, form, &mut random, &mut summary);
     }
+    let translated = machines.soft.translated();
+    assert_eq!(
+        options.translate,
+        translated > 0,
+        "{translated} blocks translated; is the feature `native` on?"
+    );
     summary
 }
 

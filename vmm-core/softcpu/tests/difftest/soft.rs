@@ -68,7 +68,7 @@ pub struct Soft {
 }
 
 impl Soft {
-    pub fn new() -> Self {
+    pub fn new(translate: bool) -> Self {
         // SAFETY: zeroes are valid for an array of bytes.
         let ram = Box::into_raw(unsafe { Box::<Ram>::new_zeroed().assume_init() });
         let memory = Arc::new(GuestMemory::new());
@@ -78,10 +78,16 @@ impl Soft {
         // All extensions that the processor can execute, whatever the model has.
         let all = |leaf| CpuidEntry { leaf, subleaf: None, output: [u32::MAX; 4] };
         config.cpuid = vec![all(1), all(7)];
+        config.translate_after = translate.then_some(0);
         let cpu = Cpu::new(config, memory.clone(), Arc::new(NoDevices), Box::new(NoApic));
         let soft = Self { cpu, memory, ram, base: guest::user_state() };
         guest::build(&mut |gpa, value| soft.memory.write(gpa, &value.to_le_bytes()).expect("RAM"));
         soft
+    }
+
+    /// How many blocks were translated.
+    pub fn translated(&self) -> u64 {
+        self.cpu.translated()
     }
 
     /// Places an instruction or a sequence.

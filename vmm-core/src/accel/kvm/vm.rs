@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use super::cpuid::{self, Topology};
 use super::interrupts::{self, Line, MsiRoutes, Vector};
 use super::vcpu::KvmVcpu;
-use super::{Host, chipset, failed, sys};
+use super::{Host, KvmHypervisor, chipset, failed, sys};
 use crate::accel::{
     AccelError, ChipsetState, CpuModel, IOAPIC_PINS, IoAddress, IoBus, PicState, Vcpu, Vm, VmSpec,
 };
@@ -45,6 +45,11 @@ impl KvmVm {
         let most = host.kvm.get_max_vcpus().min(255) as u32;
         if spec.vcpus == 0 || spec.vcpus > most {
             return Err(AccelError::Unsupported(format!("{} vCPUs; ask for 1 to {most}", spec.vcpus)));
+        }
+        if spec.model.is_some() && KvmHypervisor::is_software() {
+            let why =
+                "a CPU model: guests of the module kvm_pvm execute CPUID themselves; leave the model out";
+            return Err(AccelError::Unsupported(why.into()));
         }
         if spec.memory.regions().len() > host.kvm.get_nr_memslots() {
             return Err(AccelError::Unsupported("that many memory regions".into()));
