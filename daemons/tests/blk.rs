@@ -32,16 +32,20 @@ impl Daemon {
         }
         disk.close().unwrap();
         drop(disk);
+        Daemon { child: Self::spawn(dir.path()), dir }
+    }
+
+    fn spawn(dir: &Path) -> Child {
         let mut child = Command::new(env!("CARGO_BIN_EXE_nacre-blk"))
             .args(["--export", "name=disk,path=disk.qcow2,format=qcow2", "--unix", "nbd", "--api", "api"])
-            .current_dir(dir.path())
+            .current_dir(dir)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "listening unix nbd\n");
-        Daemon { dir, child }
+        child
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -223,4 +227,15 @@ fn disks_are_copied_and_migrated() {
         check(&path);
         assert_eq!((read(&path, MIB), read(&path, 4 * MIB), read(&path, 5 * MIB)), values, "{name}");
     }
+}
+
+#[test]
+fn a_killed_daemon_starts_again_where_it_was() {
+    let mut daemon = Daemon::start(false);
+    daemon.child.kill().unwrap();
+    daemon.child.wait().unwrap();
+    assert!(daemon.at("nbd").exists() && daemon.at("api").exists(), "the killed daemon left its sockets");
+    daemon.child = Daemon::spawn(daemon.dir.path());
+    UnixStream::connect(daemon.at("nbd")).unwrap();
+    daemon.ok(json!({ "command": "list" }));
 }

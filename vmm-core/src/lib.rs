@@ -9,6 +9,7 @@
 //! - [`pci`] and [`devices`]: PCI, the chipset's legacy devices, and virtio.
 //! - [`acpi`]: the tables that describe the machine to the guest.
 //! - [`boot`]: kernel and firmware loaders.
+//! - [`socket`]: Unix sockets that clients connect to.
 //! - [`machine`]: composes all of these into a running virtual machine.
 //!
 //! Most programs want a [`machine::Vm`]. Which accelerators work on this host, and how fast, is measured, not assumed:
@@ -41,3 +42,4 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod pci;
+pub mod socket;

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -224,9 +225,15 @@ impl Server {
         exports.iter().map(info).collect()
     }
 
-    /// Listens on a Unix socket, which must not exist; it is removed with the server.
+    /// Listens on a Unix socket, which is removed with the server. One that nobody listens at any more, as a killed
+    /// process leaves it, is replaced.
     pub fn listen_unix(&self, path: &Path) -> Result<()> {
         let fail = |e| Error::io("listen on", path.display().to_string(), e);
+        if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
+            && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+        {
+            std::fs::remove_file(path).map_err(fail)?;
+        }
         let listener = UnixListener::bind(path).map_err(fail)?;
         self.accept(Listener::Unix(listener), Some(path.to_owned())).map_err(fail)
     }

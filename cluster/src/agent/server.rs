@@ -1,7 +1,7 @@
 //! The API on a Unix socket: one JSON object a line, one answer a line.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,10 +36,9 @@ impl ApiServer {
     /// # Errors
     /// The path cannot be used, or an agent answers there already.
     pub fn start(path: &Path, agent: AgentHandle) -> io::Result<Self> {
-        if UnixStream::connect(path).is_ok() {
-            return Err(io::ErrorKind::AddrInUse.into());
-        }
-        if path.exists() {
+        if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
+            && UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused)
+        {
             std::fs::remove_file(path)?;
         }
         let listener = UnixListener::bind(path)?;

@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -211,14 +211,10 @@ impl Console {
 
 fn listen(path: &Path) -> Result<UnixListener, ConsoleError> {
     let fail = |source| ConsoleError::Path { path: path.to_owned(), source };
-    // A socket that nobody answers at is left over from a process that was killed.
-    if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
-        if UnixStream::connect(path).is_ok() {
-            return Err(ConsoleError::InUse { path: path.to_owned() });
-        }
-        std::fs::remove_file(path).map_err(fail)?;
-    }
-    let listener = UnixListener::bind(path).map_err(fail)?;
+    let listener = crate::socket::listen(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => ConsoleError::InUse { path: path.to_owned() },
+        _ => fail(error),
+    })?;
     listener.set_nonblocking(true).map_err(fail)?;
     Ok(listener)
 }
@@ -361,6 +357,7 @@ mod tests {
     use super::*;
     use crate::bus::BusDevice;
     use crate::interrupt::IrqLine;
+    use std::os::unix::net::UnixStream;
 
     struct NoLine;
 

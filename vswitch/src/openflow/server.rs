@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -167,18 +166,11 @@ impl Drop for OpenFlowServer {
     }
 }
 
-/// Listens on a Unix socket; one that nobody serves any more is replaced. Its rights are the owner's alone: who may
-/// connect may change every rule.
+/// Listens on a Unix socket. Its rights are the owner's alone: who may connect may change every rule.
 fn listen_unix(path: &Path) -> Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt;
     let fail = |e| Error::io(format!("listen on {}", path.display()), e);
-    if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
-        if UnixStream::connect(path).is_ok() {
-            return Err(Error::SocketInUse(path.into()));
-        }
-        std::fs::remove_file(path).map_err(fail)?;
-    }
-    let l = UnixListener::bind(path).map_err(fail)?;
+    let l = crate::port::stream::listen(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
     l.set_nonblocking(true).map_err(fail)?;
     Ok(l)

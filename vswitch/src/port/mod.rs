@@ -5,7 +5,7 @@ mod capture;
 mod endpoint;
 mod netdev;
 mod patch;
-mod stream;
+pub(crate) mod stream;
 mod vhost;
 
 use std::os::fd::RawFd;

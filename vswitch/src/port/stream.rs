@@ -115,7 +115,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
     let fail = |e| Error::io(format!("listen on {}", path.display()), e);
     match fs::symlink_metadata(path) {
         Ok(m) if m.file_type().is_socket() => {
-            if UnixStream::connect(path).is_ok() {
+            if !UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
                 return Err(Error::SocketInUse(path.to_path_buf()));
             }
             fs::remove_file(path).map_err(fail)?;

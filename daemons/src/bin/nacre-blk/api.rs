@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,7 +45,7 @@ pub struct Api {
 impl Api {
     pub fn start(path: &Path, exports: Exports) -> Result<Self> {
         let context = || format!("Cannot listen on {}", path.display());
-        let listener = UnixListener::bind(path).with_context(context)?;
+        let listener = vmm_core::socket::listen(path).with_context(context)?;
         // Whoever may write to the socket may open any image.
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).with_context(context)?;
         let stop = Arc::new(AtomicBool::new(false));

@@ -51,7 +51,7 @@ impl Listener {
             GdbConfig::Tcp(address) => TcpListener::bind(address.as_str())
                 .map(Self::Tcp)
                 .map_err(|source| GdbError::Listen { address: address.clone(), source }),
-            GdbConfig::Unix(path) => UnixListener::bind(path)
+            GdbConfig::Unix(path) => crate::socket::listen(path)
                 .map(|listener| Self::Unix(listener, path.clone()))
                 .map_err(|source| GdbError::Listen { address: path.display().to_string(), source }),
         }

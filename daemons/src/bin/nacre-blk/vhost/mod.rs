@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use blockfmt::Disk;
 use request::{Limits, execute};
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -229,11 +229,11 @@ pub struct Export {
 }
 
 impl Export {
-    /// Listens on a socket, which must not exist.
+    /// Listens on a socket.
     pub fn start(path: &Path, disk: Disk, name: &str, read_only: bool, queues: u16) -> Result<Self> {
         anyhow::ensure!((1..=MAX_QUEUES).contains(&queues), "An export has 1 to {MAX_QUEUES} queues");
         let listener =
-            UnixListener::bind(path).with_context(|| format!("Cannot listen on {}", path.display()))?;
+            vmm_core::socket::listen(path).with_context(|| format!("Cannot listen on {}", path.display()))?;
         let device = Device::new(disk, name, read_only, queues);
         let shared = Arc::new(Shared::default());
         let ours = shared.clone();

@@ -1,7 +1,7 @@
 //! Counters of the running machine on a Unix socket, over HTTP, for Prometheus and people with curl.
 
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -25,7 +25,7 @@ pub struct Server {
 
 impl Server {
     pub fn start(path: &Path, vm: Weak<Vm>) -> anyhow::Result<Self> {
-        let listener = UnixListener::bind(path)
+        let listener = vmm_core::socket::listen(path)
             .with_context(|| format!("Cannot offer metrics at {}; use another path", path.display()))?;
         let done = Arc::new(AtomicBool::new(false));
         let ended = done.clone();

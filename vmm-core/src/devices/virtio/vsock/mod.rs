@@ -40,7 +40,7 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// A device whose guest has this CID (3 to 2^32 - 2), bridged at `path`, which must not exist.
+    /// A device whose guest has this CID (3 to 2^32 - 2), bridged at `path`; see [`socket::listen`](crate::socket::listen).
     ///
     /// # Errors
     /// Fails when the CID is reserved or the socket cannot be made.
@@ -49,7 +49,7 @@ impl Vsock {
             let message = format!("CID {cid} is reserved; use 3 to 4294967294");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
-        let listener = UnixListener::bind(path)?;
+        let listener = crate::socket::listen(path)?;
         listener.set_nonblocking(true)?;
         let path = path.to_owned();
         Ok(Arc::new(Self {
