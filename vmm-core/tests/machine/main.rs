@@ -5,6 +5,7 @@
 mod debian;
 mod gdb;
 mod guest;
+mod images;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
