@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Nanoseconds since the clock's own epoch.
 pub type Nanos = u64;
@@ -14,6 +14,8 @@ pub type Nanos = u64;
 pub const SECOND: Nanos = 1_000_000_000;
 /// One millisecond in [`Nanos`].
 pub const MILLISECOND: Nanos = 1_000_000;
+/// What a new clock shows.
+const START: Nanos = 3600 * SECOND;
 
 /// A time source; clones share the same time.
 #[derive(Clone, Debug)]
@@ -21,28 +23,39 @@ pub struct Clock(Source);
 
 #[derive(Clone, Debug)]
 enum Source {
-    Monotonic(Instant),
+    /// When it was made, and the wall-clock time then, in nanoseconds since 1970.
+    Monotonic(Instant, u64),
     Virtual(Arc<AtomicU64>),
 }
 
 impl Clock {
     /// The host's monotonic clock. Its epoch lies one hour in the past, so that no timestamp is near zero.
     pub fn monotonic() -> Self {
-        Self(Source::Monotonic(Instant::now()))
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+        Self(Source::Monotonic(Instant::now(), wall))
     }
 
     /// A clock that stands still until [`Clock::advance`].
     pub fn manual() -> Self {
-        Self(Source::Virtual(Arc::new(AtomicU64::new(3600 * SECOND))))
+        Self(Source::Virtual(Arc::new(AtomicU64::new(START))))
     }
 
     /// The present time.
     #[inline]
     pub fn now(&self) -> Nanos {
         match &self.0 {
-            Source::Monotonic(start) => 3600 * SECOND + start.elapsed().as_nanos() as u64,
+            Source::Monotonic(start, _) => START + start.elapsed().as_nanos() as u64,
             Source::Virtual(t) => t.load(Ordering::Relaxed),
         }
+    }
+
+    /// The date that belongs to a time of this clock, in nanoseconds since 1970. A virtual clock starts in 2001.
+    pub fn date(&self, at: Nanos) -> u64 {
+        let wall = match &self.0 {
+            Source::Monotonic(_, wall) => *wall,
+            Source::Virtual(_) => 1_000_000_000 * SECOND,
+        };
+        (wall + at).saturating_sub(START)
     }
 
     /// Moves a virtual clock forward; a monotonic clock ignores it.
@@ -75,5 +88,6 @@ mod tests {
         assert_eq!(c.now(), t);
         c.clone().advance(Duration::from_secs(3));
         assert_eq!(c.now(), t + 3 * SECOND);
+        assert_eq!(c.date(c.now()), 1_000_000_003 * SECOND);
     }
 }

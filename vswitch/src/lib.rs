@@ -34,6 +34,7 @@ mod bond;
 mod clock;
 mod config;
 mod conntrack;
+pub mod control;
 mod datapath;
 mod error;
 mod event;
@@ -45,20 +46,24 @@ pub mod packet;
 pub mod pipeline;
 mod port;
 mod port_config;
+mod put;
 mod security;
 mod service;
 mod shared;
 mod stats;
 mod switch;
 mod switch_bonds;
-mod switch_config;
 mod switch_flows;
 mod sys;
+mod telemetry;
 
 pub use address::{IpPrefix, MacAddr};
 pub use bond::{BondConfig, BondMode};
 pub use clock::{Clock, MILLISECOND, Nanos, SECOND};
-pub use config::{MirrorConfig, PortKind, PortSpec, SwitchConfig};
+pub use config::{
+    ActionConfig, FlowConfig, MatchConfig, MirrorConfig, PortKind, PortSpec, PortState, StaticMac,
+    SwitchConfig,
+};
 pub use conntrack::{ConnRow, state as ct_state};
 pub use datapath::verdict::{DropReason, RuleStats};
 pub use error::{Error, Result};
@@ -68,8 +73,8 @@ pub use packet::offload::OffloadCaps;
 pub use packet::{Burst, Offload, Packet};
 pub use pipeline::MeterConfig;
 pub use port::{
-    Batch, CapturePort, Endpoint, EndpointPort, NetdevPort, PORT_MAX, PatchPort, Port, PortId, StreamMode,
-    StreamPort, VhostUserOptions, VhostUserPort,
+    Batch, CapturePort, Endpoint, EndpointPort, NetdevPort, PORT_MAX, PatchPanel, PatchPort, Port, PortId,
+    StreamMode, StreamPort, VhostUserOptions, VhostUserPort,
 };
 pub use port_config::{Binding, PortConfig, StormControl, VLAN_MAX, VlanMode, VlanSet};
 pub use security::{Direction, Protocol, Remote, SecurityGroup, SecurityRule};
@@ -77,4 +82,4 @@ pub use service::{GatewayConfig, GatewayPort, Lease};
 pub use shared::Mirror;
 pub use stats::{PortStats, SIZE_CLASSES};
 pub use switch::{PortInfo, Switch, SwitchBuilder};
-pub use switch_config::PortState;
+pub use telemetry::{FlowExportConfig, FlowProtocol, SflowConfig, Talker, TelemetryConfig};

@@ -244,9 +244,26 @@ impl MacTable {
         self.ageing.store(seconds, Ordering::Relaxed);
     }
 
-    /// Fixes an address to a port, replacing what was learned.
+    /// Fixes an address to a port, replacing what was learned. One that is fixed there already stays as it is.
     pub fn add_static(&self, vlan: u16, mac: u64, port: PortId) {
-        self.insert(vlan, mac, port, true, 0);
+        if !self.is_static(vlan, mac, port) {
+            self.insert(vlan, mac, port, true, 0);
+        }
+    }
+
+    /// Whether an address is fixed to this port.
+    pub fn is_static(&self, vlan: u16, mac: u64, port: PortId) -> bool {
+        let (shard, _) = self.slot(vlan, mac);
+        self.shards[shard].read().get(&(vlan, mac)).is_some_and(|e| e.fixed && e.port() == port)
+    }
+
+    /// Forgets an address if it is fixed to this port.
+    pub fn remove_static(&self, vlan: u16, mac: u64, port: PortId) {
+        if self.is_static(vlan, mac, port) {
+            let (shard, bucket) = self.slot(vlan, mac);
+            self.shards[shard].write().remove(&(vlan, mac));
+            self.bump(bucket);
+        }
     }
 
     fn insert(&self, vlan: u16, mac: u64, port: PortId, fixed: bool, seen: u64) {

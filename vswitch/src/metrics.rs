@@ -40,6 +40,11 @@ impl Switch {
         for (reason, n) in self.drops() {
             writeln!(out, "nacre_switch_drops_total{{reason=\"{reason}\"}} {n}")?;
         }
+        let decisions = self.slow_path_decisions();
+        writeln!(
+            out,
+            "# TYPE nacre_switch_slow_path_total counter\nnacre_switch_slow_path_total {decisions}"
+        )?;
         for (name, n) in [
             ("mac_addresses", self.mac_table().len() as u64),
             ("mac_flaps", self.mac_flaps()),

@@ -33,7 +33,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    fn number(self, ipv6: bool) -> u8 {
+    pub(crate) fn number(self, ipv6: bool) -> u8 {
         match self {
             Protocol::Tcp => TCP,
             Protocol::Udp => UDP,

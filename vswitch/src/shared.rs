@@ -13,11 +13,12 @@ use crate::datapath::verdict::DropReason;
 use crate::event::{Event, Events};
 use crate::mac_table::MacTable;
 use crate::packet::vlan::{TPID_C, VlanOp};
-use crate::pipeline::{FlowEntry, FlowFilter, FlowSpec, Meter, MeterConfig, Tables};
+use crate::pipeline::{ChangeLog, FlowChange, FlowEntry, FlowFilter, FlowSpec, Meter, MeterConfig, Tables};
 use crate::port::{PORT_MAX, Port, PortId};
 use crate::port_config::PortConfig;
 use crate::security::SecurityGroups;
 use crate::stats::StatsCell;
+use crate::telemetry::Telemetry;
 
 /// Rate limits of a port, in operation.
 #[derive(Debug, Default)]
@@ -137,8 +138,12 @@ impl PortTable {
 pub(crate) struct Shared {
     pub clock: Clock,
     pub workers: usize,
-    /// Grows with every change that can alter a decision; workers then forget their caches.
+    /// Grows with every change, other than of rules, that can alter a decision; workers then forget their caches.
     pub generation: AtomicU64,
+    /// Changes of rules; workers then forget what these reach.
+    pub flow_changes: ChangeLog,
+    /// Decisions of the slow path.
+    pub decisions: AtomicU64,
     pub ports: ArcSwap<PortTable>,
     pub macs: MacTable,
     pub conntrack: Conntrack,
@@ -152,14 +157,18 @@ pub(crate) struct Shared {
     pub links: Mutex<Vec<PortId>>,
     /// Grows when workers are to add up the counters of their flows.
     pub stats_epoch: AtomicU64,
+    pub telemetry: Telemetry,
 }
 
 impl Shared {
     pub fn new(clock: Clock, workers: usize) -> Self {
         Self {
+            telemetry: Telemetry::new(clock.now()),
             clock,
             workers,
             generation: AtomicU64::new(1),
+            flow_changes: ChangeLog::default(),
+            decisions: AtomicU64::new(0),
             ports: ArcSwap::default(),
             macs: MacTable::default(),
             conntrack: Conntrack::default(),
@@ -174,34 +183,28 @@ impl Shared {
         }
     }
 
-    /// Makes every cached decision stale. Call it after the change.
+    /// Makes every cached decision stale. Call it after the change, unless that was one of rules only: those are told
+    /// to `flow_changes`.
     pub fn invalidate(&self) {
         self.generation.fetch_add(1, Ordering::Release);
     }
 
     /// Adds rules that a packet taught. One that is there already stays as it is.
     pub fn learn(&self, specs: Vec<FlowSpec>) {
-        let mut changed = false;
+        let mut changed = Vec::new();
         let mut tables = self.tables.write();
         for spec in specs {
-            let same = FlowFilter {
-                table: Some(spec.table),
-                matches: spec.matches,
-                strict: Some(spec.priority),
-                ..FlowFilter::default()
-            };
-            if tables.select(&same).iter().any(|e| e.spec == spec) {
+            if tables.select(&FlowFilter::exactly(&spec)).iter().any(|e| e.spec == spec) {
                 continue;
             }
+            let change = FlowChange::from(&spec);
             match tables.add(spec, self.clock.now()) {
-                Ok(()) => changed = true,
+                Ok(()) => changed.push(change),
                 Err(e) => tracing::warn!(error = %e, "cannot learn a rule"),
             }
         }
         drop(tables);
-        if changed {
-            self.invalidate();
-        }
+        self.flow_changes.add(changed);
     }
 
     /// Tells of rules that went.

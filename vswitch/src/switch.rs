@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::address::IpPrefix;
 use crate::clock::{Clock, SECOND};
-use crate::config::SwitchConfig;
+use crate::config::Applied;
 use crate::datapath::thread::WorkerHandle;
 use crate::datapath::translate::Translation;
 use crate::datapath::worker::Forwarder;
@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::mac_table::MacRow;
 use crate::packet::key;
-use crate::pipeline::{Action, FlowEntry, FlowSpec, Instructions};
-use crate::port::{PORT_MAX, Port, PortId};
+use crate::pipeline::{Action, Fields, FlowChange, FlowEntry, FlowSpec, Instructions};
+use crate::port::{PORT_MAX, PatchPanel, Port, PortId};
 use crate::port_config::PortConfig;
 use crate::security::SecurityGroups;
 use crate::shared::{PortEntry, PortLimits, PortTable, Shared};
@@ -38,6 +38,7 @@ pub struct SwitchBuilder {
     workers: Option<usize>,
     cores: Vec<usize>,
     clock: Clock,
+    panel: PatchPanel,
 }
 
 impl SwitchBuilder {
@@ -63,13 +64,19 @@ impl SwitchBuilder {
         self
     }
 
+    /// Where configurations find the cables of their patch ports. Switches with the same panel can be patched to each
+    /// other.
+    #[must_use]
+    pub fn patch_panel(mut self, panel: PatchPanel) -> Self {
+        self.panel = panel;
+        self
+    }
+
     /// Starts the switch, with no port yet.
     pub fn build(self) -> Result<Switch> {
         let workers = self.workers.unwrap_or(1);
         let shared = Arc::new(Shared::new(self.clock, workers.max(1)));
-        let normal =
-            FlowSpec { instructions: Instructions::apply(vec![Action::Normal]), ..FlowSpec::default() };
-        shared.tables.write().add(normal, shared.clock.now())?;
+        shared.tables.write().add(default_rule(), shared.clock.now())?;
         let mut handles = Vec::new();
         for id in 0..workers {
             handles.push(WorkerHandle::start(shared.clone(), id, self.cores.get(id).copied())?);
@@ -80,6 +87,7 @@ impl SwitchBuilder {
             shared,
             control: Mutex::default(),
             applied: Mutex::default(),
+            panel: self.panel,
             manual,
             _housekeeper: housekeeper,
             workers: handles,
@@ -93,7 +101,9 @@ pub struct Switch {
     /// Held by operations that change the configuration.
     pub(crate) control: Mutex<()>,
     /// The configuration applied last.
-    pub(crate) applied: Mutex<Option<SwitchConfig>>,
+    pub(crate) applied: Mutex<Option<Applied>>,
+    /// Cables of patch ports in configurations.
+    pub(crate) panel: PatchPanel,
     pub(crate) manual: Option<Mutex<Forwarder>>,
     _housekeeper: Option<Housekeeper>,
     workers: Vec<WorkerHandle>,
@@ -249,10 +259,12 @@ impl Switch {
         let key = key::extract(head, port);
         let tables = self.shared.tables.read();
         let mut t = Translation::new(&self.shared, &ports, &tables, self.shared.clock.now(), head, key);
-        t.trace = Some(vec![format!("in by port {port} ({}): {key:?}", entry.name)]);
+        let mut present = key::FlowKey::default();
+        key::ALL_FIELDS.iter().filter(|f| key.get(**f) != 0).for_each(|f| present.mark(*f));
+        t.trace = Some(vec![format!("in by port {port} ({}): {}", entry.name, Fields(&key, &present))]);
         t.run();
         let mut lines = t.trace.take().unwrap_or_default();
-        lines.push(format!("depends on: {:?}", t.mask));
+        lines.push(format!("decided by: {}", Fields(&key, &t.mask)));
         Ok(lines)
     }
 
@@ -314,9 +326,16 @@ impl Switch {
 
 impl Drop for Switch {
     fn drop(&mut self) {
+        self.barrier();
+        self.shared.telemetry.flush(&self.shared.clock);
         // Workers first: they use the ports.
         self.workers.clear();
     }
+}
+
+/// The rule that a new switch has: it switches as a learning bridge does.
+pub(crate) fn default_rule() -> FlowSpec {
+    FlowSpec { instructions: Instructions::apply(vec![Action::Normal]), ..FlowSpec::default() }
 }
 
 /// The bound addresses of the ports in each security group.
@@ -339,9 +358,10 @@ fn housekeep(shared: &Shared) {
     shared.macs.age(now);
     shared.conntrack.expire(now);
     shared.stats_epoch.fetch_add(1, Ordering::Relaxed);
+    shared.telemetry.tick(shared, now);
     let expired = shared.tables.write().expire(now);
     if !expired.is_empty() {
-        shared.invalidate();
+        shared.flow_changes.add(expired.iter().map(|e| FlowChange::from(&e.spec)));
         let hard = |e: &FlowEntry| {
             let limit = u64::from(e.spec.hard_timeout) * SECOND;
             u8::from(limit != 0 && now.saturating_sub(e.created) >= limit)

@@ -1,18 +1,24 @@
 //! Operations on the flow pipeline and other policies of a [`Switch`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::conntrack::ConnRow;
 use crate::datapath::verdict::DropReason;
 use crate::datapath::worker::Forwarder;
 use crate::error::{Error, Result};
 use crate::event::Subscription;
-use crate::pipeline::{Action, FlowEntry, FlowFilter, FlowSpec, Group, Instructions, Meter, MeterConfig};
+use crate::pipeline::{
+    Action, FlowChange, FlowEntry, FlowFilter, FlowSpec, Group, Instructions, Meter, MeterConfig,
+};
 use crate::port::PortId;
 use crate::security::{SecurityGroup, SecurityGroups};
 use crate::shared::Mirror;
-use crate::switch::Switch;
+use crate::switch::{Switch, default_rule};
+
+/// OpenFlow's reason for a rule that was deleted.
+const DELETED: u8 = 2;
 
 impl Switch {
     /// Adds a rule; one with the same table, match and priority is replaced.
@@ -26,25 +32,61 @@ impl Switch {
     pub fn add_flows(&self, specs: impl IntoIterator<Item = FlowSpec>) -> Result<()> {
         let now = self.shared.clock.now();
         let mut tables = self.shared.tables.write();
-        let r = specs.into_iter().try_for_each(|s| tables.add(s, now));
+        let mut changes = Vec::new();
+        let r = specs.into_iter().try_for_each(|s| {
+            let change = FlowChange::from(&s);
+            tables.add(s, now).map(|()| changes.push(change))
+        });
         drop(tables);
-        self.shared.invalidate();
+        self.shared.flow_changes.add(changes);
         r
+    }
+
+    /// Replaces the rules `old` by `new`; what is in both stays, with its counters. The default rule comes back when
+    /// one in its place goes. An error changes nothing.
+    pub(crate) fn replace_flows(&self, old: &[FlowSpec], new: &[FlowSpec]) -> Result<()> {
+        let place = |s: &FlowSpec| (s.table, s.priority, s.matches);
+        let kept: HashSet<_> = new.iter().map(place).collect();
+        let same: HashMap<_, _> = old.iter().map(|s| (place(s), s)).collect();
+        let added: Vec<&FlowSpec> = new.iter().filter(|s| same.get(&place(s)) != Some(s)).collect();
+        let gone: Vec<&FlowSpec> = old.iter().filter(|s| !kept.contains(&place(s))).collect();
+        if added.is_empty() && gone.is_empty() {
+            return Ok(());
+        }
+        self.barrier();
+        let now = self.shared.clock.now();
+        let mut tables = self.shared.tables.write();
+        tables.check_room(added.len())?;
+        for s in &added {
+            tables.add((*s).clone(), now)?;
+        }
+        let default = default_rule();
+        let mut removed = Vec::new();
+        for s in gone {
+            removed.extend(tables.remove(&FlowFilter::exactly(s)));
+            if place(s) == place(&default) {
+                tables.add(default.clone(), now)?;
+            }
+        }
+        drop(tables);
+        let removed_specs = removed.iter().map(|e| &e.spec);
+        self.shared.flow_changes.add(added.into_iter().chain(removed_specs).map(FlowChange::from));
+        self.shared.report_removed(&removed, |_| DELETED);
+        Ok(())
     }
 
     /// Changes what the selected rules do; returns how many there were.
     pub fn modify_flows(&self, filter: &FlowFilter, instructions: &Instructions) -> usize {
-        let n = self.shared.tables.write().modify(filter, instructions);
-        self.shared.invalidate();
-        n
+        let changed = self.shared.tables.write().modify(filter, instructions);
+        self.shared.flow_changes.add(changed.iter().map(|e| FlowChange::from(&e.spec)));
+        changed.len()
     }
 
     /// Deletes the selected rules and returns them.
     pub fn delete_flows(&self, filter: &FlowFilter) -> Vec<Arc<FlowEntry>> {
-        const DELETED: u8 = 2;
         self.barrier();
         let removed = self.shared.tables.write().remove(filter);
-        self.shared.invalidate();
+        self.shared.flow_changes.add(removed.iter().map(|e| FlowChange::from(&e.spec)));
         self.shared.report_removed(&removed, |_| DELETED);
         removed
     }
@@ -150,6 +192,11 @@ impl Switch {
     /// Forgets tracked connections (of one zone).
     pub fn flush_connections(&self, zone: Option<u16>) {
         self.shared.conntrack.flush(zone);
+    }
+
+    /// How many packets the slow path decided about; all others met a cached decision.
+    pub fn slow_path_decisions(&self) -> u64 {
+        self.shared.decisions.load(Ordering::Relaxed)
     }
 
     /// Packets dropped by each reason that occurred.

@@ -1,4 +1,5 @@
-//! Property: a switch whose caches are warm decides as one that takes the slow path for every packet.
+//! Property: a switch whose caches are warm decides as one that takes the slow path for every packet, rules that come,
+//! go and change included.
 #![expect(clippy::unwrap_used, reason = "a test ends where a step fails")]
 
 mod common;
@@ -8,10 +9,11 @@ use std::time::Duration;
 use common::{arp, drain, mac, tcp, udp};
 use proptest::prelude::*;
 use vswitch::packet::key::Field;
-use vswitch::pipeline::{Action, ConntrackAction, FlowSpec, Instructions, Match};
+use vswitch::pipeline::{Action, ConntrackAction, FlowFilter, FlowSpec, Instructions, Match};
 use vswitch::{Binding, Endpoint, MacAddr, PortConfig, Switch, VlanMode, VlanSet, ct_state};
 
 const PORTS: usize = 4;
+const RULES: usize = 6;
 
 fn config() -> impl Strategy<Value = PortConfig> {
     let vlan = prop_oneof![
@@ -123,37 +125,130 @@ fn build(configs: &[PortConfig], flows: &[FlowSpec]) -> (Switch, Vec<Endpoint>) 
     (s, ends)
 }
 
+/// What happens to both switches.
+#[derive(Clone, Debug)]
+enum Step {
+    /// A packet comes in by a port after a while.
+    Packet(usize, Vec<u8>, Duration),
+    /// A rule goes, or comes if it is not there.
+    Toggle(usize),
+    /// A rule does something else from now on.
+    Modify(usize, Vec<Action>),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        8 => (0..PORTS, frame(), pause()).prop_map(|(port, f, pause)| Step::Packet(port, f, pause)),
+        1 => (0..RULES).prop_map(Step::Toggle),
+        1 => (0..RULES, actions()).prop_map(|(rule, actions)| Step::Modify(rule, actions)),
+    ]
+}
+
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    proptest::collection::vec(action(), 0..4)
+}
+
+fn only(spec: &FlowSpec) -> FlowFilter {
+    FlowFilter {
+        table: Some(spec.table),
+        matches: spec.matches,
+        strict: Some(spec.priority),
+        ..FlowFilter::default()
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(if std::env::var_os("NACRE_LONG").is_some() { 20_000 } else { 600 }))]
     #[test]
     fn warm_caches_change_nothing(
         configs in proptest::collection::vec(config(), PORTS),
-        flows in proptest::collection::vec((0u8..3, matching(), proptest::collection::vec(action(), 0..4)), 0..6),
-        packets in proptest::collection::vec((0..PORTS, frame(), pause()), 1..60),
+        flows in proptest::collection::vec((0u8..3, matching(), actions()), RULES),
+        at_first in 0..=RULES,
+        steps in proptest::collection::vec(step(), 1..60),
     ) {
         // Distinct priorities: overlapping rules of equal priority have no defined winner.
-        let flows: Vec<FlowSpec> = flows.into_iter().enumerate().map(|(i, (table, matches, actions))| FlowSpec {
+        let mut flows: Vec<FlowSpec> = flows.into_iter().enumerate().map(|(i, (table, matches, actions))| FlowSpec {
             table,
             priority: i as u16 + 1,
             matches,
             instructions: Instructions::apply(actions),
             ..FlowSpec::default()
         }).collect();
-        let (warm, warm_ends) = build(&configs, &flows);
-        let (cold, cold_ends) = build(&configs, &flows);
-        for (n, (port, f, pause)) in packets.iter().enumerate() {
-            warm.clock().advance(*pause);
-            cold.clock().advance(*pause);
-            warm_ends[*port].send(f);
-            warm.poll();
-            // Any change of the configuration empties the caches.
-            cold.set_mirrors(Vec::new());
-            cold_ends[*port].send(f);
-            cold.poll();
+        let (warm, warm_ends) = build(&configs, &flows[..at_first]);
+        let (cold, cold_ends) = build(&configs, &flows[..at_first]);
+        let mut present: Vec<bool> = (0..RULES).map(|i| i < at_first).collect();
+        for (n, step) in steps.iter().enumerate() {
+            match step {
+                Step::Packet(port, f, pause) => {
+                    warm.clock().advance(*pause);
+                    cold.clock().advance(*pause);
+                    warm_ends[*port].send(f);
+                    warm.poll();
+                    // Any other change of the configuration empties the caches.
+                    cold.set_mirrors(Vec::new());
+                    cold_ends[*port].send(f);
+                    cold.poll();
+                }
+                Step::Toggle(i) => {
+                    for s in [&warm, &cold] {
+                        if present[*i] {
+                            s.delete_flows(&only(&flows[*i]));
+                        } else {
+                            s.add_flow(flows[*i].clone()).unwrap();
+                        }
+                    }
+                    present[*i] = !present[*i];
+                }
+                Step::Modify(i, actions) => {
+                    flows[*i].instructions = Instructions::apply(actions.clone());
+                    for s in [&warm, &cold] {
+                        s.modify_flows(&only(&flows[*i]), &flows[*i].instructions);
+                    }
+                }
+            }
             for (i, (w, c)) in warm_ends.iter().zip(&cold_ends).enumerate() {
-                prop_assert_eq!(drain(w), drain(c), "packet {} at output {}", n, i + 1);
+                prop_assert_eq!(drain(w), drain(c), "step {} at output {}", n, i + 1);
             }
         }
         prop_assert_eq!(warm.mac_table(), cold.mac_table());
     }
+}
+
+#[test]
+fn a_rule_leaves_other_flows_in_the_cache() {
+    let s = common::switch();
+    let (a_id, a) = common::port(&s, "a", PortConfig::default());
+    let (b_id, b) = common::port(&s, "b", PortConfig::default());
+    let to = |dport: u16, out| FlowSpec {
+        priority: 5,
+        matches: Match::default()
+            .field(Field::InPort, a_id.into())
+            .field(Field::EthType, 0x800)
+            .field(Field::IpProto, 17)
+            .field(Field::TpDst, dport.into()),
+        instructions: Instructions::apply(vec![Action::Output(out)]),
+        ..FlowSpec::default()
+    };
+    s.add_flows((0..50).map(|p| to(p, b_id))).unwrap();
+    let all = || {
+        for p in 0..50 {
+            a.send(&udp(1, 2, 7, p));
+        }
+        s.settle(9);
+        (drain(&b).len(), s.slow_path_decisions())
+    };
+    // The links that come up make all decisions stale once.
+    s.poll();
+    let (_, before) = all();
+    assert_eq!(all(), (50, before));
+    // Another table, another destination, a lower priority: nothing is decided anew.
+    s.add_flow(FlowSpec { table: 3, ..to(7, b_id) }).unwrap();
+    s.add_flow(to(99, b_id)).unwrap();
+    s.add_flow(FlowSpec { priority: 1, ..to(7, a_id) }).unwrap();
+    assert_eq!(all(), (50, before));
+    // One flow is reached.
+    s.modify_flows(&only(&to(7, b_id)), &Instructions::default());
+    assert_eq!(all(), (49, before + 1));
+    s.delete_flows(&only(&to(8, b_id)));
+    assert_eq!(all().1, before + 2);
 }

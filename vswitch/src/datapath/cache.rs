@@ -19,9 +19,12 @@ const SIGNATURES: usize = 1 << 15;
 const SIGNATURE_MIN: usize = 3;
 const NONE: u32 = u32::MAX;
 
+/// The words of a key, or of a mask, that the cache looks at.
+pub type CacheKey = [u64; CACHE_WORDS];
+
 #[derive(Debug)]
 struct Entry<V> {
-    key: [u64; CACHE_WORDS],
+    key: CacheKey,
     /// Next entry of the same hash bucket.
     next: u32,
     subtable: u16,
@@ -31,20 +34,22 @@ struct Entry<V> {
 
 #[derive(Debug)]
 struct Subtable {
-    mask: [u64; CACHE_WORDS],
+    mask: CacheKey,
     /// Words of the mask that are not zero.
     words: Vec<u8>,
     /// Hash buckets: index of the first entry.
     heads: Vec<u32>,
     len: usize,
     hits: u64,
+    /// Whether the mask ends with the Ethernet header.
+    l2_only: bool,
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct FlowCache<V> {
     subtables: Vec<Subtable>,
-    /// Subtables in the order they are searched: most hits first.
+    /// Subtables that hold entries, in the order they are searched: most hits first.
     order: Vec<u16>,
     entries: Vec<Entry<V>>,
     free: Vec<u32>,
@@ -108,23 +113,18 @@ impl<V> FlowCache<V> {
         self.entries.get_mut(i as usize)?.value.as_mut()
     }
 
-    /// All values.
-    pub fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
-        self.entries.iter_mut().filter_map(|e| e.value.as_mut())
-    }
-
     /// Finds the entries of several keys; those without one get `None`.
     pub fn lookup_burst(&mut self, keys: &[FlowKey], found: &mut [Option<u32>]) {
         self.free.append(&mut self.freed);
-        if self.subtables.len() == 1 {
-            self.lookup_one_table(keys, found);
+        if let [only] = self.order[..] {
+            self.lookup_one_table(only, keys, found);
         } else {
             for (k, f) in keys.iter().zip(found.iter_mut()) {
                 *f = self.lookup(k);
             }
         }
         self.lookups = self.lookups.wrapping_add(keys.len() as u32);
-        if self.lookups >> 16 != 0 && self.subtables.len() > 1 {
+        if self.lookups >> 16 != 0 && self.order.len() > 1 {
             self.lookups = 0;
             let tables = &mut self.subtables;
             self.order.sort_by_key(|t| std::cmp::Reverse(tables[usize::from(*t)].hits));
@@ -133,8 +133,8 @@ impl<V> FlowCache<V> {
     }
 
     /// With a single mask the loads of different packets overlap: first all buckets, then all entries.
-    fn lookup_one_table(&mut self, keys: &[FlowKey], found: &mut [Option<u32>]) {
-        let t = &self.subtables[0];
+    fn lookup_one_table(&mut self, only: u16, keys: &[FlowKey], found: &mut [Option<u32>]) {
+        let t = &self.subtables[usize::from(only)];
         let mut firsts = [NONE; crate::packet::BURST];
         let mut last = NONE;
         for ((i, k), first) in keys.iter().enumerate().zip(&mut firsts) {
@@ -159,7 +159,7 @@ impl<V> FlowCache<V> {
 
     /// Finds the entry of one key.
     pub fn lookup(&mut self, key: &FlowKey) -> Option<u32> {
-        let signature = (self.subtables.len() >= SIGNATURE_MIN)
+        let signature = (self.order.len() >= SIGNATURE_MIN)
             .then(|| hash_words(&key.w, 0..CACHE_WORDS, self.seed) as usize % SIGNATURES);
         if let Some(s) = signature
             && let Some(e) = self.entries.get(self.signatures[s] as usize)
@@ -187,6 +187,11 @@ impl<V> FlowCache<V> {
 
     /// Adds or replaces an entry; what has to make room is given to `evicted`.
     pub fn insert(&mut self, key: &FlowKey, mask: &FlowKey, value: V, mut evicted: impl FnMut(V)) -> u32 {
+        if self.len() >= CAPACITY
+            && let Some(old) = self.evict()
+        {
+            evicted(old);
+        }
         let key = key.masked(mask);
         let t = self.subtable(mask);
         let sub = &self.subtables[t];
@@ -196,11 +201,6 @@ impl<V> FlowCache<V> {
                 evicted(old);
             }
             return i;
-        }
-        if self.len() >= CAPACITY
-            && let Some(old) = self.evict()
-        {
-            evicted(old);
         }
         let mut words = [0; CACHE_WORDS];
         words.copy_from_slice(&key.w[..CACHE_WORDS]);
@@ -233,6 +233,7 @@ impl<V> FlowCache<V> {
         let t = &mut self.subtables[usize::from(e.subtable)];
         let bucket = hash_masked(t, &e.key, self.seed) as usize & (t.heads.len() - 1);
         t.len -= 1;
+        let emptied = t.len == 0;
         let mut at = t.heads[bucket];
         if at == i {
             t.heads[bucket] = next;
@@ -247,7 +248,26 @@ impl<V> FlowCache<V> {
             }
         }
         self.freed.push(i);
+        if emptied {
+            self.order.retain(|o| self.subtables[usize::from(*o)].len > 0);
+            self.l2_only = self.order.iter().all(|o| self.subtables[usize::from(*o)].l2_only);
+        }
         Some(value)
+    }
+
+    /// Takes out the entries that `keep` refuses, given key, mask and value, and gives them to `dropped`.
+    pub fn retain(
+        &mut self,
+        mut keep: impl FnMut(&CacheKey, &CacheKey, &mut V) -> bool,
+        mut dropped: impl FnMut(V),
+    ) {
+        for i in 0..self.entries.len() {
+            let e = &mut self.entries[i];
+            let mask = &self.subtables[usize::from(e.subtable)].mask;
+            if e.value.as_mut().is_some_and(|v| !keep(&e.key, mask, v)) {
+                self.remove(i as u32).into_iter().for_each(&mut dropped);
+            }
+        }
     }
 
     /// Removes an entry that was not used since the hand last passed it.
@@ -264,21 +284,32 @@ impl<V> FlowCache<V> {
 
     fn subtable(&mut self, mask: &FlowKey) -> usize {
         let cached = &mask.w[..CACHE_WORDS];
-        if let Some(t) = self.subtables.iter().position(|t| t.mask == cached) {
-            return t;
+        if let Some(t) = self.order.iter().find(|t| self.subtables[usize::from(**t)].mask == cached) {
+            return usize::from(*t);
         }
         let mut words = [0; CACHE_WORDS];
         words.copy_from_slice(cached);
-        self.l2_only &= mask.is_l2_mask();
-        self.order.push(self.subtables.len() as u16);
-        self.subtables.push(Subtable {
+        let new = Subtable {
             mask: words,
             words: (0..CACHE_WORDS as u8).filter(|w| words[usize::from(*w)] != 0).collect(),
             heads: vec![NONE; 64],
             len: 0,
             hits: 0,
-        });
-        self.subtables.len() - 1
+            l2_only: mask.is_l2_mask(),
+        };
+        self.l2_only &= new.l2_only;
+        let at = match self.subtables.iter().position(|t| t.len == 0) {
+            Some(unused) => {
+                self.subtables[unused] = new;
+                unused
+            }
+            None => {
+                self.subtables.push(new);
+                self.subtables.len() - 1
+            }
+        };
+        self.order.push(at as u16);
+        at
     }
 
     fn rehash(&mut self, t: usize) {

@@ -9,8 +9,10 @@ use crate::conntrack::{Conn, CtDependency};
 use crate::mac_table::{Dependency, MacEntry};
 use crate::packet::key::{Field, FlowKey};
 use crate::packet::vlan::VlanOp;
-use crate::pipeline::Meter;
+use crate::pipeline::{Lookups, Meter};
 use crate::port::PortId;
+use crate::telemetry::Output;
+use crate::telemetry::records::FlowRecord;
 
 /// A change of the packet.
 #[derive(Clone, Debug)]
@@ -162,4 +164,29 @@ pub struct Verdict {
     pub once: bool,
     /// Rules that count the flow's packets.
     pub rules: Vec<Arc<RuleStats>>,
+    /// Table lookups that the decision rests on.
+    pub lookups: Lookups,
+    /// The record of the metered flow.
+    pub record: Option<Arc<FlowRecord>>,
+}
+
+impl Verdict {
+    /// Where the packet goes, for flow records and samples.
+    pub(crate) fn output(&self) -> Output {
+        fn ports(ops: &[Op]) -> (u32, PortId) {
+            ops.iter().fold((0, 0), |(n, last), op| match op {
+                Op::Output { port, .. } => (n + 1, *port),
+                Op::Copy(inner) => {
+                    let (m, port) = ports(inner);
+                    (n + m, if m > 0 { port } else { last })
+                }
+                _ => (n, last),
+            })
+        }
+        match ports(&self.ops) {
+            (0, _) => Output::None,
+            (1, port) => Output::One(port),
+            (n, _) => Output::Many(n),
+        }
+    }
 }

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::cache::FlowCache;
+use super::cache::{CacheKey, FlowCache};
 use super::execute::{Executor, OutQueue, enqueue};
 use super::translate::Translation;
 use super::verdict::{DropReason, Op, Verdict};
-use crate::clock::{MILLISECOND, Nanos};
-use crate::packet::key::{self, CACHE_WORDS, FlowKey};
+use crate::clock::{MILLISECOND, Nanos, SECOND};
+use crate::packet::key::{self, CACHE_WORDS, Field, FlowKey};
 use crate::packet::offload::{self, OffloadCaps};
 use crate::packet::vlan::VlanOp;
 use crate::packet::{BURST, Burst, Packet};
@@ -16,6 +16,8 @@ use crate::pipeline::Action;
 use crate::port::{Batch, PortId};
 use crate::shared::{PortEntry, PortTable, Shared};
 use crate::stats::{WorkerStats, size_class};
+use crate::telemetry::Output;
+use crate::telemetry::sampler::{Sample, Sampler};
 
 /// A cached decision and what it handled since the counters were last collected.
 #[derive(Debug)]
@@ -25,10 +27,18 @@ struct Flow {
     bytes: u64,
     /// Time of the last packet.
     used: Nanos,
+    /// TCP flags seen since then. Meaningless while no decision looks beyond the Ethernet header.
+    tcp_flags: u64,
 }
 
 /// How often a flow notes its use and keeps its MAC address and connection alive.
 const TOUCH_INTERVAL: Nanos = 10 * MILLISECOND;
+
+/// How long a decision is kept without packets.
+const IDLE: Nanos = 30 * SECOND;
+/// Most comparisons of a decision with a change of a rule before a worker takes up packets again; rather than more it
+/// forgets everything.
+const PRECISE_MAX: usize = 1 << 20;
 
 /// The packet-handling part of a worker, without its thread.
 pub(crate) struct Forwarder {
@@ -36,6 +46,8 @@ pub(crate) struct Forwarder {
     id: usize,
     ports: Arc<PortTable>,
     generation: u64,
+    /// Changes of rules that the cache reflects.
+    flow_position: u64,
     stats_epoch: u64,
     cache: FlowCache<Flow>,
     burst: Burst,
@@ -44,6 +56,9 @@ pub(crate) struct Forwarder {
     active: Vec<PortId>,
     finished: Vec<Packet>,
     undo: Vec<(u16, VlanOp)>,
+    samplers: Vec<Sampler>,
+    /// Whether flows are metered: their records want the flags of every packet.
+    metered: bool,
 }
 
 impl Forwarder {
@@ -53,6 +68,7 @@ impl Forwarder {
             shared,
             id,
             generation: 0,
+            flow_position: 0,
             stats_epoch: 0,
             cache: FlowCache::new(),
             burst: Burst::new(),
@@ -61,6 +77,8 @@ impl Forwarder {
             active: Vec::new(),
             finished: Vec::new(),
             undo: Vec::new(),
+            samplers: Vec::new(),
+            metered: false,
         }
     }
 
@@ -77,21 +95,48 @@ impl Forwarder {
             self.stats_epoch = epoch;
             self.collect_stats();
         }
+        let position = self.shared.flow_changes.position();
         let generation = self.shared.generation.load(Ordering::Acquire);
         if generation == self.generation {
+            if position != self.flow_position {
+                self.follow_flow_changes();
+            }
             return false;
         }
         self.collect_stats();
         self.cache.clear();
+        self.flow_position = position;
         self.generation = generation;
         self.ports = self.shared.ports.load_full();
         self.out.resize_with(self.ports.end(), OutQueue::default);
+        self.samplers = self.shared.telemetry.samplers();
+        self.metered = self.shared.telemetry.config().meters_all();
         true
     }
 
-    /// Adds what flows counted to their rules.
+    /// Forgets the decisions that changes of rules reach.
+    #[cold]
+    fn follow_flow_changes(&mut self) {
+        let (changes, position) = self.shared.flow_changes.since(self.flow_position);
+        self.flow_position = position;
+        let Some(changes) = changes.filter(|c| c.len() * self.cache.len() <= PRECISE_MAX) else {
+            self.collect_stats();
+            return self.cache.clear();
+        };
+        let keep = |key: &CacheKey, mask: &CacheKey, f: &mut Flow| {
+            !changes.iter().any(|c| f.verdict.lookups.reached_by(c, key, mask))
+        };
+        self.cache.retain(keep, |mut f| settle(&mut f));
+    }
+
+    /// Adds what flows counted to their rules and records, and forgets flows that ended.
     pub fn collect_stats(&mut self) {
-        self.cache.values_mut().for_each(settle);
+        let now = self.shared.clock.now();
+        let keep = |_: &CacheKey, _: &CacheKey, f: &mut Flow| {
+            settle(f);
+            now.saturating_sub(f.used) < IDLE
+        };
+        self.cache.retain(keep, drop);
     }
 
     /// Receives one burst from a queue and forwards it; returns the number of packets.
@@ -114,7 +159,7 @@ impl Forwarder {
 
     fn classify(&mut self, entry: &PortEntry, n: usize, now: Nanos) {
         let stats = entry.stats.of(self.id);
-        let l2_only = self.cache.is_l2_only();
+        let l2_only = self.cache.is_l2_only() && !self.metered;
         let mut bytes = 0;
         for (p, key) in self.burst.packets()[..n].iter().zip(self.keys.iter_mut()) {
             let at = key::extract_l2(p.head(), entry.id, key);
@@ -128,9 +173,46 @@ impl Forwarder {
         stats.rx_bytes.add(bytes);
         let mut found = [None; BURST];
         self.cache.lookup_burst(&self.keys[..n], &mut found[..n]);
+        // Before decisions change the packets.
+        let samples = self.sample(entry.id, n, now);
         for (i, hit) in found.iter().enumerate().take(n) {
             self.decide(entry, i, *hit, now);
         }
+        if !samples.is_empty() {
+            self.give(samples);
+        }
+    }
+
+    /// Copies the packets that samplers choose.
+    #[inline]
+    fn sample(&mut self, in_port: PortId, n: usize, now: Nanos) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        for s in &mut self.samplers {
+            let mut from = 0;
+            while let Some(at) = s.next(from, n) {
+                from = at + 1;
+                let p = &self.burst.packets()[at];
+                samples.push(Sample {
+                    purpose: s.purpose,
+                    at: now,
+                    in_port,
+                    output: Output::None,
+                    length: p.len(),
+                    header: p.head()[..s.header.min(p.head().len())].to_vec(),
+                    key: key::extract(p.head(), in_port),
+                });
+            }
+        }
+        samples
+    }
+
+    #[cold]
+    fn give(&mut self, mut samples: Vec<Sample>) {
+        for s in &mut samples {
+            let flow = self.cache.lookup(&s.key).and_then(|hit| self.cache.value(hit));
+            s.output = flow.map_or(Output::None, |f| f.verdict.output());
+        }
+        self.shared.telemetry.give(samples);
     }
 
     /// Applies the cached decision to packet `i`, or asks the slow path for one.
@@ -143,6 +225,7 @@ impl Forwarder {
         let Some(flow) = self.cache.value_mut(hit) else { return };
         flow.packets += 1;
         flow.bytes += self.burst.packets()[i].len() as u64;
+        flow.tcp_flags |= self.keys[i].get64(Field::TcpFlags);
         if now.wrapping_sub(flow.used) > TOUCH_INTERVAL {
             if let Some(e) = &flow.verdict.source {
                 e.touch(now);
@@ -186,6 +269,7 @@ impl Forwarder {
                 settle(&mut old);
             }
         }
+        self.shared.decisions.fetch_add(1, Ordering::Relaxed);
         let tables = self.shared.tables.read();
         let head = self.burst.packets()[i].head();
         let mut t = Translation::new(&self.shared, &self.ports, &tables, now, head, key);
@@ -195,7 +279,7 @@ impl Forwarder {
         if !learned.is_empty() {
             self.shared.learn(learned);
         }
-        let flow = Flow { verdict, packets: 0, bytes: 0, used: now };
+        let flow = Flow { verdict, packets: 0, bytes: 0, used: now, tcp_flags: 0 };
         self.cache.insert(&key, &mask, flow, |mut old| settle(&mut old))
     }
 
@@ -304,7 +388,10 @@ fn settle(f: &mut Flow) {
         for r in &f.verdict.rules {
             r.add(f.packets, f.bytes, f.used);
         }
-        (f.packets, f.bytes) = (0, 0);
+        if let Some(r) = &f.verdict.record {
+            r.add(f.packets, f.bytes, f.used, f.tcp_flags as u16);
+        }
+        (f.packets, f.bytes, f.tcp_flags) = (0, 0, 0);
     }
 }
 

@@ -4,11 +4,9 @@ use super::fields::feature_names;
 use super::ports::put_port_10;
 use super::session::{Session, kind};
 use super::wire::{OfError, Put, Reader, Result, Version};
-use crate::pipeline::RULES_MAX;
+use crate::pipeline::{RULES_MAX, TABLES};
 use crate::switch::Switch;
 
-/// Number of tables: 0 to 253. Table 254 belongs to no one, 255 means "all".
-pub(super) const TABLES: u8 = 254;
 /// Flow, table, port and group statistics.
 const CAPABILITIES_13: u32 = 0b1111;
 /// Flow, table and port statistics; addresses inside ARP can be matched.

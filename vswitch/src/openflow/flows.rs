@@ -1,12 +1,11 @@
 //! Rules: adding, changing and deleting them.
 
 use super::actions::{Context, REASON_ACTION, REASON_MISS, take_actions, take_instructions};
-use super::features::TABLES;
 use super::fields::{take_match_nx, take_match13};
 use super::match10;
 use super::session::Session;
 use super::wire::{NO_BUFFER, OfError, Reader, Result, Version, port_from_16, reserved};
-use crate::pipeline::{Action, FlowFilter, FlowSpec, Instructions, Match};
+use crate::pipeline::{Action, FlowFilter, FlowSpec, Instructions, Match, TABLES};
 use crate::switch::Switch;
 
 /// "All tables", in requests that select.

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::session::{Roles, Session};
 use crate::error::{Error, Result};
 use crate::event::Subscription;
+use crate::port::listen_private;
 use crate::switch::Switch;
 use crate::sys::{self, Epoll, EventFd};
 
@@ -126,7 +127,7 @@ impl OpenFlowServer {
                     Acceptor::Tcp(l)
                 }
                 Address::Unix(p) => {
-                    let l = listen_unix(p)?;
+                    let l = listen_private(p)?;
                     this.sockets.push(p.clone());
                     Acceptor::Unix(l)
                 }
@@ -164,16 +165,6 @@ impl Drop for OpenFlowServer {
             let _ = std::fs::remove_file(p);
         }
     }
-}
-
-/// Listens on a Unix socket. Its rights are the owner's alone: who may connect may change every rule.
-fn listen_unix(path: &Path) -> Result<UnixListener> {
-    use std::os::unix::fs::PermissionsExt;
-    let fail = |e| Error::io(format!("listen on {}", path.display()), e);
-    let l = crate::port::stream::listen(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(fail)?;
-    l.set_nonblocking(true).map_err(fail)?;
-    Ok(l)
 }
 
 enum Acceptor {

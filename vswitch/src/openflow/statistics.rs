@@ -1,7 +1,7 @@
 //! Statistics (multipart) requests and their paged answers.
 
 use super::actions_out::Encoder;
-use super::features::{TABLES, put_table_features};
+use super::features::put_table_features;
 use super::fields::{put_match_nx, put_match13, take_match_nx, take_match13};
 use super::flows::{ALL_TABLES, ANY_GROUP, out_port};
 use super::groups::{
@@ -14,7 +14,7 @@ use super::ports::{put_port_10, put_port_13, put_port_stats};
 use super::session::Session;
 use super::wire::{NICIRA, OfError, Put, Reader, Result, Version, port_from_16, put_message, reserved};
 use crate::clock::{Nanos, SECOND};
-use crate::pipeline::{FlowEntry, FlowFilter, Match, RULES_MAX};
+use crate::pipeline::{FlowEntry, FlowFilter, Match, RULES_MAX, TABLES};
 use crate::switch::Switch;
 
 /// Bytes of entries in one message of an answer.

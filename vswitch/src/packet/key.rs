@@ -126,6 +126,39 @@ impl Field {
         }
     }
 
+    /// The field's name in text.
+    pub(crate) fn name(self) -> &'static str {
+        const REGISTERS: [&str; 8] = ["reg0", "reg1", "reg2", "reg3", "reg4", "reg5", "reg6", "reg7"];
+        match self {
+            Field::InPort => "in_port",
+            Field::Vlan => "vlan",
+            Field::InnerVlan => "inner_vlan",
+            Field::EthDst => "eth_dst",
+            Field::EthType => "eth_type",
+            Field::EthSrc => "eth_src",
+            Field::IpProto => "protocol",
+            Field::IpTos => "tos",
+            Field::TpSrc => "src_port",
+            Field::TpDst => "dst_port",
+            Field::IpTtl => "ttl",
+            Field::Frag => "frag",
+            Field::TcpFlags => "tcp_flags",
+            Field::IpSrc => "ip_src",
+            Field::IpDst => "ip_dst",
+            Field::FlowLabel => "flow_label",
+            Field::ArpSha => "arp_sha",
+            Field::ArpTha => "arp_tha",
+            Field::NdTarget => "nd_target",
+            Field::TunId => "tun_id",
+            Field::Metadata => "metadata",
+            Field::Reg(n) => REGISTERS[usize::from(n & 7)],
+            Field::CtState => "ct_state",
+            Field::CtMark => "ct_mark",
+            Field::CtZone => "ct_zone",
+            Field::CtLabel => "ct_label",
+        }
+    }
+
     /// Width in bits.
     pub const fn bits(self) -> u32 {
         self.place().2

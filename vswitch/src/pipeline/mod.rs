@@ -4,15 +4,22 @@
 //! learn), free of any wire format.
 
 mod action;
+mod change;
 mod group;
 mod meter;
 mod table;
+mod text;
+
+/// Number of tables: 0 to 253. OpenFlow gives table 254 to no one, and 255 means "all".
+pub(crate) const TABLES: u8 = 254;
 
 pub use action::{Action, ConntrackAction, Instructions, LearnSpec, LearnStep, Location};
+pub(crate) use change::{ChangeLog, FlowChange, Lookups};
 pub use group::{Bucket, Group, GroupKind};
 pub use meter::{Meter, MeterConfig};
 pub use table::{FlowEntry, FlowFilter, FlowSpec};
 pub(crate) use table::{GROUPS_MAX, RULES_MAX, Tables};
+pub(crate) use text::Fields;
 
 use crate::packet::key::{Field, FlowKey};
 

@@ -75,6 +75,16 @@ pub struct FlowFilter {
 }
 
 impl FlowFilter {
+    /// Only the rule with the table, match and priority of `spec`.
+    pub(crate) fn exactly(spec: &FlowSpec) -> Self {
+        Self {
+            table: Some(spec.table),
+            matches: spec.matches,
+            strict: Some(spec.priority),
+            ..Self::default()
+        }
+    }
+
     fn selects(&self, s: &FlowSpec) -> bool {
         use super::Action;
         let actions = || s.instructions.apply.iter().chain(&s.instructions.write);
@@ -178,13 +188,19 @@ impl Tables {
         self.tables.get(&table)?.lookup(key, mask)
     }
 
-    /// Adds a rule, replacing the one with the same match and priority.
-    pub fn add(&mut self, spec: FlowSpec, now: Nanos) -> Result<()> {
-        if self.rules >= RULES_MAX {
+    /// Fails when `n` more rules are too many.
+    pub fn check_room(&self, n: usize) -> Result<()> {
+        if self.rules + n > RULES_MAX {
             return Err(Error::Invalid(format!(
-                "The tables hold {RULES_MAX} rules already; delete some first"
+                "More than {RULES_MAX} rules are too many; delete some first"
             )));
         }
+        Ok(())
+    }
+
+    /// Adds a rule, replacing the one with the same match and priority.
+    pub fn add(&mut self, spec: FlowSpec, now: Nanos) -> Result<()> {
+        self.check_room(1)?;
         if spec.instructions.goto.is_some_and(|g| g <= spec.table) {
             return Err(Error::Invalid("A rule can go to later tables only".into()));
         }
@@ -196,8 +212,8 @@ impl Tables {
         Ok(())
     }
 
-    /// Changes what the selected rules do; their counters stay. Returns how many there were.
-    pub fn modify(&mut self, filter: &FlowFilter, instructions: &Instructions) -> usize {
+    /// Changes what the selected rules do; their counters stay. Returns the rules as they were.
+    pub fn modify(&mut self, filter: &FlowFilter, instructions: &Instructions) -> Vec<Arc<FlowEntry>> {
         let found = self.select(filter);
         for e in &found {
             let spec = FlowSpec { instructions: instructions.clone(), ..e.spec.clone() };
@@ -206,7 +222,7 @@ impl Tables {
                 t.insert(Arc::new(new));
             }
         }
-        found.len()
+        found
     }
 
     /// Removes the selected rules and returns them.

@@ -9,7 +9,7 @@ use super::{Batch, Port};
 use crate::clock::Clock;
 use crate::packet::Burst;
 
-/// See the module's documentation. Timestamps are those of the switch's clock, in nanoseconds.
+/// See the module's documentation. Timestamps are dates in nanoseconds.
 #[derive(Debug)]
 pub struct CapturePort<W> {
     clock: Clock,
@@ -63,7 +63,7 @@ impl<W: Write + Send> Port for CapturePort<W> {
     fn receive(&self, _queue: usize, _burst: &mut Burst) {}
 
     fn transmit(&self, _queue: usize, batch: &Batch<'_>) -> usize {
-        let now = self.clock.now();
+        let now = self.clock.date(self.clock.now());
         let mut blocks = Vec::new();
         for p in batch.iter() {
             let mut frame = p.to_vec();

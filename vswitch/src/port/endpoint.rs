@@ -15,7 +15,7 @@ use crate::sys::EventFd;
 
 /// One direction of the link: a bounded queue and the descriptor that says it is not empty.
 #[derive(Debug)]
-struct Lane {
+pub(super) struct Lane {
     queue: Mutex<VecDeque<(Vec<u8>, Offload)>>,
     capacity: usize,
     armed: AtomicBool,
@@ -23,12 +23,12 @@ struct Lane {
 }
 
 impl Lane {
-    fn new(capacity: usize) -> io::Result<Self> {
+    pub fn new(capacity: usize) -> io::Result<Self> {
         Ok(Self { queue: Mutex::default(), capacity, armed: AtomicBool::new(true), ready: EventFd::new()? })
     }
 
     /// Adds frames until the queue is full; returns how many went in.
-    fn push(&self, frames: impl Iterator<Item = (Vec<u8>, Offload)>) -> usize {
+    pub fn push(&self, frames: impl Iterator<Item = (Vec<u8>, Offload)>) -> usize {
         let mut queue = self.queue.lock();
         let mut n = 0;
         for f in frames {
@@ -46,10 +46,49 @@ impl Lane {
     }
 
     /// Asks for a signal at the next push; returns whether the queue holds something already.
-    fn arm(&self) -> bool {
+    pub fn arm(&self) -> bool {
         self.ready.clear();
         self.armed.store(true, Ordering::Release);
         !self.queue.lock().is_empty()
+    }
+
+    /// Asks for no signal any more.
+    pub fn disarm(&self) {
+        self.armed.store(false, Ordering::Release);
+        self.ready.clear();
+    }
+
+    /// Moves frames into a burst, as many as fit.
+    pub fn take(&self, burst: &mut Burst) {
+        let mut queue = self.queue.lock();
+        while burst.room() > 0
+            && let Some((frame, offload)) = queue.pop_front()
+        {
+            if !(FRAME_MIN..=FRAME_MAX).contains(&frame.len()) {
+                burst.errors += 1;
+                continue;
+            }
+            let Some(p) = burst.push() else { break };
+            p.set_frame(&frame);
+            if offload.is_valid(p.head().len()) {
+                p.offload = offload.sanitized();
+            } else {
+                burst.pop();
+                burst.errors += 1;
+            }
+        }
+    }
+
+    /// Drops what waits.
+    pub fn clear(&self) {
+        self.queue.lock().clear();
+    }
+}
+
+impl AsRawFd for Lane {
+    /// Readable when an armed lane holds something.
+    fn as_raw_fd(&self) -> RawFd {
+        self.ready.as_raw_fd()
     }
 }
 
@@ -93,11 +132,6 @@ impl Endpoint {
     /// and count as taken.
     pub fn send_burst<'a>(&self, frames: impl IntoIterator<Item = (&'a [u8], Offload)>) -> usize {
         self.0.to_switch.push(frames.into_iter().map(|(f, o)| (f.to_vec(), o)))
-    }
-
-    /// Gives packets to the switch; returns how many were taken.
-    pub(super) fn send_packets(&self, batch: &Batch<'_>) -> usize {
-        self.0.to_switch.push(batch.iter().map(|p| (p.to_vec(), p.offload)))
     }
 
     /// Takes a frame from the switch.
@@ -145,23 +179,7 @@ impl Port for EndpointPort {
     }
 
     fn receive(&self, _queue: usize, burst: &mut Burst) {
-        let mut queue = self.link.to_switch.queue.lock();
-        while burst.room() > 0
-            && let Some((frame, offload)) = queue.pop_front()
-        {
-            if !(FRAME_MIN..=FRAME_MAX).contains(&frame.len()) {
-                burst.errors += 1;
-                continue;
-            }
-            let Some(p) = burst.push() else { break };
-            p.set_frame(&frame);
-            if offload.is_valid(p.head().len()) {
-                p.offload = offload.sanitized();
-            } else {
-                burst.pop();
-                burst.errors += 1;
-            }
-        }
+        self.link.to_switch.take(burst);
     }
 
     fn transmit(&self, _queue: usize, batch: &Batch<'_>) -> usize {
@@ -172,15 +190,14 @@ impl Port for EndpointPort {
     }
 
     fn ready_fd(&self, _queue: usize) -> Option<RawFd> {
-        Some(self.link.to_switch.ready.as_raw_fd())
+        Some(self.link.to_switch.as_raw_fd())
     }
 
     fn arm(&self, _queue: usize, on: bool) -> bool {
         if on {
             return self.link.to_switch.arm();
         }
-        self.link.to_switch.armed.store(false, Ordering::Release);
-        self.link.to_switch.ready.clear();
+        self.link.to_switch.disarm();
         false
     }
 

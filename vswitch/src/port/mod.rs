@@ -5,7 +5,7 @@ mod capture;
 mod endpoint;
 mod netdev;
 mod patch;
-pub(crate) mod stream;
+mod stream;
 mod vhost;
 
 use std::os::fd::RawFd;
@@ -14,7 +14,8 @@ pub(crate) use bond_port::BondPort;
 pub use capture::CapturePort;
 pub use endpoint::{Endpoint, EndpointPort};
 pub use netdev::NetdevPort;
-pub use patch::PatchPort;
+pub use patch::{PatchPanel, PatchPort};
+pub(crate) use stream::listen_private;
 pub use stream::{StreamMode, StreamPort};
 pub use vhost::{VhostUserOptions, VhostUserPort};
 

@@ -126,6 +126,17 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
     UnixListener::bind(path).map_err(fail)
 }
 
+/// A listening socket whose rights are the owner's alone, for those who may change or see everything. Accepting does
+/// not wait.
+pub(crate) fn listen_private(path: &Path) -> Result<UnixListener> {
+    use std::os::unix::fs::PermissionsExt;
+    let fail = |e| Error::io(format!("listen on {}", path.display()), e);
+    let l = listen(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(fail)?;
+    l.set_nonblocking(true).map_err(fail)?;
+    Ok(l)
+}
+
 impl State {
     fn disconnect(&mut self) {
         // Closing the socket takes it out of the epoll set.

@@ -4,23 +4,27 @@ use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use clap::Parser;
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::filter::LevelFilter;
+use vswitch::control::{self, ControlServer, Request, View};
 use vswitch::openflow::{OpenFlowConfig, OpenFlowServer, OpenFlowTarget};
 use vswitch::{
-    GatewayConfig, GatewayPort, NetdevPort, PortConfig, StreamMode, StreamPort, Switch, SwitchConfig,
-    VhostUserOptions, VhostUserPort,
+    GatewayConfig, GatewayPort, NetdevPort, PatchPanel, PortConfig, StreamMode, StreamPort, Switch,
+    SwitchConfig, VhostUserOptions, VhostUserPort,
 };
 
 /// A virtual switch: connects VMs to each other and to the host's networks.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version, about, args_conflicts_with_subcommands = true)]
 struct Args {
-    /// Take ports and policies from a JSON file; SIGHUP applies it anew.
+    #[command(subcommand)]
+    question: Option<Question>,
+    /// Take ports and policies from a JSON file; SIGHUP applies it anew. Repeated: several switches, which patch ports
+    /// may join.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["unix", "connect", "vhost_user", "vhost_user_client", "tap", "uplink", "dhcp"])]
-    config: Option<PathBuf>,
+    config: Vec<PathBuf>,
     /// Print the JSON schema of the configuration and end.
     #[arg(long)]
     schema: bool,
@@ -55,7 +59,10 @@ struct Args {
     /// Number by which OpenFlow controllers know the switch, in hexadecimal; a random one unless given.
     #[arg(long, value_name = "HEX", value_parser = hexadecimal)]
     datapath_id: Option<u64>,
-    /// Worker threads.
+    /// Answer questions (`show`, `trace`) on this Unix socket; with several switches, one socket each.
+    #[arg(long, value_name = "SOCKET")]
+    control: Vec<PathBuf>,
+    /// Worker threads of each switch.
     #[arg(long, default_value_t = 1)]
     workers: usize,
     /// Cores for the workers, in order.
@@ -63,9 +70,80 @@ struct Args {
     cores: Vec<usize>,
 }
 
+/// Questions to a switch that runs with --control.
+#[derive(Subcommand)]
+enum Question {
+    /// Show ports, MAC addresses, flow rules, or the flows that move most bytes.
+    Show {
+        what: Shown,
+        /// Socket of the running switch.
+        #[arg(long, value_name = "SOCKET")]
+        control: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        /// Most rows.
+        #[arg(long, default_value_t = 50)]
+        limit: usize,
+    },
+    /// Explain what would happen to a frame, without sending it.
+    Trace {
+        /// The frame in hexadecimal, from the destination address on.
+        frame: String,
+        /// Name of the port that it comes in by.
+        #[arg(long)]
+        port: String,
+        /// Socket of the running switch.
+        #[arg(long, value_name = "SOCKET")]
+        control: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Shown {
+    Ports,
+    Macs,
+    Flows,
+    Top,
+}
+
+impl From<Shown> for View {
+    fn from(s: Shown) -> Self {
+        match s {
+            Shown::Ports => View::Ports,
+            Shown::Macs => View::Macs,
+            Shown::Flows => View::Flows,
+            Shown::Top => View::Top,
+        }
+    }
+}
+
+fn ask(question: Question) -> Result<()> {
+    match question {
+        Question::Show { what, control, json, limit } => {
+            let answer = control::ask(&control, &Request::Show { what: what.into(), limit })?;
+            if json {
+                println!("{answer:#}");
+            } else {
+                print!("{}", control::table(what.into(), &answer));
+            }
+        }
+        Question::Trace { frame, port, control } => {
+            let answer = control::ask(&control, &Request::Trace { port, frame })?;
+            for line in answer.as_array().into_iter().flatten() {
+                println!("{}", line.as_str().unwrap_or_default());
+            }
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
     daemons::log_to_stderr("RUST_LOG", LevelFilter::ERROR);
     let args = Args::parse();
+    if let Some(question) = args.question {
+        return ask(question);
+    }
     if args.schema {
         println!("{:#}", SwitchConfig::schema());
         return Ok(());
@@ -73,11 +151,28 @@ fn main() -> Result<()> {
     // Blocked before any thread starts, so that the signals wait for `wait` below.
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     signals.thread_block().context("Cannot block signals")?;
-    let switch = Switch::builder().workers(args.workers.max(1)).cores(args.cores.clone()).build()?;
-    let switch = Arc::new(switch);
-    match &args.config {
-        Some(path) => apply(&switch, path)?,
-        None => add_ports(&switch, &args)?,
+    if args.config.len() > 1 && !args.openflow.is_empty() {
+        bail!("OpenFlow needs a process for each switch; give one --config only");
+    }
+    if args.control.len() > args.config.len().max(1) {
+        bail!("There are more control sockets than switches; give one --control for each --config");
+    }
+    let panel = PatchPanel::default();
+    let mut cores = args.cores.iter().copied();
+    let mut switches = Vec::new();
+    for _ in 0..args.config.len().max(1) {
+        let workers = args.workers.max(1);
+        let cores = cores.by_ref().take(workers).collect();
+        switches.push(Arc::new(
+            Switch::builder().workers(workers).cores(cores).patch_panel(panel.clone()).build()?,
+        ));
+    }
+    for (switch, path) in switches.iter().zip(&args.config) {
+        apply(switch, path)?;
+    }
+    let switch = &switches[0];
+    if args.config.is_empty() {
+        add_ports(switch, &args)?;
     }
     let openflow = OpenFlowConfig {
         targets: args.openflow.clone(),
@@ -85,16 +180,19 @@ fn main() -> Result<()> {
         datapath_id: args.datapath_id.unwrap_or_else(|| RandomState::new().hash_one(0) >> 16),
     };
     let _openflow =
-        (!openflow.targets.is_empty()).then(|| OpenFlowServer::start(&switch, &openflow)).transpose()?;
-    for p in switch.ports() {
+        (!openflow.targets.is_empty()).then(|| OpenFlowServer::start(switch, &openflow)).transpose()?;
+    let control = switches.iter().zip(&args.control).map(|(s, path)| ControlServer::start(s, path));
+    let _control = control.collect::<vswitch::Result<Vec<_>>>()?;
+    for p in switches.iter().flat_map(|s| s.ports()) {
         println!("port {} {} {}", p.id, p.kind, p.name);
     }
     while signals.wait().context("Cannot wait for signals")? == Signal::SIGHUP {
-        let Some(path) = &args.config else { continue };
-        match apply(&switch, path) {
-            Ok(()) => tracing::info!("configuration applied"),
-            // A wrong file changes nothing; the switch goes on as it is.
-            Err(e) => tracing::error!("configuration refused: {}", daemons::describe(&e)),
+        for (switch, path) in switches.iter().zip(&args.config) {
+            match apply(switch, path) {
+                Ok(()) => tracing::info!("configuration applied"),
+                // A wrong file changes nothing; the switch goes on as it is.
+                Err(e) => tracing::error!("configuration refused: {}", daemons::describe(&e)),
+            }
         }
     }
     Ok(())

@@ -20,11 +20,17 @@ impl Translation<'_> {
     pub(super) fn table(&mut self, id: u8) {
         let mut id = id;
         loop {
-            let Some(rule) = self.tables.lookup(id, &self.key, &mut self.mask).cloned() else {
+            let rule = self.tables.lookup(id, &self.key, &mut self.mask).cloned();
+            let found = rule.as_ref().map(|r| r.spec.priority);
+            self.verdict.lookups.note(id, found, &self.key, &self.original);
+            let Some(rule) = rule else {
                 return self.note(|| format!("table {id}: no rule"));
             };
             let s = &rule.spec;
-            self.note(|| format!("table {id}: priority {}, cookie {:#x}", s.priority, s.cookie));
+            self.note(|| {
+                let (m, i) = (&s.matches, &s.instructions);
+                format!("table {id}: priority {}, cookie {:#x}: {m} -> {i}", s.priority, s.cookie)
+            });
             self.verdict.rules.push(rule.stats.clone());
             let outer = std::mem::replace(&mut self.rule, (id, s.cookie));
             let i = &s.instructions;

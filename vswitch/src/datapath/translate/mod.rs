@@ -20,6 +20,7 @@ use crate::pipeline::{Action, FlowSpec, Tables};
 use crate::port::PortId;
 use crate::security::SecurityGroups;
 use crate::shared::{PortEntry, PortTable, Shared};
+use crate::telemetry::records::flow_mask;
 
 /// A decision in the making.
 pub(crate) struct Translation<'a> {
@@ -30,6 +31,8 @@ pub(crate) struct Translation<'a> {
     now: Nanos,
     head: &'a [u8],
     key: FlowKey,
+    /// The key of the packet as it came in.
+    original: FlowKey,
     /// Bits of the original packet that the decision depends on.
     pub mask: FlowKey,
     pub verdict: Verdict,
@@ -65,6 +68,7 @@ impl<'a> Translation<'a> {
             now,
             head,
             key,
+            original: key,
             mask,
             verdict: Verdict::default(),
             learned: Vec::new(),
@@ -84,6 +88,11 @@ impl<'a> Translation<'a> {
             self.ingress(&entry);
         }
         self.finish();
+        if self.trace.is_none() && self.shared.telemetry.config().meters_all() {
+            self.mask.join(&flow_mask(&self.original));
+            self.verdict.record =
+                self.shared.telemetry.record(&self.original, self.verdict.output(), self.now);
+        }
     }
 
     /// Decides about a packet that a controller sends with a list of actions.
@@ -104,8 +113,13 @@ impl<'a> Translation<'a> {
         if !self.admit(entry) {
             return;
         }
+        let c = &entry.config;
+        if c.anti_spoof || c.source_guard || c.dhcp_guard {
+            self.note(|| "guards passed".into());
+        }
         self.mirror_in(entry.id);
         if let Some(m) = &entry.limits.ingress {
+            self.note(|| "ingress rate limit".into());
             self.ops.push(Op::Meter(m.clone()));
         }
         self.storm_control(entry);

@@ -89,10 +89,10 @@ impl Translation<'_> {
 
     /// Learns the source; `false` when the packet must be dropped.
     fn learn_source(&mut self, entry: &PortEntry, vlan: u16, src: u64) -> bool {
-        if self.trace.is_some() {
-            return true;
-        }
         let macs = &self.shared.macs;
+        if self.trace.is_some() {
+            return self.trace_source(entry, vlan, src);
+        }
         let limits = macs.depend_on_limits();
         let mut depends = macs.depend(vlan, src);
         let mut learned = macs.learn(vlan, src, entry.id, entry.config.mac_limit, self.now);
@@ -119,6 +119,21 @@ impl Translation<'_> {
                 false
             }
         }
+    }
+
+    /// Says what learning would do, without doing it.
+    fn trace_source(&mut self, entry: &PortEntry, vlan: u16, src: u64) -> bool {
+        let macs = &self.shared.macs;
+        match macs.lookup(vlan, src) {
+            Some(p) if p == entry.id => self.note(|| format!("VLAN {vlan}: source known here")),
+            Some(p) if macs.is_static(vlan, src, p) => {
+                self.drop_for(DropReason::MacElsewhere);
+                return false;
+            }
+            Some(p) => self.note(|| format!("VLAN {vlan}: source would move here from port {p}")),
+            None => self.note(|| format!("VLAN {vlan}: source would be learned")),
+        }
+        true
     }
 
     fn flood(&mut self, from: &PortEntry, state: VlanState) {

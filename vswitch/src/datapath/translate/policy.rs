@@ -119,6 +119,7 @@ impl Translation<'_> {
             &None
         };
         if let Some(m) = meter {
+            self.note(|| "storm control".into());
             self.ops.push(Op::Meter(m.clone()));
         }
     }

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{PortSpec, SwitchConfig};
+use super::flow::PortNumbers;
+use super::{PortSpec, SwitchConfig};
 use crate::conntrack::ConnRow;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::mac_table::MacRow;
+use crate::pipeline::FlowSpec;
 use crate::port::{Port, PortId};
 use crate::port_config::PortConfig;
 use crate::security::SecurityGroups;
@@ -17,6 +19,7 @@ use crate::shared::{Mirror, PortEntry, PortLimits, PortTable};
 use crate::stats::{PortStats, StatsCell};
 use crate::switch::Switch;
 use crate::switch_bonds::configured;
+use crate::telemetry::Exporters;
 
 /// Everything that belongs to one port, to move with the VM behind it to another switch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,9 +37,20 @@ pub struct PortState {
     pub connections: Vec<ConnRow>,
 }
 
+/// The configuration in force, and what came of it that can be taken back.
+#[derive(Debug, Default)]
+pub(crate) struct Applied {
+    config: SwitchConfig,
+    flows: Vec<FlowSpec>,
+    /// VLAN, address and port.
+    static_macs: Vec<(u16, u64, PortId)>,
+}
+
 impl Switch {
     /// Makes the switch what `config` says: ports that are not in it go, new ones come, changed properties change in
     /// place. Ports added by [`Switch::add_port`] are left alone. If anything is wrong, nothing changes.
+    ///
+    /// Of rules and fixed addresses too only those change that differ from the last configuration.
     ///
     /// A port whose kind changes is closed and opened anew; it may not take over a socket or interface of a port
     /// that goes in the same step.
@@ -44,7 +58,7 @@ impl Switch {
         config.check()?;
         let mut applied = self.applied.lock();
         let _control = self.control.lock();
-        let old = applied.as_ref().map(|c| &c.ports);
+        let old = applied.as_ref().map(|a| &a.config.ports);
         let same = |name: &String, spec: &PortSpec| {
             old.and_then(|o| o.get(name)).is_some_and(|o| o.kind == spec.kind && o.number == spec.number)
         };
@@ -85,10 +99,21 @@ impl Switch {
                 Some(n) => n,
                 None => table.free_id().ok_or(Error::TooManyPorts)?,
             };
-            let port = spec.kind.open(&self.shared.clock)?;
+            let port = spec.kind.open(&self.shared.clock, &self.panel)?;
             table.set(id, Some(Arc::new(self.new_entry(id, name, port, properties, PortStats::default()))));
             added.push(id);
         }
+        let numbers: PortNumbers = table.iter().map(|p| (p.name.clone(), p.id)).collect();
+        let flows = config.flows.iter().enumerate();
+        let flows =
+            flows.map(|(i, f)| f.resolve(&format!("flows[{i}]"), &numbers)).collect::<Result<Vec<_>>>()?;
+        let static_macs =
+            config.static_macs.iter().filter_map(|m| Some((m.vlan, m.mac.to_u64(), *numbers.get(&m.port)?)));
+        let static_macs: Vec<_> = static_macs.collect();
+        let measured = self.shared.telemetry.config();
+        let exporters =
+            (*measured != config.telemetry).then(|| Exporters::open(&config.telemetry)).transpose()?;
+        self.replace_flows(applied.as_ref().map_or(&[], |a| &a.flows), &flows)?;
         // From here on nothing fails.
         let security = SecurityGroups { groups: config.security_groups.clone(), members: BTreeMap::new() };
         self.shared.security.store(Arc::new(security));
@@ -101,7 +126,18 @@ impl Switch {
         for id in &gone {
             self.shared.macs.flush(Some(*id), true);
         }
-        *applied = Some(config.clone());
+        let old_macs = applied.as_ref().map_or(&[][..], |a| &a.static_macs);
+        for (vlan, mac, port) in old_macs.iter().filter(|m| !static_macs.contains(m)) {
+            self.shared.macs.remove_static(*vlan, *mac, *port);
+        }
+        for (vlan, mac, port) in &static_macs {
+            self.shared.macs.add_static(*vlan, *mac, *port);
+        }
+        if let Some(exporters) = exporters {
+            self.shared.telemetry.set(&config.telemetry, exporters, &self.shared.clock);
+            self.shared.invalidate();
+        }
+        *applied = Some(Applied { config: config.clone(), flows, static_macs });
         gone.into_iter().for_each(|id| self.shared.events.publish(|| Event::PortRemoved(id)));
         added.into_iter().for_each(|id| self.shared.events.publish(|| Event::PortAdded(id)));
         Ok(())
@@ -109,7 +145,7 @@ impl Switch {
 
     /// The configuration that was applied last.
     pub fn config(&self) -> Option<SwitchConfig> {
-        self.applied.lock().clone()
+        self.applied.lock().as_ref().map(|a| a.config.clone())
     }
 
     pub(crate) fn new_entry(

@@ -1,23 +1,33 @@
 //! The declarative configuration: what a switch should be, as one JSON document. Applying it changes only what
 //! differs from what is there, or nothing at all when any part of it is wrong.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod apply;
+mod flow;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::apply::Applied;
+pub use self::apply::PortState;
+use self::flow::PortNumbers;
+pub use self::flow::{ActionConfig, FlowConfig, MatchConfig};
 use crate::address::MacAddr;
 use crate::bond::BondMode;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::port::{
-    BondPort, NetdevPort, PORT_MAX, Port, PortId, StreamMode, StreamPort, VhostUserOptions, VhostUserPort,
+    BondPort, CapturePort, NetdevPort, PORT_MAX, PatchPanel, Port, PortId, StreamMode, StreamPort,
+    VhostUserOptions, VhostUserPort,
 };
 use crate::port_config::{PortConfig, VLAN_MAX, VlanMode};
 use crate::security::{Remote, SecurityGroup};
 use crate::service::{GatewayConfig, GatewayPort};
+use crate::telemetry::TelemetryConfig;
 
 /// A whole switch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -35,6 +45,25 @@ pub struct SwitchConfig {
     pub security_groups: BTreeMap<String, SecurityGroup>,
     /// Mirrors by name.
     pub mirrors: BTreeMap<String, MirrorConfig>,
+    /// Addresses fixed to ports: they are neither learned elsewhere nor forgotten.
+    pub static_macs: Vec<StaticMac>,
+    /// Rules of the flow pipeline. Rules added in other ways are left alone.
+    pub flows: Vec<FlowConfig>,
+    /// What is measured and exported.
+    pub telemetry: TelemetryConfig,
+}
+
+/// An address fixed to a port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StaticMac {
+    /// VLAN; zero where there are none.
+    #[serde(default)]
+    pub vlan: u16,
+    /// The address.
+    pub mac: MacAddr,
+    /// Name of the port.
+    pub port: String,
 }
 
 impl Default for SwitchConfig {
@@ -46,6 +75,9 @@ impl Default for SwitchConfig {
             ports: BTreeMap::new(),
             security_groups: BTreeMap::new(),
             mirrors: BTreeMap::new(),
+            static_macs: Vec::new(),
+            flows: Vec::new(),
+            telemetry: TelemetryConfig::default(),
         }
     }
 }
@@ -69,6 +101,10 @@ pub struct PortSpec {
 
 fn bond_system() -> MacAddr {
     MacAddr([0x52, 0x54, 0x00, 0xff, 0xff, 0x02])
+}
+
+fn snap() -> u32 {
+    65_535
 }
 
 fn one() -> usize {
@@ -111,6 +147,19 @@ pub enum PortKind {
         /// Name of the interface.
         interface: String,
     },
+    /// One end of a cable to another port, of this switch or of another one of the process.
+    Patch {
+        /// Name of the cable: two ports with the same are joined.
+        cable: String,
+    },
+    /// Writes the frames sent to it into a pcapng file, as the target of a mirror.
+    Capture {
+        /// The file; one that exists is overwritten.
+        file: PathBuf,
+        /// Most bytes of each frame that are kept.
+        #[serde(default = "snap")]
+        snap: u32,
+    },
     /// DHCP server and gateway address.
     Gateway(GatewayConfig),
     /// Several other ports as one.
@@ -130,8 +179,8 @@ pub enum PortKind {
 }
 
 impl PortKind {
-    /// Opens the port.
-    pub fn open(&self, clock: &Clock) -> Result<Arc<dyn Port>> {
+    /// Opens the port; cables of patch ports are those of `panel`.
+    pub fn open(&self, clock: &Clock, panel: &PatchPanel) -> Result<Arc<dyn Port>> {
         Ok(match self {
             PortKind::VhostUser { socket, mode, queue_pairs } => {
                 let o =
@@ -142,6 +191,14 @@ impl PortKind {
             PortKind::Tap { interface, queues } => Arc::new(NetdevPort::tap(interface, *queues)?),
             PortKind::Uplink { interface } => Arc::new(NetdevPort::uplink(interface)?),
             PortKind::Bond { .. } => Arc::new(BondPort),
+            PortKind::Patch { cable } => Arc::new(panel.plug(cable)?),
+            PortKind::Capture { file, snap } => {
+                let fail = |e| Error::io(format!("write the capture {}", file.display()), e);
+                Arc::new(
+                    CapturePort::new(File::create(file).map_err(fail)?, *snap, clock.clone())
+                        .map_err(fail)?,
+                )
+            }
             PortKind::Gateway(g) => Arc::new(GatewayPort::new(g.clone(), clock.clone())?),
         })
     }
@@ -233,6 +290,33 @@ impl SwitchConfig {
                 }
             }
         }
+        for (i, m) in self.static_macs.iter().enumerate() {
+            let path = format!("static_macs[{i}]");
+            check_vlan(&format!("{path}.vlan"), m.vlan)?;
+            if m.mac.0[0] & 1 != 0 {
+                return Err(Error::config(format!("{path}.mac"), "this is a group address"));
+            }
+            if !self.ports.contains_key(&m.port) {
+                return Err(Error::config(
+                    format!("{path}.port"),
+                    format!("there is no port \"{}\"", m.port),
+                ));
+            }
+            if self.static_macs[..i].iter().any(|o| (o.vlan, o.mac) == (m.vlan, m.mac)) {
+                return Err(Error::config(format!("{path}.mac"), "the address is fixed already"));
+            }
+        }
+        // Any numbers will do here, so long as they differ.
+        let names: PortNumbers = self.ports.keys().cloned().zip(1..).collect();
+        let mut rules = HashSet::new();
+        for (i, f) in self.flows.iter().enumerate() {
+            let rule = f.resolve(&format!("flows[{i}]"), &names)?;
+            if !rules.insert((rule.table, rule.priority, rule.matches)) {
+                let reason = "another rule has the same table, priority and match";
+                return Err(Error::config(format!("flows[{i}].match"), reason));
+            }
+        }
+        self.telemetry.check("telemetry")?;
         self.check_mirrors()
     }
 
@@ -334,6 +418,17 @@ mod tests {
             ),
             (r#"{"port_groups":{"g":{"security_groups":["no"]}}}"#, "port_groups.g.security_groups[0]"),
             (r#"{"mirrors":{"m":{"to":"p"}}}"#, "mirrors.m.to"),
+            (r#"{"static_macs":[{"mac":"02:00:00:00:00:01","port":"p"}]}"#, "static_macs[0].port"),
+            (r#"{"flows":[{"actions":[{"output":"p"}]}]}"#, "flows[0].actions[0]"),
+            (r#"{"flows":[{"match":{"vlan":5000}}]}"#, "flows[0].match.vlan"),
+            (r#"{"flows":[{"match":{"ip_src":"10.0.0.1","ip_dst":"::1"}}]}"#, "flows[0].match.ip_dst"),
+            (r#"{"flows":[{},{}]}"#, "flows[1].match"),
+            (r#"{"flows":[{"actions":[{"set_dscp":64}]}]}"#, "flows[0].actions[0]"),
+            (r#"{"telemetry":{"sflow":{"collectors":[]}}}"#, "telemetry.sflow.collectors"),
+            (
+                r#"{"telemetry":{"flow_export":{"collectors":["127.0.0.1:1"],"idle_timeout":0}}}"#,
+                "telemetry.flow_export.idle_timeout",
+            ),
             (
                 r#"{"security_groups":{"s":{"rules":[{"direction":"in"}]}}}"#,
                 "security_groups.s.rules[0].direction",
@@ -349,7 +444,16 @@ mod tests {
     #[test]
     fn the_schema_names_every_section() {
         let schema = SwitchConfig::schema();
-        for section in ["ports", "port_groups", "security_groups", "mirrors", "mac_ageing"] {
+        for section in [
+            "ports",
+            "port_groups",
+            "security_groups",
+            "mirrors",
+            "mac_ageing",
+            "static_macs",
+            "flows",
+            "telemetry",
+        ] {
             assert!(schema["properties"][section].is_object(), "{section}");
         }
     }
