@@ -8,6 +8,8 @@ use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::nbd::{Export, NbdOptions, NbdStorage, Server, TlsServer};
 use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions, Storage};
 use common::{Rng, assert_same, exercise, qemu, qemu_ok, text};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -177,6 +179,40 @@ fn lost_connections() {
     let _ = std::fs::remove_file(&socket);
     let options = NbdOptions { reconnect: Duration::ZERO, ..NbdOptions::default() };
     assert!(NbdStorage::connect(&uri("", &socket), options).is_err());
+}
+
+/// A server that offers contexts for ever, or more than were asked for, costs no memory.
+#[test]
+fn contexts_that_nobody_asked_for() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let socket = dir.path().join("nbd");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let reply = |option: u32, kind: u32, data: &[u8]| {
+        let head = [&0x3_e889_0455_65a9u64.to_be_bytes()[..], &option.to_be_bytes(), &kind.to_be_bytes()];
+        [&head.concat()[..], &(data.len() as u32).to_be_bytes(), data].concat()
+    };
+    let context = |id: u8, name: &[u8]| reply(10, 4, &[&[0, 0, 0, id][..], name].concat());
+    let export = [&[0; 2][..], &SIZE.to_be_bytes(), &[0, 1]].concat();
+    let says = [
+        b"NBDMAGICIHAVEOPT\0\x03".to_vec(),
+        reply(11, 0x8000_0001, b""),
+        reply(8, 1, b""),
+        context(1, b"base:allocation"),
+        context(2, b"base:allocation"),
+        context(3, b"qemu:dirty-bitmap:other").repeat(1000),
+        reply(10, 1, b""),
+        reply(7, 3, &export),
+        reply(7, 1, b""),
+    ];
+    let peer = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(&says.concat()).unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    });
+    let storage = NbdStorage::connect(&uri("e", &socket), NbdOptions::default()).unwrap();
+    assert_eq!(storage.contexts().collect::<Vec<_>>(), ["base:allocation"]);
+    drop(storage);
+    peer.join().unwrap();
 }
 
 /// Certificates of an authority, a server and a client, under the names that everybody uses.

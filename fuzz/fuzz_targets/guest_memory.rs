@@ -7,7 +7,8 @@ use vmm_core::memory::{GuestMemory, MemoryRegion, RegionOptions};
 fuzz_target!(|ops: Vec<(u64, u16, u8)>| {
     let options = RegionOptions::default();
     let region = |at, size| MemoryRegion::allocate(at, size, &options).expect("memory");
-    let memory = GuestMemory::new(vec![region(0, 0x3000), region(0x3000, 0x1000), region(0x8000, 0x2000)]).expect("layout");
+    let memory = GuestMemory::new(vec![region(0, 0x3000), region(0x3000, 0x1000), region(0x8000, 0x2000)])
+        .expect("layout");
     let ram = |at: u64| at < 0x4000 || (0x8000..0xa000).contains(&at);
     let mut model = vec![0u8; 0xa000];
     for (address, len, value) in ops {

@@ -4,10 +4,10 @@
 
 use std::sync::{Arc, LazyLock};
 
-use blockfmt::format::check::Repair;
 use blockfmt::format::vhdx::VhdxOptions;
 use blockfmt::storage::MemoryStorage;
 use blockfmt::{CreateOptions, Format, OpenOptions, OpenPolicy, Storage};
+use fuzz::{exercise, reached, seal};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
@@ -51,12 +51,8 @@ static IMAGES: LazyLock<[MemoryStorage; 2]> = LazyLock::new(|| {
     [dirty, MemoryStorage::clone(&storage)]
 });
 
-fn seal(storage: &(dyn Storage + 'static), at: u64, len: usize) {
-    let mut bytes = vec![0; len];
-    storage.read_at(&mut bytes, at).expect("read");
-    bytes[4..8].fill(0);
-    let sum = crc32c::crc32c(&bytes);
-    storage.write_at(&sum.to_le_bytes(), at + 4).expect("write");
+fn sum(bytes: &[u8]) -> [u8; 4] {
+    crc32c::crc32c(bytes).to_le_bytes()
 }
 
 fuzz_target!(|input: Input| {
@@ -76,38 +72,22 @@ fuzz_target!(|input: Input| {
         storage.write_at(&patch.bytes[..len], base + u64::from(patch.at) % span).expect("patch");
     }
     for at in [64 << 10, 128 << 10] {
-        seal(storage, at, 4096);
+        seal(storage, at, 4096, 4, sum);
     }
     for at in [192 << 10, 256 << 10] {
-        seal(storage, at, 65536);
+        seal(storage, at, 65536, 4, sum);
     }
     for at in (0..5u64).map(|n| (1 << 20) + n * 4096) {
         let mut head = [0; 12];
         storage.read_at(&mut head, at).expect("read");
         let len = u32::from_le_bytes([head[8], head[9], head[10], head[11]]) as usize;
         if head.starts_with(b"loge") && (4096..1 << 16).contains(&len) {
-            seal(storage, at, len);
+            seal(storage, at, len, 4, sum);
         }
     }
     let open = OpenOptions::new(Format::Vhdx).policy(OpenPolicy::deny());
     let open = open.read_only(input.read_only).repair(input.repair);
     let Ok(disk) = open.open_storage(image.clone(), "fuzz.vhdx") else { return };
-    let size = disk.size();
-    let mut buffer = vec![0; 8192];
-    for part in 0..8 {
-        let offset = size / 8 * part;
-        let len = buffer.len().min((size - offset) as usize);
-        let _ = disk.read_at(&mut buffer[..len], offset);
-        let _ = disk.map(offset, len as u64);
-    }
-    let _ = disk.layers()[0].info();
-    let _ = disk.layers()[0].check(Repair::Nothing);
-    let _ = disk.write_at(&[7; 700], size / 3);
-    let _ = disk.write_zeroes(size / 2, (size / 4).min(1 << 20), true);
-    let _ = disk.discard(0, size.min(1 << 20));
-    let _ = disk.flush();
-    if input.repair {
-        let _ = disk.layers()[0].check(Repair::All);
-    }
-    let _ = disk.close();
+    reached("opened");
+    exercise(&disk, input.repair);
 });

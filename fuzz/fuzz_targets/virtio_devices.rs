@@ -4,10 +4,12 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 
 use arbitrary::{Arbitrary, Unstructured};
+use fuzz::reached;
+use fuzz::virtio::{Handlers, QUEUE_SIZE, parts};
 use libfuzzer_sys::fuzz_target;
 use vmm_core::devices::virtio::blk::{BlkOptions, MemoryDisk};
 use vmm_core::devices::virtio::iov::GuestVectors;
@@ -15,16 +17,13 @@ use vmm_core::devices::virtio::net::{
     HEADER_LEN, Header, NetBackend, NetOptions, NetPort, Sent, net_features,
 };
 use vmm_core::devices::virtio::{
-    Activation, Balloon, BalloonOptions, Blk, Console, ConsolePort, Context, Interrupt, Net, Queue,
-    QueueLayout, Rng, VirtioDevice, Vsock, features,
+    Balloon, BalloonOptions, Blk, Console, ConsolePort, Net, Rng, VirtioDevice, Vsock,
 };
 use vmm_core::memory::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 
 /// Rings below, buffers above; each queue has a page for each of its three parts.
 const MEMORY: u64 = 1 << 18;
 const BUFFERS: u64 = 1 << 17;
-const QUEUE_SIZE: u16 = 16;
 
 #[derive(Arbitrary, Debug)]
 struct Piece {
@@ -67,16 +66,6 @@ struct Case {
     device: u8,
     features: u64,
     steps: Vec<Step>,
-}
-
-struct Quiet;
-
-impl Interrupt for Quiet {
-    fn queue(&self, _index: usize) {}
-    fn config(&self) {}
-    fn queue_event(&self, _index: usize) -> io::Result<Option<OwnedFd>> {
-        Ok(None)
-    }
 }
 
 /// A network that sends everything back.
@@ -138,13 +127,8 @@ fn device(kind: u8) -> Arc<dyn VirtioDevice> {
     }
 }
 
-/// The addresses of a queue's parts.
-fn parts(queue: u64) -> [u64; 3] {
-    [0, 1, 2].map(|part| (queue * 3 + part) << 12)
-}
-
 /// Writes a chain into a queue's rings and makes it available; marks what the device may write.
-fn offer(memory: &GuestMemory, queue: u64, indirect: bool, pieces: &[Piece], writable: &mut [bool]) {
+fn offer(memory: &GuestMemory, queue: usize, indirect: bool, pieces: &[Piece], writable: &mut [bool]) {
     let [table, available, _] = parts(queue);
     let mut index = [0; 2];
     memory.read(available + 2, &mut index).expect("ring");
@@ -186,53 +170,20 @@ fuzz_target!(|data: &[u8]| {
     let Ok(case) = Case::arbitrary(&mut Unstructured::new(data)) else { return };
     let device = device(case.device);
     let memory = GuestMemory::flat(MEMORY).expect("memory");
+    let Some(mut handlers) = Handlers::start(&*device, &memory, case.features) else { return };
     let count = device.queue_sizes().len();
-    let negotiated = (device.features() | device.ring_features()) & case.features | features::VERSION_1;
-    let kicks: Vec<EventFd> = (0..count).map(|_| EventFd::new(0).expect("eventfd")).collect();
-    let interrupt: Arc<dyn Interrupt> = Arc::new(Quiet);
-    let queue = |index: usize| {
-        let [descriptors, driver, device] = parts(index as u64);
-        let layout = QueueLayout {
-            size: QUEUE_SIZE,
-            descriptors,
-            driver,
-            device,
-            event_idx: negotiated & features::EVENT_IDX != 0,
-            indirect: negotiated & features::INDIRECT_DESC != 0,
-        };
-        Queue::new(memory.clone(), layout, (0, 0)).ok()
-    };
-    let queues: Vec<Option<Queue>> = (0..count).map(queue).collect();
-    let activation = Activation {
-        memory: &memory,
-        features: negotiated,
-        queues: &queues,
-        kicks: &kicks,
-        interrupt: &interrupt,
-    };
-    let Ok(specs) = device.activate(activation) else { return };
-    // A handler has its own queues only, as behind a transport.
-    let mut handlers: Vec<_> = specs
-        .into_iter()
-        .map(|spec| {
-            let own = (0..count).map(|i| if spec.queues.contains(&i) { queue(i) } else { None }).collect();
-            let context = Context::detached(memory.clone(), own, interrupt.clone()).expect("context");
-            (spec, context)
-        })
-        .collect();
     let mut before = vec![0; MEMORY as usize];
     let mut after = vec![0; MEMORY as usize];
     let mut writable = vec![false; MEMORY as usize];
-    for queue in 0..count as u64 {
+    for queue in 0..count {
         // The used ring, and the event index behind the available ring's end.
         writable[parts(queue)[2] as usize..][..0x1000].fill(true);
     }
-    handlers.retain_mut(|(spec, context)| spec.handler.start(context).is_ok());
     for step in case.steps.iter().take(64) {
         match step {
             Step::Chain { queue, indirect, pieces } => {
                 let queue = usize::from(*queue) % count;
-                offer(&memory, queue as u64, *indirect, pieces, &mut writable);
+                offer(&memory, queue, *indirect, pieces, &mut writable);
                 continue;
             }
             Step::Poke { address, data } => {
@@ -247,19 +198,15 @@ fuzz_target!(|data: &[u8]| {
         match step {
             Step::Kick { queue } => {
                 let queue = usize::from(*queue) % count;
-                // An error stops a handler, as it stops the device.
-                handlers.retain_mut(|(spec, context)| {
-                    !spec.queues.contains(&queue) || spec.handler.queue(queue, context).is_ok()
-                });
+                handlers.kick(queue);
+                let mut used = [0; 2];
+                memory.read(parts(queue)[2] + 2, &mut used).expect("ring");
+                if used != [0; 2] {
+                    reached("buffer-used");
+                }
             }
-            Step::Events => handlers.retain_mut(|(spec, context)| {
-                let ready = context.ready().expect("epoll");
-                ready.into_iter().all(|(token, events)| spec.handler.event(token, events, context).is_ok())
-            }),
-            Step::Timer => handlers.retain_mut(|(spec, context)| {
-                context.deadline = None;
-                spec.handler.timer(context).is_ok()
-            }),
+            Step::Events => handlers.events(),
+            Step::Timer => handlers.timers(),
             Step::ReadConfig { offset, len } => {
                 let mut bytes = vec![0; (*len).into()];
                 device.read_config(u64::from(*offset), &mut bytes);
@@ -272,6 +219,6 @@ fuzz_target!(|data: &[u8]| {
             assert!(old == new || writable[address], "{} wrote {address:#x}", device.name());
         }
     }
-    handlers.iter_mut().for_each(|(spec, context)| spec.handler.stop(context));
+    handlers.stop();
     device.reset();
 });

@@ -1,6 +1,7 @@
 //! Any bytes as a virtqueue: taking chains from it ends, and every segment of a chain is RAM.
 #![no_main]
 
+use fuzz::reached;
 use libfuzzer_sys::fuzz_target;
 use vmm_core::devices::virtio::{Chain, Queue, QueueLayout};
 use vmm_core::memory::GuestMemory;
@@ -22,6 +23,7 @@ fuzz_target!(|data: &[u8]| {
     for _ in 0..600 {
         match queue.pop(&mut chain) {
             Ok(true) => {
+                reached("chain");
                 for segment in chain.readable().iter().chain(chain.writable()) {
                     assert!(memory.contains(segment.address, segment.len.into()));
                 }

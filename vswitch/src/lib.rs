@@ -72,6 +72,8 @@ pub use mac_table::MacRow;
 pub use packet::offload::OffloadCaps;
 pub use packet::{Burst, Offload, Packet};
 pub use pipeline::MeterConfig;
+#[doc(hidden)]
+pub use port::VhostUserDriver;
 pub use port::{
     Batch, CapturePort, Endpoint, EndpointPort, NetdevPort, PORT_MAX, PatchPanel, PatchPort, Port, PortId,
     StreamMode, StreamPort, VhostUserOptions, VhostUserPort,

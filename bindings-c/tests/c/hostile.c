@@ -1,19 +1,9 @@
 /* Everything that a careless caller does: each is an error, none is undefined behaviour. Run under valgrind. */
-#include <nacre.h>
+#include "hostile.h"
+
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-static int bad;
-#define EXPECT(what, want)                                                              \
-    do {                                                                                \
-        enum nacre_status got_ = (what);                                                \
-        if (got_ != (want)) {                                                           \
-            fprintf(stderr, "%s:%d: %s = %d, want %d\n", __FILE__, __LINE__, #what, got_, want); \
-            bad = 1;                                                                    \
-        }                                                                               \
-    } while (0)
 
 static char path[512];
 
@@ -45,13 +35,13 @@ int main(int argc, char **argv)
     EXPECT(nacre_disk_size((struct nacre_disk *)~(uintptr_t)0, &size, &error), NACRE_BAD_HANDLE);
     EXPECT(nacre_error_status(error), NACRE_BAD_HANDLE);
     EXPECT(nacre_disk_size((struct nacre_disk *)error, &size, NULL), NACRE_BAD_HANDLE);
-    if (nacre_error_message(error, 0, NULL, 0) <= 0 || nacre_error_message(error, 9, buffer, 4) != -1) bad = 1;
+    CHECK(nacre_error_message(error, 0, NULL, 0) > 0 && nacre_error_message(error, 9, buffer, 4) == -1);
     memset(buffer, 'x', sizeof buffer);
-    if (nacre_error_message(error, 0, buffer, 4) <= 3 || strlen(buffer) != 3 || buffer[4] != 'x') bad = 1;
+    CHECK(nacre_error_message(error, 0, buffer, 4) > 3 && strlen(buffer) == 3 && buffer[4] == 'x');
     nacre_error_free(error);
     nacre_error_free(error); /* twice */
     nacre_error_free(NULL);
-    if (nacre_error_depth(error) != 0) bad = 1;
+    CHECK(nacre_error_depth(error) == 0);
 
     /* Option structures. */
     struct nacre_disk_create_options create = { .struct_size = sizeof create, .path = path, .format = "raw", .size = 8192 };
@@ -69,7 +59,7 @@ int main(int argc, char **argv)
     create.format = "raw";
     create.path = "/nonexistent/directory/x";
     EXPECT(nacre_disk_create(&create, &error), NACRE_NOT_FOUND);
-    if (nacre_error_depth(error) < 2) bad = 1; /* the cause is there */
+    CHECK(nacre_error_depth(error) >= 2); /* the cause is there */
     nacre_error_free(error);
     create.path = path;
     char *odd = malloc(sizeof create + 9); /* misaligned, and larger than known with zeros behind */

@@ -1,36 +1,9 @@
 /* Careless callers of jobs, leases and locks. Run under valgrind, too. */
-#include <dirent.h>
-#include <nacre.h>
+#include "hostile.h"
+
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-static int bad;
-#define EXPECT(what, want)                                                              \
-    do {                                                                                \
-        enum nacre_status got_ = (what);                                                \
-        if (got_ != (want)) {                                                           \
-            fprintf(stderr, "%s:%d: %s = %d, want %d\n", __FILE__, __LINE__, #what, got_, want); \
-            bad = 1;                                                                    \
-        }                                                                               \
-    } while (0)
-#define CHECK(what)                                                                     \
-    do {                                                                                \
-        if (!(what)) {                                                                  \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what);                  \
-            bad = 1;                                                                    \
-        }                                                                               \
-    } while (0)
-
-static int entries(const char *path)
-{
-    int n = 0;
-    DIR *d = opendir(path);
-    while (readdir(d)) n++;
-    closedir(d);
-    return n;
-}
 
 static struct nacre_disk *make(const char *directory, const char *name, uint64_t size)
 {

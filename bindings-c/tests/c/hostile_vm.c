@@ -1,38 +1,11 @@
 /* Careless callers of machines; many machines in one process; nothing left behind. */
-#include <dirent.h>
-#include <nacre.h>
+#include "hostile.h"
+
 #include <poll.h>
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-static int bad;
-#define EXPECT(what, want)                                                              \
-    do {                                                                                \
-        enum nacre_status got_ = (what);                                                \
-        if (got_ != (want)) {                                                           \
-            fprintf(stderr, "%s:%d: %s = %d, want %d\n", __FILE__, __LINE__, #what, got_, want); \
-            bad = 1;                                                                    \
-        }                                                                               \
-    } while (0)
-#define CHECK(what)                                                                     \
-    do {                                                                                \
-        if (!(what)) {                                                                  \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #what);                  \
-            bad = 1;                                                                    \
-        }                                                                               \
-    } while (0)
-
-static int entries(const char *path)
-{
-    int n = 0;
-    DIR *d = opendir(path);
-    while (readdir(d)) n++;
-    closedir(d);
-    return n;
-}
 
 /* Guest RAM is in memfds. */
 static int mappings(void)

@@ -330,7 +330,13 @@ fn set_contexts(stream: &mut Stream, export: &str, contexts: &[String]) -> io::R
         let (kind, data) = option_reply(stream, option::SET_META_CONTEXT)?;
         match (kind, data.split_first_chunk::<4>()) {
             (reply::META_CONTEXT, Some((id, name))) => {
-                out.push((u32::from_be_bytes(*id), String::from_utf8_lossy(name).into_owned()));
+                // Only what was asked for, each once: the server shall not choose how much there is to remember.
+                let known = |(_, known): &(u32, String)| known.as_bytes() == name;
+                if let Some(asked) = contexts.iter().find(|c| c.as_bytes() == name)
+                    && !out.iter().any(known)
+                {
+                    out.push((u32::from_be_bytes(*id), asked.clone()));
+                }
             }
             (reply::ACK, _) => return Ok(out),
             // Not supported, or no such export, which the next option will tell.

@@ -6,24 +6,38 @@ use super::image::{CopyError, Image};
 use super::{BootError, HIGH_RAM, KernelEntry, Loaded, MAX_COMMAND_LINE};
 use crate::memory::GuestMemory;
 
+/// The start of `Elf32_Ehdr` and `Elf64_Ehdr`.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Identity {
+    pub(super) ident: [u8; 16],
+    pub(super) kind: u16,
+    pub(super) machine: u16,
+    version: u32,
+}
+
+/// The end of both.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Tables {
+    flags: u32,
+    ehsize: u16,
+    pub(super) phentsize: u16,
+    pub(super) phnum: u16,
+    shentsize: u16,
+    shnum: u16,
+    shstrndx: u16,
+}
+
 /// `Elf64_Ehdr`.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Header {
-    ident: [u8; 16],
-    kind: u16,
-    machine: u16,
-    version: u32,
+    identity: Identity,
     entry: u64,
     phoff: u64,
     shoff: u64,
-    flags: u32,
-    ehsize: u16,
-    phentsize: u16,
-    phnum: u16,
-    shentsize: u16,
-    shnum: u16,
-    shstrndx: u16,
+    tables: Tables,
 }
 
 /// `Elf64_Phdr`.
@@ -82,18 +96,20 @@ pub(super) fn load(
     io: &dyn Fn(std::io::Error) -> BootError,
 ) -> Result<Loaded, BootError> {
     let header: Header = read_struct(image, 0, "the ELF header", io)?;
-    if header.ident[4] != ELFCLASS64 || header.ident[5] != ELFDATA2LSB || header.machine != EM_X86_64 {
+    let Identity { ident, kind, machine, .. } = header.identity;
+    if ident[4] != ELFCLASS64 || ident[5] != ELFDATA2LSB || machine != EM_X86_64 {
         return Err(BootError::Unsupported("the ELF file is not for x86-64"));
     }
-    if header.kind != ET_EXEC && header.kind != ET_DYN {
+    if kind != ET_EXEC && kind != ET_DYN {
         return Err(BootError::Unsupported("the ELF file is not an executable"));
     }
-    if usize::from(header.phentsize) != size_of::<Segment>() || header.phnum > MAX_SEGMENTS {
+    let Tables { phentsize, phnum, .. } = header.tables;
+    if usize::from(phentsize) != size_of::<Segment>() || phnum > MAX_SEGMENTS {
         return Err(BootError::Malformed("odd ELF program headers"));
     }
     let mut end = 0;
     let mut pvh = None;
-    for i in 0..u64::from(header.phnum) {
+    for i in 0..u64::from(phnum) {
         let offset = header
             .phoff
             .checked_add(i * size_of::<Segment>() as u64)

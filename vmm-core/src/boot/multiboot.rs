@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::elf::{self, PT_LOAD, Segment, read_struct};
+use super::elf::{self, Identity, PT_LOAD, Segment, Tables, read_struct};
 use super::image::Image;
 use super::{BootError, KernelEntry, Loaded, MAX_COMMAND_LINE};
 use crate::memory::GuestMemory;
@@ -34,20 +34,11 @@ struct Header {
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct ElfHeader {
-    ident: [u8; 16],
-    kind: u16,
-    machine: u16,
-    version: u32,
+    identity: Identity,
     entry: u32,
     phoff: u32,
     shoff: u32,
-    flags: u32,
-    ehsize: u16,
-    phentsize: u16,
-    phnum: u16,
-    shentsize: u16,
-    shnum: u16,
-    shstrndx: u16,
+    tables: Tables,
 }
 
 /// `Elf32_Phdr`.
@@ -141,14 +132,16 @@ fn elf_segments(
     io: &dyn Fn(std::io::Error) -> BootError,
 ) -> Result<Vec<Segment>, BootError> {
     let header: ElfHeader = read_struct(image, 0, "the ELF header", io)?;
-    if header.ident[..6] != *b"\x7fELF\x01\x01" || header.machine != EM_386 || header.kind != ET_EXEC {
+    let Identity { ident, kind, machine, .. } = header.identity;
+    if ident[..6] != *b"\x7fELF\x01\x01" || machine != EM_386 || kind != ET_EXEC {
         return Err(BootError::Unsupported("a Multiboot kernel must be a 32-bit x86 ELF executable"));
     }
-    if usize::from(header.phentsize) != size_of::<ElfSegment>() || header.phnum > elf::MAX_SEGMENTS {
+    let Tables { phentsize, phnum, .. } = header.tables;
+    if usize::from(phentsize) != size_of::<ElfSegment>() || phnum > elf::MAX_SEGMENTS {
         return Err(BootError::Malformed("odd ELF program headers"));
     }
     let mut segments = Vec::new();
-    for i in 0..u64::from(header.phnum) {
+    for i in 0..u64::from(phnum) {
         let at = u64::from(header.phoff) + i * size_of::<ElfSegment>() as u64;
         let s: ElfSegment = read_struct(image, at, "an ELF program header", io)?;
         if s.kind == PT_LOAD && s.memsz > 0 {

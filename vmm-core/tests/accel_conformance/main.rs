@@ -16,50 +16,46 @@ mod running;
 mod smp;
 mod state;
 
-/// Runs the cases on the accelerator that `$target` opens.
-macro_rules! conformance {
-    ($accelerator:ident, $target:expr; $($group:ident: $($case:ident)*;)*) => {
-        mod $accelerator {
-            $($(
-                #[test]
-                fn $case() {
-                    if let Some(target) = $target {
-                        crate::$group::$case(&target);
-                    }
+/// Makes tests of cases, each with the accelerator that `$target` opens.
+macro_rules! tests {
+    ($target:expr; $($group:ident: $($case:ident)*;)*) => {
+        $($(
+            #[test]
+            fn $case() {
+                if let Some(target) = $target {
+                    crate::$group::$case(&target);
                 }
-            )*)*
+            }
+        )*)*
+    };
+}
+
+/// All cases with one accelerator.
+macro_rules! conformance {
+    ($target:expr) => {
+        tests! {
+            $target;
+            io: port_accesses_of_each_size mmio_accesses_of_each_size string_port_io doorbells_replace_the_bus
+                doorbells_can_be_removed accesses_nobody_answers;
+            interrupts: a_line_wakes_a_halted_cpu messages_arrive_unless_masked event_descriptors_send_messages
+                an_nmi_interrupts_a_loop the_apic_timer_fires a_bad_message_is_an_error_or_dropped
+                lines_are_bounded;
+            smp: init_and_sipi_start_another_cpu cpu_ids_are_checked;
+            memory: regions_and_the_hole_between_them dirty_pages_are_reported_once dirty_tracking_must_be_on
+                linear_addresses_translate;
+            running: kicks_stop_a_running_cpu kicks_wake_a_halted_cpu a_kick_before_the_run_counts
+                a_triple_fault_ends_the_run port_exits_complete_before_a_kick;
+            state: registers_survive_the_round_trip sse_state_survives_the_round_trip
+                a_guest_moves_to_another_machine bad_state_is_refused the_chipset_survives_the_round_trip;
+            debug: single_steps software_breakpoints hardware_breakpoints debugging_can_be_switched_off;
         }
     };
 }
 
-conformance! {
-    kvm, crate::harness::kvm();
-    io: port_accesses_of_each_size mmio_accesses_of_each_size string_port_io doorbells_replace_the_bus
-        doorbells_can_be_removed accesses_nobody_answers;
-    interrupts: a_line_wakes_a_halted_cpu messages_arrive_unless_masked event_descriptors_send_messages
-        an_nmi_interrupts_a_loop the_apic_timer_fires a_bad_message_is_an_error_or_dropped lines_are_bounded;
-    smp: init_and_sipi_start_another_cpu cpu_ids_are_checked;
-    memory: regions_and_the_hole_between_them dirty_pages_are_reported_once dirty_tracking_must_be_on
-        linear_addresses_translate;
-    running: kicks_stop_a_running_cpu kicks_wake_a_halted_cpu a_kick_before_the_run_counts
-        a_triple_fault_ends_the_run port_exits_complete_before_a_kick;
-    state: registers_survive_the_round_trip sse_state_survives_the_round_trip a_guest_moves_to_another_machine
-        bad_state_is_refused the_chipset_survives_the_round_trip;
-    debug: single_steps software_breakpoints hardware_breakpoints debugging_can_be_switched_off;
+mod kvm {
+    conformance!(crate::harness::kvm());
 }
 
-conformance! {
-    soft, Some(crate::harness::soft());
-    io: port_accesses_of_each_size mmio_accesses_of_each_size string_port_io doorbells_replace_the_bus
-        doorbells_can_be_removed accesses_nobody_answers;
-    interrupts: a_line_wakes_a_halted_cpu messages_arrive_unless_masked event_descriptors_send_messages
-        an_nmi_interrupts_a_loop the_apic_timer_fires a_bad_message_is_an_error_or_dropped lines_are_bounded;
-    smp: init_and_sipi_start_another_cpu cpu_ids_are_checked;
-    memory: regions_and_the_hole_between_them dirty_pages_are_reported_once dirty_tracking_must_be_on
-        linear_addresses_translate;
-    running: kicks_stop_a_running_cpu kicks_wake_a_halted_cpu a_kick_before_the_run_counts
-        a_triple_fault_ends_the_run port_exits_complete_before_a_kick;
-    state: registers_survive_the_round_trip sse_state_survives_the_round_trip a_guest_moves_to_another_machine
-        bad_state_is_refused the_chipset_survives_the_round_trip;
-    debug: single_steps software_breakpoints hardware_breakpoints debugging_can_be_switched_off;
+mod soft {
+    conformance!(Some(crate::harness::soft()));
 }

@@ -1,5 +1,6 @@
 //! The console and the entropy device.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write, pipe};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -95,10 +96,57 @@ fn a_full_pipe_delays_output_and_loses_none() {
     assert_eq!(bytes, expected);
 }
 
-fn hear(guest: &mut Guest, queue: &mut DriverQueue, buffers: &mut Vec<Buffer>) -> Vec<u8> {
-    let (_, len) = guest.wait_used(queue);
-    let buffer = buffers.remove(0);
-    guest.bytes(buffer)[..len as usize].to_vec()
+/// A driver of several ports, listening on the control queue.
+struct Driver {
+    guest: Guest,
+    queues: Vec<DriverQueue>,
+    /// What the device fills with messages, in order.
+    buffers: VecDeque<Buffer>,
+}
+
+impl Driver {
+    fn new(ports: Vec<ConsolePort>) -> Self {
+        let mut guest = Guest::new(Transport::PciMsix, Console::new(ports).unwrap());
+        let mut queues = guest.bring_up(SIZE | MULTIPORT, 32);
+        let buffers: VecDeque<_> = (0..12).map(|_| guest.writable(64)).collect();
+        for buffer in &buffers {
+            queues[2].submit(&[*buffer]);
+        }
+        Self { guest, queues, buffers }
+    }
+
+    /// Tells the device of an event on a port.
+    fn say(&mut self, port: u32, event: u16, value: u16) {
+        let message = [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
+        self.send(3, &message);
+    }
+
+    /// The device's next message.
+    fn hear(&mut self) -> Vec<u8> {
+        let (_, len) = self.guest.wait_used(&mut self.queues[2]);
+        let buffer = self.buffers.pop_front().unwrap();
+        self.guest.bytes(buffer)[..len as usize].to_vec()
+    }
+
+    /// Sends bytes on a queue and waits until the device has taken them.
+    fn send(&mut self, queue: usize, bytes: &[u8]) {
+        let buffer = self.guest.readable(bytes);
+        self.guest.exchange(&mut self.queues[queue], &[buffer]);
+    }
+
+    /// Offers a buffer for the second port's input.
+    fn offer(&mut self) -> Buffer {
+        let buffer = self.guest.writable(16);
+        self.queues[4].submit(&[buffer]);
+        self.guest.notify(4);
+        buffer
+    }
+
+    /// Waits for input in `buffer`.
+    fn input(&mut self, buffer: Buffer) -> Vec<u8> {
+        let (_, len) = self.guest.wait_used(&mut self.queues[4]);
+        self.guest.bytes(buffer)[..len as usize].to_vec()
+    }
 }
 
 #[test]
@@ -108,51 +156,35 @@ fn ports_are_announced_and_opened() {
         ConsolePort::new("", None, None),
         ConsolePort::new("agent", Some(ours.try_clone().unwrap().into()), Some(ours.into())),
     ];
-    let mut guest = Guest::new(Transport::PciMsix, Console::new(ports).unwrap());
-    let mut queues = guest.bring_up(SIZE | MULTIPORT, 32);
-    assert_eq!(queues.len(), 6);
-    assert_eq!(guest.config_u32(4), 2);
-    let mut buffers: Vec<_> = (0..12).map(|_| guest.writable(64)).collect();
-    for buffer in &buffers {
-        queues[2].submit(&[*buffer]);
-    }
-    let say = |guest: &mut Guest, queues: &mut Vec<DriverQueue>, port: u32, event: u16, value: u16| {
-        let message = [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
-        let buffer = guest.readable(&message);
-        guest.exchange(&mut queues[3], &[buffer]);
-    };
+    let mut driver = Driver::new(ports);
+    assert_eq!(driver.queues.len(), 6);
+    assert_eq!(driver.guest.config_u32(4), 2);
     // Nonsense first: unknown ports and events.
-    say(&mut guest, &mut queues, 77, 3, 1);
-    say(&mut guest, &mut queues, 0, 99, 1);
-    say(&mut guest, &mut queues, 0, 0, 1);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 1, 0, 1, 0]);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 1, 0, 1, 0]);
-    say(&mut guest, &mut queues, 0, 3, 1);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 4, 0, 1, 0]);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 5, 0, 0, 0, 80, 0, 25, 0]);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [0, 0, 0, 0, 6, 0, 1, 0]);
-    say(&mut guest, &mut queues, 1, 3, 1);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), b"\x01\0\0\0\x07\0\x01\0agent");
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 1, 0]);
+    driver.say(77, 3, 1);
+    driver.say(0, 99, 1);
+    driver.say(0, 0, 1);
+    assert_eq!(driver.hear(), [0, 0, 0, 0, 1, 0, 1, 0]);
+    assert_eq!(driver.hear(), [1, 0, 0, 0, 1, 0, 1, 0]);
+    driver.say(0, 3, 1);
+    assert_eq!(driver.hear(), [0, 0, 0, 0, 4, 0, 1, 0]);
+    assert_eq!(driver.hear(), [0, 0, 0, 0, 5, 0, 0, 0, 80, 0, 25, 0]);
+    assert_eq!(driver.hear(), [0, 0, 0, 0, 6, 0, 1, 0]);
+    driver.say(1, 3, 1);
+    assert_eq!(driver.hear(), b"\x01\0\0\0\x07\0\x01\0agent");
+    assert_eq!(driver.hear(), [1, 0, 0, 0, 6, 0, 1, 0]);
     // Input is read only once the guest opened the port.
     theirs.write_all(b"ping").unwrap();
-    let input = guest.writable(16);
-    queues[4].submit(&[input]);
-    guest.notify(4);
-    say(&mut guest, &mut queues, 1, 6, 1);
-    assert_eq!(guest.wait_used(&mut queues[4]).1, 4);
-    assert_eq!(guest.bytes(input)[..4], *b"ping");
-    let output = guest.readable(b"pong");
-    guest.exchange(&mut queues[5], &[output]);
+    let input = driver.offer();
+    driver.say(1, 6, 1);
+    assert_eq!(driver.input(input), b"ping");
+    driver.send(5, b"pong");
     let mut bytes = [0; 4];
     theirs.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"pong");
     // The host hangs up: the guest learns it.
-    let input = guest.writable(16);
-    queues[4].submit(&[input]);
-    guest.notify(4);
+    driver.offer();
     drop(theirs);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 0, 0]);
+    assert_eq!(driver.hear(), [1, 0, 0, 0, 6, 0, 0, 0]);
 }
 
 /// A client that connects, leaves, and another one: the guest learns of each.
@@ -161,42 +193,25 @@ fn clients_of_a_listening_port_come_and_go() {
     let path = std::env::temp_dir().join(format!("nacre-port-{}", std::process::id()));
     let listener = UnixListener::bind(&path).unwrap();
     let ports = vec![ConsolePort::new("", None, None), ConsolePort::listening("agent", listener).unwrap()];
-    let mut guest = Guest::new(Transport::PciMsix, Console::new(ports).unwrap());
-    let mut queues = guest.bring_up(SIZE | MULTIPORT, 32);
-    let mut buffers: Vec<_> = (0..12).map(|_| guest.writable(64)).collect();
-    for buffer in &buffers {
-        queues[2].submit(&[*buffer]);
-    }
-    let say = |guest: &mut Guest, queues: &mut Vec<DriverQueue>, port: u32, event: u16, value: u16| {
-        let message = [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
-        let buffer = guest.readable(&message);
-        guest.exchange(&mut queues[3], &[buffer]);
-    };
-    say(&mut guest, &mut queues, 1, 3, 1);
-    assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), b"\x01\0\0\0\x07\0\x01\0agent");
-    say(&mut guest, &mut queues, 1, 6, 1);
+    let mut driver = Driver::new(ports);
+    driver.say(1, 3, 1);
+    assert_eq!(driver.hear(), b"\x01\0\0\0\x07\0\x01\0agent");
+    driver.say(1, 6, 1);
     // Nobody is there: what the guest writes is lost, and it does not wait.
-    let output = guest.readable(b"lost");
-    guest.exchange(&mut queues[5], &[output]);
-    let mut input = guest.writable(16);
-    queues[4].submit(&[input]);
-    guest.notify(4);
+    driver.send(5, b"lost");
+    let mut input = driver.offer();
     for text in [b"one!", b"two!"] {
         let mut client = UnixStream::connect(&path).unwrap();
-        assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 1, 0], "opened");
-        let output = guest.readable(text);
-        guest.exchange(&mut queues[5], &[output]);
+        assert_eq!(driver.hear(), [1, 0, 0, 0, 6, 0, 1, 0], "opened");
+        driver.send(5, text);
         let mut bytes = [0; 4];
         client.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, text);
         client.write_all(b"ok").unwrap();
-        assert_eq!(guest.wait_used(&mut queues[4]).1, 2);
-        assert_eq!(guest.bytes(input)[..2], *b"ok");
-        input = guest.writable(16);
-        queues[4].submit(&[input]);
-        guest.notify(4);
+        assert_eq!(driver.input(input), b"ok");
+        input = driver.offer();
         drop(client);
-        assert_eq!(hear(&mut guest, &mut queues[2], &mut buffers), [1, 0, 0, 0, 6, 0, 0, 0], "closed");
+        assert_eq!(driver.hear(), [1, 0, 0, 0, 6, 0, 0, 0], "closed");
     }
     std::fs::remove_file(&path).unwrap();
 }

@@ -17,7 +17,7 @@ pub use netdev::NetdevPort;
 pub use patch::{PatchPanel, PatchPort};
 pub(crate) use stream::listen_private;
 pub use stream::{StreamMode, StreamPort};
-pub use vhost::{VhostUserOptions, VhostUserPort};
+pub use vhost::{VhostUserDriver, VhostUserOptions, VhostUserPort};
 
 use crate::packet::offload::OffloadCaps;
 use crate::packet::{Burst, Packet};

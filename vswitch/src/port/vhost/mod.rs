@@ -144,6 +144,24 @@ pub struct VhostUserPort {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Serves front-ends of a [`VhostUserPort::driven`] in the caller's thread.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct VhostUserDriver(Arc<Device>);
+
+impl VhostUserDriver {
+    /// Serves a front-end until it leaves or breaks the protocol; `before` runs ahead of each request.
+    pub fn serve(&self, stream: &UnixStream, mut before: impl FnMut()) {
+        let mut session = Session::new(&self.0, stream);
+        loop {
+            before();
+            if session.serve_one().is_err() {
+                return session.end();
+            }
+        }
+    }
+}
+
 /// How the connection's thread is ended.
 #[derive(Debug)]
 struct Stop {
@@ -179,6 +197,22 @@ impl VhostUserPort {
             .spawn(move || serve(&d, &s, listener.as_ref(), &path))
             .map_err(fail)?;
         Ok(Self { device, path: options.path.clone(), mode: options.mode, stop, thread: Some(thread) })
+    }
+
+    /// A port without socket and thread, and what serves its front-ends: for fuzzing.
+    #[doc(hidden)]
+    pub fn driven(queue_pairs: usize) -> std::io::Result<(Self, VhostUserDriver)> {
+        let device = Arc::new(Device::new(queue_pairs)?);
+        let stop =
+            Stop { requested: AtomicBool::new(false), wake: EventFd::new()?, stream: Mutex::default() };
+        let port = Self {
+            device: device.clone(),
+            path: PathBuf::new(),
+            mode: StreamMode::Connect,
+            stop: Arc::new(stop),
+            thread: None,
+        };
+        Ok((port, VhostUserDriver(device)))
     }
 
     /// The MTU that the front-end told; zero when it told none.

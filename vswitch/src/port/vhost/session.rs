@@ -84,12 +84,18 @@ impl<'a> Session<'a> {
                 break e;
             }
         };
-        self.device.link.store(false, Ordering::Release);
-        self.stop_all(true);
+        self.end();
         e
     }
 
-    fn serve_one(&mut self) -> Result<(), SessionError> {
+    /// Stops the queues: the connection has ended.
+    pub fn end(&mut self) {
+        self.device.link.store(false, Ordering::Release);
+        self.stop_all(true);
+    }
+
+    /// Waits for one request and serves it.
+    pub fn serve_one(&mut self) -> Result<(), SessionError> {
         let mut fds = Vec::new();
         let mut raw = [0; HEADER];
         let n = recv_with_fds(self.stream.as_raw_fd(), &mut raw, &mut fds)?;

@@ -79,7 +79,8 @@ impl Connection {
         Self::negotiate(stream, wanted)
     }
 
-    fn negotiate(stream: UnixStream, wanted: u64) -> Result<Self, VhostUserError> {
+    /// Learns what the back-end at the other end of `stream` can do.
+    pub(super) fn negotiate(stream: UnixStream, wanted: u64) -> Result<Self, VhostUserError> {
         let configure = || {
             stream.set_read_timeout(Some(PATIENCE))?;
             stream.set_write_timeout(Some(PATIENCE))

@@ -12,6 +12,7 @@ mod handler;
 mod relay;
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -63,6 +64,9 @@ impl From<VhostUserError> for DeviceError {
     }
 }
 
+/// Protocol features that a network device wants of its back-end, and those that a block device wants.
+const NET_PROTOCOL: u64 = protocol::MQ | protocol::REPLY_ACK;
+const BLK_PROTOCOL: u64 = NET_PROTOCOL | protocol::CONFIG;
 /// Features of a network device that a back-end may have and this front-end passes on.
 const NET_FEATURES: u64 = f::CSUM
     | f::GUEST_CSUM
@@ -163,8 +167,20 @@ impl VhostUser {
     /// # Errors
     /// Fails when nobody listens there or it does not follow the protocol.
     pub fn net(path: &Path, options: &VhostUserNetOptions) -> Result<Arc<Self>, VhostUserError> {
-        let wanted = protocol::MQ | protocol::REPLY_ACK;
-        let connection = Connection::open(path, wanted)?;
+        Self::net_with(path, Connection::open(path, NET_PROTOCOL)?, options)
+    }
+
+    /// The same over a socket that is connected, without a place to look for the back-end again: for fuzzing.
+    #[doc(hidden)]
+    pub fn net_over(stream: UnixStream, options: &VhostUserNetOptions) -> Result<Arc<Self>, VhostUserError> {
+        Self::net_with(Path::new(""), Connection::negotiate(stream, NET_PROTOCOL)?, options)
+    }
+
+    fn net_with(
+        path: &Path,
+        connection: Connection,
+        options: &VhostUserNetOptions,
+    ) -> Result<Arc<Self>, VhostUserError> {
         let most = if connection.has(protocol::MQ) { connection.queues.clamp(2, 512) as u16 / 2 } else { 1 };
         // Back-ends count queues or pairs; both are at least what is used then.
         let pairs = options.pairs.clamp(1, most);
@@ -178,7 +194,7 @@ impl VhostUser {
         for value in [1, pairs, mtu] {
             config.extend(value.to_le_bytes());
         }
-        Self::new(path, wanted, connection, offered, config, true, pairs * 2, options.queue_size)
+        Self::new(path, NET_PROTOCOL, connection, offered, config, true, pairs * 2, options.queue_size)
     }
 
     /// A block device served by the back-end that listens at `path`, with `queues` queues at most.
@@ -186,8 +202,21 @@ impl VhostUser {
     /// # Errors
     /// Fails when nobody listens there or it lacks the configuration space.
     pub fn blk(path: &Path, queues: u16, queue_size: u16) -> Result<Arc<Self>, VhostUserError> {
-        let wanted = protocol::MQ | protocol::REPLY_ACK | protocol::CONFIG;
-        let mut connection = Connection::open(path, wanted)?;
+        Self::blk_with(path, Connection::open(path, BLK_PROTOCOL)?, queues, queue_size)
+    }
+
+    /// The same over a socket that is connected, without a place to look for the back-end again: for fuzzing.
+    #[doc(hidden)]
+    pub fn blk_over(stream: UnixStream, queues: u16, queue_size: u16) -> Result<Arc<Self>, VhostUserError> {
+        Self::blk_with(Path::new(""), Connection::negotiate(stream, BLK_PROTOCOL)?, queues, queue_size)
+    }
+
+    fn blk_with(
+        path: &Path,
+        mut connection: Connection,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<Arc<Self>, VhostUserError> {
         if !connection.has(protocol::CONFIG) {
             return Err(VhostUserError::Lacks("the configuration space"));
         }
@@ -197,10 +226,10 @@ impl VhostUser {
         let most = if offered & BLK_MQ != 0 { has.max(1) } else { 1 };
         let queues = queues.clamp(1, most.min(connection.queues.clamp(1, 256) as u16));
         config[BLK_QUEUES..BLK_QUEUES + 2].copy_from_slice(&queues.to_le_bytes());
-        Self::new(path, wanted, connection, offered, config, false, queues, queue_size)
+        Self::new(path, BLK_PROTOCOL, connection, offered, config, false, queues, queue_size)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the two constructors above are its only callers")]
+    #[expect(clippy::too_many_arguments, reason = "the constructors above are its only callers")]
     fn new(
         path: &Path,
         wanted: u64,
