@@ -275,14 +275,15 @@ fuzz_target!(|calls: Vec<Call>| {
                 Call::VmPowerButton(i) => drop(nacre_vm_press_power_button(pick(i).cast(), &mut error)),
                 Call::VmStop(i) => drop(nacre_vm_stop(pick(i).cast(), &mut error)),
                 Call::VmWait(i) => {
-                    let vm = pick(i).cast();
-                    if nacre_vm_wait(vm, 20, null_mut(), null_mut(), &mut error) == nacre_status::NACRE_OK {
+                    let (vm, mut reason) = (pick(i).cast(), nacre_stop_reason::NACRE_STOP_STOPPED);
+                    if nacre_vm_wait(vm, 20, &mut reason, null_mut(), &mut error) == nacre_status::NACRE_OK {
                         reached("machine-ended");
                     }
                 }
                 Call::VmEvents(i) => {
+                    let mut event = nacre_vm_event::NACRE_EVENT_NONE;
                     nacre_vm_event_fd(pick(i).cast());
-                    nacre_vm_next_event(pick(i).cast(), null_mut(), &mut error);
+                    nacre_vm_next_event(pick(i).cast(), &mut event, &mut error);
                 }
                 Call::VmFree(i) => drop(nacre_vm_free(pick(i).cast(), &mut error)),
                 Call::Forge(bits) => handles.push(without_provenance_mut(bits as usize)),

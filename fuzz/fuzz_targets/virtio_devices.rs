@@ -216,7 +216,9 @@ fuzz_target!(|data: &[u8]| {
         }
         memory.read(0, &mut after).expect("memory");
         for (address, (old, new)) in before.iter().zip(&after).enumerate() {
-            assert!(old == new || writable[address], "{} wrote {address:#x}", device.name());
+            // A page that the driver gives to the balloon loses its contents.
+            let given = *new == 0 && device.device_type() == 5;
+            assert!(old == new || writable[address] || given, "{} wrote {address:#x}", device.name());
         }
     }
     handlers.stop();

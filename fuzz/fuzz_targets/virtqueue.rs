@@ -9,11 +9,12 @@ use vmm_core::memory::GuestMemory;
 fuzz_target!(|data: &[u8]| {
     let [flags, size, ring @ ..] = data else { return };
     let memory = GuestMemory::flat(0x1_0000).expect("memory");
+    // The available ring comes first and the table next, so that short inputs have both.
     let _ = memory.write(0, &ring[..ring.len().min(0xf000)]);
     let layout = QueueLayout {
         size: 1 << (size % 9),
-        descriptors: 0,
-        driver: 0x1000,
+        descriptors: 0x400,
+        driver: 0,
         device: 0x2000,
         event_idx: flags & 1 != 0,
         indirect: flags & 2 != 0,

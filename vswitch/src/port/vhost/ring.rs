@@ -51,7 +51,7 @@ enum Pushed {
 }
 
 /// Features that change how a ring is used.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct RingFeatures {
     /// `VIRTIO_RING_F_EVENT_IDX`.
     pub event_idx: bool,
@@ -61,6 +61,13 @@ pub struct RingFeatures {
     pub header: usize,
     /// Whether writes go to the dirty log (`VHOST_F_LOG_ALL`).
     pub log: bool,
+}
+
+impl Default for RingFeatures {
+    /// Those of a front-end that negotiates none.
+    fn default() -> Self {
+        Self { event_idx: false, mergeable: false, header: VNET_HDR_LEN, log: false }
+    }
 }
 
 #[derive(Clone, Copy)]
