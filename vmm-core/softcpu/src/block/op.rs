@@ -63,6 +63,27 @@ pub(crate) struct Op {
     pub x: u16,
 }
 
+impl Op {
+    /// An operation without operands, which stands for no instruction.
+    pub fn bare(handler: Handler) -> Self {
+        Self {
+            handler: Cell::new(handler),
+            imm: Cell::new(0),
+            disp: 0,
+            r1: 0,
+            r2: 0,
+            base: ZERO,
+            index: ZERO,
+            scale: 0,
+            seg: ZERO,
+            len: 0,
+            left: 0,
+            off: 0,
+            x: 0,
+        }
+    }
+}
+
 /// A pointer to an [`Op`] of a live block, or null.
 ///
 /// Blocks are only freed by [`Cpu::run`] between two calls of [`execute`], and every block ends with an

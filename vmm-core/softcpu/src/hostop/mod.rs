@@ -30,3 +30,5 @@ pub(crate) use op::{HostOp, translate};
 pub(crate) use op::{depends_on_mxcsr, may_be_misaligned};
 pub(crate) use resident::Resident;
 pub(crate) use stub::StubCache;
+#[cfg(feature = "native")]
+pub(crate) use stub::directions;

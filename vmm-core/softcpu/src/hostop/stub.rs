@@ -322,7 +322,7 @@ fn access(body: &Instruction, access: OpAccess, operand: u32) -> Access {
 }
 
 /// Whether an access reads and whether it writes; a conditional write needs the old value too.
-fn directions(access: OpAccess) -> (bool, bool) {
+pub(crate) fn directions(access: OpAccess) -> (bool, bool) {
     match access {
         OpAccess::Read | OpAccess::CondRead => (true, false),
         OpAccess::Write => (false, true),

@@ -13,3 +13,5 @@ mod paging;
 mod rig;
 mod smp;
 mod transfers;
+#[cfg(feature = "native")]
+mod translation;

@@ -164,13 +164,21 @@ pub fn flat(selector: u16, attributes: u16) -> Segment {
     Segment { selector, attributes: SegmentAttributes(attributes), limit: 0xffff_ffff, base: 0 }
 }
 
+/// With `NACRE_TRANSLATE_AFTER` blocks are translated after that many entries (feature `native`): 0 for at once.
+pub fn translating(mut config: CpuConfig) -> CpuConfig {
+    if let Ok(text) = std::env::var("NACRE_TRANSLATE_AFTER") {
+        config.translate_after = Some(text.parse().expect("NACRE_TRANSLATE_AFTER is not a number"));
+    }
+    config
+}
+
 impl Rig {
     pub fn new() -> Self {
         Self::with_clock(Arc::new(Clock::host(1_000_000)), None)
     }
 
     pub fn with_clock(clock: Arc<Clock>, seed: Option<u64>) -> Self {
-        Self::with_config(CpuConfig { seed, ..CpuConfig::new(clock) })
+        Self::with_config(translating(CpuConfig { seed, ..CpuConfig::new(clock) }))
     }
 
     pub fn with_config(config: CpuConfig) -> Self {

@@ -14,7 +14,7 @@ pub fn run_all(rig: &mut Rig, programs: &[&dyn Fn(&mut CodeAssembler)]) -> Vec<s
     let mut others: Vec<Cpu> = (1..programs.len() as u32)
         .map(|index| {
             let config = CpuConfig { index, apic_id: index, ..CpuConfig::new(clock.clone()) };
-            Cpu::new(config, rig.memory.clone(), rig.ports.clone(), Box::new(Queue::default()))
+            Cpu::new(translating(config), rig.memory.clone(), rig.ports.clone(), Box::new(Queue::default()))
         })
         .collect();
     let mut cpus: Vec<&mut Cpu> = std::iter::once(&mut rig.cpu).chain(&mut others).collect();

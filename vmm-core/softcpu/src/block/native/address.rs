@@ -97,7 +97,7 @@ impl Emitter<'_> {
     /// LEA, which leaves the flags alone.
     fn load_address(&mut self, to: Register, address: &Address) -> Emitted {
         if address.base == Register::None && address.index == Register::None {
-            return Ok(self.add(Instruction::with2(Code::Mov_rm64_imm32, to, address.displacement)?)?);
+            return self.add(Instruction::with2(Code::Mov_rm64_imm32, to, address.displacement)?);
         }
         self.load(Code::Lea_r64_m, to, address.operand(0))
     }
@@ -222,7 +222,7 @@ impl Emitter<'_> {
         self.place(&mut resume)
     }
 
-    pub fn leave_frame(&mut self, _: &Instruction) -> Emitted {
+    pub fn leave_frame(&mut self) -> Emitted {
         let (slow, mut resume) = self.cold_call(false);
         let access = Access { size: 8, write: false, aligned: false };
         let top = self.translate(Address::base(Register::RBP, 0), access, false, slow)?;

@@ -6,7 +6,7 @@ use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
 use super::address::{Access, Address};
 use super::emit::{Cold, Emitted, Emitter, Ops, Refused, held, quad};
 use super::general::memory_access;
-use super::glue::{FUEL, NEXT, OP_IMM, RIP_SLOT, TARGET};
+use super::glue::{FUEL, NEXT, OP_IMM, OP_SIZE, RIP_SLOT, TARGET};
 use super::step::{Form, Step};
 
 /// Another block of the region: its code, its first operation and its number of instructions.
@@ -23,14 +23,14 @@ impl Emitter<'_> {
         let Some(last) = steps.last() else { return Err(Refused) };
         let i = &last.instruction;
         // The counter comes first.
-        let op = ops.block + 32 * steps.len() as u64;
+        let op = ops.block + OP_SIZE * steps.len() as u64;
         match last.form {
             Form::Branch => {}
             Form::Last => {
                 self.a.mov(r14, op)?;
                 return Ok(self.a.jmp(self.glue.leave)?);
             }
-            _ => return self.go_to(i.next_ip() as i64, op + 32, region),
+            _ => return self.go_to(i.next_ip() as i64, op + OP_SIZE, region),
         }
         match (i.mnemonic(), i.op0_kind()) {
             (M::Jmp, OpKind::NearBranch64) => self.go_to(i.near_branch64() as i64, op, region),
@@ -84,7 +84,7 @@ impl Emitter<'_> {
             self.a.mov(r14, op)?;
             return Ok(self.a.jmp(self.glue.leave)?);
         }
-        self.go_to(i.next_ip() as i64, op + 32, region)?;
+        self.go_to(i.next_ip() as i64, op + OP_SIZE, region)?;
         self.place(&mut taken)?;
         self.go_to(i.near_branch64() as i64, op, region)
     }

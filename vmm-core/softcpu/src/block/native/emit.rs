@@ -6,7 +6,7 @@ use iced_x86::code_asm::*;
 use iced_x86::{Code, Encoder, IcedError, Instruction, MemoryOperand, Register};
 
 use super::flags::{self, Effect};
-use super::glue::{CONDITIONS, Glue, register};
+use super::glue::{CONDITIONS, Glue, OP_SIZE, register};
 use super::step::{Form, Step};
 use crate::cpu::Cpu;
 use crate::cpu::flags::{Kind, Lazy};
@@ -151,7 +151,7 @@ impl<'a> Emitter<'a> {
         self.flags = Flags { record: true, ..Flags::default() };
         self.vectors_ready = false;
         for (n, step) in steps.iter().enumerate() {
-            self.alone = ops.alone + 64 * n as u64;
+            self.alone = ops.alone + 2 * OP_SIZE * n as u64;
             if step.observes() {
                 // They use the host's flags before they do anything else.
                 self.before_observer(steps, n)?;
@@ -162,7 +162,7 @@ impl<'a> Emitter<'a> {
                 Form::Lea => self.lea(&step.instruction)?,
                 Form::Push => self.push(&step.instruction)?,
                 Form::Pop => self.pop(&step.instruction)?,
-                Form::Leave => self.leave_frame(&step.instruction)?,
+                Form::Leave => self.leave_frame()?,
                 Form::Vector => self.vector(steps, n)?,
                 Form::Call => self.call_alone(step)?,
                 Form::Branch | Form::Last => return Ok(()),

@@ -1,31 +1,20 @@
 //! Instructions on general registers and memory.
 
 use iced_x86::code_asm::*;
-use iced_x86::{
-    Code, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic as M, OpAccess, OpKind, Register,
-};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic as M, OpKind, Register};
 
 use super::address::Access;
 use super::emit::{Emitted, Emitter, KIND, OPERAND, RESULT, Refused, field, held, sized};
 use super::flags::{self, Effect, Need};
-use super::step::{Form, Step, must_be_aligned};
+use super::step::{Form, Step, is_high, must_be_aligned};
 use crate::cpu::flags::Kind;
+use crate::hostop::directions;
 
 /// The instruction with the host's operands, and what has to be done around it.
 pub(super) struct Rewritten {
     pub body: Instruction,
     /// Registers of the guest that stand in for others, where, and whether they are read and written.
     temporaries: Vec<(usize, Register, bool, bool)>,
-}
-
-/// Whether an access reads and whether it writes; a conditional write needs the old value too.
-pub(super) fn directions(access: OpAccess) -> (bool, bool) {
-    match access {
-        OpAccess::Read | OpAccess::CondRead => (true, false),
-        OpAccess::Write => (false, true),
-        OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => (true, true),
-        OpAccess::None | OpAccess::NoMemAccess => (false, false),
-    }
 }
 
 /// The access to the memory operand.
@@ -58,7 +47,7 @@ impl Rewritten {
                 continue;
             }
             let register = i.op_register(n);
-            if matches!(register, Register::AH | Register::CH | Register::DH | Register::BH) {
+            if is_high(register) {
                 continue;
             }
             let number = register.full_register().number();
@@ -106,8 +95,7 @@ enum Simple {
 }
 
 fn simple(i: &Instruction) -> Option<Simple> {
-    let high = |r: Register| matches!(r, Register::AH | Register::CH | Register::DH | Register::BH);
-    let any_high = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && high(i.op_register(n)));
+    let any_high = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && is_high(i.op_register(n)));
     if any_high || i.op0_kind() == OpKind::Memory && !matches!(i.mnemonic(), M::Cmp | M::Test) {
         return None;
     }
@@ -165,9 +153,8 @@ impl Emitter<'_> {
     /// Records the flags that an instruction left in the host's register.
     fn record(&mut self, i: &Instruction, body: &Instruction) -> Emitted {
         let size = i.op0_register().size();
-        let high = matches!(i.op0_register(), Register::AH | Register::CH | Register::DH | Register::BH);
         let partial = match i.mnemonic() {
-            _ if i.op0_kind() != OpKind::Register || high => None,
+            _ if i.op0_kind() != OpKind::Register || is_high(i.op0_register()) => None,
             M::Shl | M::Sal | M::Shr | M::Sar if i.op1_kind() == OpKind::Immediate8 => {
                 Some(i.immediate8() == 1)
             }
@@ -202,8 +189,7 @@ impl Emitter<'_> {
         self.add(rewritten.body)?;
         rewritten.store(self)?;
         let register = rewritten.body.op0_register();
-        let high = matches!(register, Register::AH | Register::CH | Register::DH | Register::BH);
-        if step.form == Form::Memory || high {
+        if step.form == Form::Memory || is_high(register) {
             self.record_known()?;
         } else {
             self.store(Code::Mov_rm64_r64, field(RESULT), register.full_register())?;

@@ -54,7 +54,7 @@ pub(super) const OP_IMM: i32 = offset_of!(Op, imm) as i32;
 const OP_HANDLER: i32 = offset_of!(Op, handler) as i32;
 const OP_OFF: i32 = offset_of!(Op, off) as i32;
 const OP_LEFT: i32 = offset_of!(Op, left) as i32;
-const OP_SIZE: i32 = size_of::<Op>() as i32;
+pub(super) const OP_SIZE: u64 = size_of::<Op>() as u64;
 
 /// Registers of the host that hold registers of the guest, and which. The processor's address is in R15; R13 and R14 are
 /// free for use within an instruction. The other registers of the guest stay in [`Cpu::regs`].
@@ -165,7 +165,7 @@ fn assemble(ip: u64) -> Result<(Vec<u8>, [u64; 8]), IcedError> {
         a.mov(rax, function)?;
         a.call(rax)?;
         a.pop(r14)?;
-        a.add(r14, OP_SIZE)?;
+        a.add(r14, OP_SIZE as i32)?;
         a.cmp(rax, r14)?;
         a.jne(bail)?;
         HELD.iter().try_for_each(|&(r, n)| a.mov(r, at(register(n))))?;
@@ -217,12 +217,10 @@ fn assemble(ip: u64) -> Result<(Vec<u8>, [u64; 8]), IcedError> {
     a.jne(*leave)?;
     a.jmp(qword_ptr(r14 + OP_IMM))?;
 
-    let mut unlinked = a.create_label();
     a.set_label(follow_link)?;
     a.mov(r14, qword_ptr(r13 + OP_IMM))?;
     a.test(r14, r14)?;
     a.jne(enter_block)?;
-    a.set_label(&mut unlinked)?;
     a.mov(r14, r13)?;
     a.jmp(*leave)?;
 

@@ -34,7 +34,7 @@ mod vector;
 use std::any::Any;
 use std::cell::{Cell, OnceCell};
 
-use super::op::{BlockPtr, Handler, Op, OpPtr, ZERO, next, not_entered};
+use super::op::{BlockPtr, Handler, Op, OpPtr, next, not_entered};
 use super::{Block, Owned};
 use crate::cpu::{Cpu, mode};
 use crate::hostop::Arena;
@@ -88,7 +88,6 @@ pub(crate) type PartsCell = OnceCell<Parts>;
 impl Native {
     /// Translates blocks after `threshold` entries.
     pub fn new(threshold: Option<u32>) -> Self {
-        let supported = is_x86_feature_detected!("sse2");
         Self {
             next: 0,
             target: 0,
@@ -96,7 +95,7 @@ impl Native {
             flags: 0,
             conditions: [0; 2],
             enter,
-            threshold: threshold.filter(|_| supported),
+            threshold,
             code: None,
             translated: 0,
             panic: None,
@@ -107,19 +106,10 @@ impl Native {
     pub fn counter(&self, mode: u16, first: &Op) -> Option<Op> {
         let threshold = self.threshold?;
         (mode & mode::CODE64 != 0).then(|| Op {
-            handler: Cell::new(warm),
             imm: Cell::new(threshold.into()),
-            disp: 0,
-            r1: 0,
-            r2: 0,
-            base: ZERO,
-            index: ZERO,
-            scale: 0,
-            seg: ZERO,
-            len: 0,
             left: first.left,
             off: first.off,
-            x: 0,
+            ..Op::bare(warm)
         })
     }
 }

@@ -1,15 +1,12 @@
 //! Which blocks are translated together, and their code.
 
-use std::cell::Cell;
-
-use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, Instruction};
 
 use super::super::decode::{decode_again, ends_block};
-use super::super::op::{BlockPtr, Op, OpPtr, ZERO};
+use super::super::op::{BlockPtr, Op, OpPtr};
 use super::super::translate::Builder;
 use super::branch::Neighbour;
-use super::emit::{Emitted, Emitter, Ops, Refused};
+use super::emit::{Emitter, Ops, Refused};
 use super::step::{Form, Step};
 use super::{Parts, resume, warm};
 use crate::block::op::Handler;
@@ -66,7 +63,7 @@ impl Cpu {
             return None;
         }
         let steps: Vec<Step> =
-            instructions.iter().map(|i| Step::new(*i, ends_block(i), &self.stubs)).collect();
+            instructions.iter().map(|i| Step::new(i, ends_block(i), &self.stubs)).collect();
         let native =
             steps.iter().filter(|step| !matches!(step.form, Form::Call | Form::Last | Form::Nop)).count();
         if native == 0 {
@@ -85,21 +82,7 @@ impl Cpu {
             builder.instruction(instruction, (total - n) as u8, false);
             let (built, kept) = builder.finish();
             ops.extend(built.into_iter().take(1));
-            ops.push(Op {
-                handler: Cell::new(resume),
-                imm: Cell::new(0),
-                disp: 0,
-                r1: 0,
-                r2: 0,
-                base: ZERO,
-                index: ZERO,
-                scale: 0,
-                seg: ZERO,
-                len: 0,
-                left: 0,
-                off: 0,
-                x: 0,
-            });
+            ops.push(Op::bare(resume));
             owned.push(kept);
         }
         Parts { ops: ops.into_boxed_slice(), _owned: owned }
@@ -170,7 +153,7 @@ fn generate(region: &Region, glue: &super::glue::Glue, ip: u64) -> Result<(Vec<u
     for (n, member) in region.blocks.iter().enumerate() {
         let ops =
             Ops { block: member.block.first().as_link(), alone: member.parts.ops.as_ptr() as usize as u64 };
-        place(&mut emitter, &mut neighbours[n])?;
+        emitter.place(&mut neighbours[n].body)?;
         emitter.steps(&member.steps, ops)?;
         emitter.end(&member.steps, ops, &neighbours)?;
     }
@@ -178,9 +161,4 @@ fn generate(region: &Region, glue: &super::glue::Glue, ip: u64) -> Result<(Vec<u
     let result = emitter.a.assemble_options(ip, BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
     let entries: Result<Vec<u64>, _> = neighbours.iter().map(|n| result.label_ip(&n.body)).collect();
     Ok((result.inner.code_buffer, entries?))
-}
-
-fn place(emitter: &mut Emitter<'_>, block: &mut Neighbour) -> Emitted {
-    let label: &mut CodeLabel = &mut block.body;
-    emitter.place(label)
 }

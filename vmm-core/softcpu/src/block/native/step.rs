@@ -2,6 +2,7 @@
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic as M, OpKind, Register};
 
+use super::super::translate::unit::without_hint;
 use super::flags::{self, Effect, Need};
 use crate::hostop::{StubCache, depends_on_mxcsr, may_be_misaligned};
 use crate::ops::operand::address_size;
@@ -38,7 +39,8 @@ pub(super) struct Step {
 }
 
 impl Step {
-    pub fn new(instruction: Instruction, ends: bool, stubs: &StubCache) -> Self {
+    pub fn new(instruction: &Instruction, ends: bool, stubs: &StubCache) -> Self {
+        let instruction = without_hint(instruction);
         let form = match ends {
             true if is_near_branch(&instruction) => Form::Branch,
             true => Form::Last,
@@ -155,7 +157,6 @@ fn is_general(i: &Instruction) -> bool {
 }
 
 fn general_operands(i: &Instruction, memory: bool) -> bool {
-    let high = |r: Register| matches!(r, Register::AH | Register::CH | Register::DH | Register::BH);
     let mut any_high = false;
     let mut wide = memory;
     for n in 0..i.op_count() {
@@ -165,7 +166,7 @@ fn general_operands(i: &Instruction, memory: bool) -> bool {
                 if !register.is_gpr() {
                     return false;
                 }
-                any_high |= high(register);
+                any_high |= is_high(register);
                 wide |= register.full_register() == Register::RSP;
             }
             OpKind::Memory => {
@@ -222,7 +223,7 @@ fn is_vector(i: &Instruction, stubs: &StubCache) -> bool {
                 | CpuidFeature::SSE4_2
         ) && stubs.has(f)
     });
-    // Implicit operands, or a hint that costs more than it saves.
+    // They have implicit operands.
     let special = matches!(
         i.mnemonic(),
         M::Blendvps
@@ -234,12 +235,13 @@ fn is_vector(i: &Instruction, stubs: &StubCache) -> bool {
             | M::Pcmpestrm64
             | M::Pcmpistri
             | M::Pcmpistrm
-            | M::Movntdq
-            | M::Movntdqa
-            | M::Movntps
-            | M::Movntpd
     );
     xmm && operands && known && !special && i.encoding() == EncodingKind::Legacy && i.op_count() <= 3
+}
+
+/// AH, CH, DH or BH.
+pub(super) fn is_high(register: Register) -> bool {
+    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
 }
 
 /// Whether the host refuses a memory operand that is not aligned to 16 bytes.

@@ -7,10 +7,10 @@ use iced_x86::{Code, InstructionInfoFactory, OpKind, Register};
 
 use super::emit::{Emitted, Emitter, field};
 use super::flags;
-use super::general::{Rewritten, directions, memory_access, set_memory};
+use super::general::{Rewritten, memory_access, set_memory};
 use super::step::{Step, is_float};
 use crate::cpu::{CR0_EM, CR0_TS, CR4_OSFXSR, Cpu};
-use crate::hostop::Resident;
+use crate::hostop::{Resident, directions};
 use crate::state::FpuState;
 
 const CR0: i32 = offset_of!(Cpu, cr0) as i32;

@@ -3,9 +3,7 @@
 mod branch;
 mod general;
 mod select;
-mod unit;
-
-use std::cell::Cell;
+pub(super) mod unit;
 
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
@@ -59,21 +57,8 @@ impl<'a> Builder<'a> {
     pub fn instruction(&mut self, instruction: &Instruction, left: u8, quiet: bool) {
         let last = left == 1;
         self.quiet = quiet;
-        let mut op = Op {
-            handler: Cell::new(mov::nop),
-            imm: Cell::new(0),
-            disp: 0,
-            r1: 0,
-            r2: 0,
-            base: ZERO,
-            index: ZERO,
-            scale: 0,
-            seg: ZERO,
-            len: instruction.len() as u8,
-            left,
-            off: instruction.ip() as u16,
-            x: 0,
-        };
+        let mut op =
+            Op { len: instruction.len() as u8, left, off: instruction.ip() as u16, ..Op::bare(mov::nop) };
         let (handler, ends) = self.choose(instruction, &mut op);
         op.handler.set(handler);
         if last && !ends && instruction.is_jcc_short_or_near() {
@@ -112,21 +97,7 @@ impl<'a> Builder<'a> {
             (false, true) => (0, flow::jump_far::<u64> as Handler),
             (false, false) => (0, flow::jump_far::<u32> as Handler),
         };
-        self.ops.push(Op {
-            handler: Cell::new(handler),
-            imm: Cell::new(0),
-            disp,
-            r1: 0,
-            r2: 0,
-            base: ZERO,
-            index: ZERO,
-            scale: 0,
-            seg: ZERO,
-            len: 0,
-            left: 0,
-            off: next as u16,
-            x: 0,
-        });
+        self.ops.push(Op { disp, off: next as u16, ..Op::bare(handler) });
     }
 
     /// Fills the memory operand in. Returns whether it is addressed as 64-bit code does, or `None` if the

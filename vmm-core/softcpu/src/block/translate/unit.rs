@@ -32,7 +32,7 @@ impl Builder<'_> {
 
 /// Replaces a non-temporal move by the ordinary one: on the way through host registers the hint costs far more
 /// than it could save.
-fn without_hint(i: &Instruction) -> Instruction {
+pub(in crate::block) fn without_hint(i: &Instruction) -> Instruction {
     use iced_x86::Code as C;
     let mut plain = *i;
     match i.code() {
