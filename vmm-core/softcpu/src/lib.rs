@@ -1,4 +1,4 @@
-//! An x86-64 CPU in software: interpreter, MMU and bus trait.
+//! An x86-64 CPU in software: interpreter, translator, MMU and bus trait.
 //!
 //! A [`Cpu`] is one virtual processor. It executes guest code from [`GuestMemory`], which all the
 //! processors of a machine share, and reaches everything that is not memory through two traits that the
@@ -66,6 +66,10 @@
 //! within their page; operations are small functions that lead to each other (`ops`, and `hostop` for x87 and
 //! SSE). Memory is reached through a software TLB of host addresses (`mmu`). Writes to a page that holds
 //! decoded instructions take a slow path, which drops the blocks whose bytes change.
+//!
+//! With the feature `native` (on by default) blocks of 64-bit code that are entered often are translated to machine code
+//! (`block::native`); what that cannot do the interpreter does. Neither results nor the number of executed instructions
+//! depend on it.
 //!
 //! # Limits
 //!

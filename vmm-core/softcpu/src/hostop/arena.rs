@@ -54,6 +54,12 @@ impl Arena {
         self.used
     }
 
+    /// Bytes that can be added.
+    #[cfg(feature = "native")]
+    pub(crate) fn room(&self) -> usize {
+        self.capacity.saturating_sub(self.used.next_multiple_of(16))
+    }
+
     /// Where the next code will be.
     #[cfg(feature = "native")]
     pub(crate) fn next_address(&self) -> u64 {

@@ -39,6 +39,9 @@ impl Rewritten {
     pub fn new(i: &Instruction, free: &[Register]) -> Result<Self, Refused> {
         let mut body = *i;
         body.set_segment_prefix(Register::None);
+        // What is left of them are hints.
+        body.set_has_rep_prefix(false);
+        body.set_has_repne_prefix(false);
         let mut factory = InstructionInfoFactory::new();
         let info = factory.info(i);
         let mut temporaries: Vec<(usize, Register, bool, bool)> = Vec::new();

@@ -102,6 +102,12 @@ impl Native {
         }
     }
 
+    /// Nothing is translated any more. Blocks that were have to be dropped.
+    fn give_up(&mut self) {
+        self.threshold = None;
+        self.code = None;
+    }
+
     /// The operation in front of a new block, if it may be translated.
     pub fn counter(&self, mode: u16, first: &Op) -> Option<Op> {
         let threshold = self.threshold?;
@@ -164,7 +170,7 @@ impl Cpu {
                 Ok(code) => self.native.code = Some(code),
                 Err(error) => {
                     tracing::warn!(%error, "No memory for generated code; the interpreter goes on alone");
-                    self.native.threshold = None;
+                    self.native.give_up();
                 }
             }
         }

@@ -97,7 +97,13 @@ impl Cpu {
             Ok(generated) => generated,
             Err(Refused) => return None,
         };
-        if code.arena.append(&bytes).is_err() {
+        if code.arena.room() < bytes.len() && code.arena.used() > code.start {
+            return Some(false);
+        }
+        if let Err(error) = code.arena.append(&bytes) {
+            // Earlier code may not be executable any more.
+            tracing::warn!(%error, "No memory for generated code; the interpreter goes on alone");
+            self.native.give_up();
             return Some(false);
         }
         self.native.translated += region.blocks.len() as u64;
