@@ -1,6 +1,7 @@
 //! Commands that make or change one image.
 
-use super::common::{Image, Work, apply_options, human, parse_size, print_json};
+use super::common::{Image, Work, apply_options, parse_size, print_json};
+use super::progress::human;
 use anyhow::{Context, Result, bail};
 use blockfmt::job::{self, ConvertOptions};
 use blockfmt::nbd::Uri;

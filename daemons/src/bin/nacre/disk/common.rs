@@ -1,5 +1,6 @@
 //! What the commands share: sizes, options, opening, progress.
 
+use super::progress::Bar;
 use anyhow::{Context, Result, bail};
 use blockfmt::format::qcow2::Compression;
 use blockfmt::format::vhd::VhdKind;
@@ -112,13 +113,8 @@ impl Work {
     pub fn control(&self) -> Result<Arc<JobControl>> {
         let mut control = JobControl::new();
         if self.progress {
-            let style = "{bar:40} {percent:>3}% {binary_bytes_per_sec} {eta}";
-            let bar =
-                indicatif::ProgressBar::new(0).with_style(indicatif::ProgressStyle::with_template(style)?);
-            control = control.on_progress(move |progress| {
-                bar.set_length(progress.total);
-                bar.set_position(progress.done);
-            });
+            let bar = Bar::new();
+            control = control.on_progress(move |progress| bar.show(progress.done, progress.total));
         }
         control.set_rate(self.rate_limit.unwrap_or(0));
         let control = Arc::new(control);
@@ -267,11 +263,6 @@ pub fn parent_name(parent: &Path, child: &Path) -> Result<String> {
         _ => parent,
     };
     name.into_os_string().into_string().map_err(|_| anyhow::anyhow!("The parent's name is not UTF-8"))
-}
-
-/// Bytes for people.
-pub fn human(bytes: u64) -> String {
-    indicatif::BinaryBytes(bytes).to_string()
 }
 
 /// Prints a value as JSON.

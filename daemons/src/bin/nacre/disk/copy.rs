@@ -1,6 +1,7 @@
 //! Mirrors and backups: of images that nobody uses, and, through `nacre-blk`, of disks in use.
 
-use super::common::{Image, Secrets, Work, apply_options, human, parent_name, policy, print_json};
+use super::common::{Image, Secrets, Work, apply_options, parent_name, policy, print_json};
+use super::progress::human;
 use super::remote::Remote;
 use anyhow::{Context, Result, bail};
 use blockfmt::job::{self, ConvertOptions};

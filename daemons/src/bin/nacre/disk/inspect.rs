@@ -1,6 +1,7 @@
 //! Commands that tell about images.
 
-use super::common::{Image, Secrets, Work, apply_options, human, policy, print_json};
+use super::common::{Image, Secrets, Work, apply_options, policy, print_json};
+use super::progress::human;
 use anyhow::{Context, Result};
 use blockfmt::format::check::{CheckReport, Repair};
 use blockfmt::job::{self, Comparison};

@@ -6,6 +6,7 @@ mod common;
 mod copy;
 mod create;
 mod inspect;
+mod progress;
 mod remote;
 
 use clap::{Args as ClapArgs, Subcommand};

@@ -69,14 +69,13 @@ fn run_once(
         _ => None,
     };
     escape.on_end(vm.stopper());
-    let _watch = signals.watch(vm.stopper())?;
     while let Some(event) = vm.events().take() {
         if let VmEvent::ConsolePty(path) = event {
             eprintln!("The console is at {}", path.display());
         }
     }
     vm.start()?;
-    let reason = vm.wait();
+    let reason = signals.wait(&vm).context("Cannot wait for the machine")?;
     drop(metrics);
     drop(vm);
     drop(terminal);

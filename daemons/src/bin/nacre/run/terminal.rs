@@ -1,10 +1,15 @@
 //! The terminal in raw mode, the Ctrl-A escape, and signals.
 
+use std::cell::Cell;
 use std::io::{self, IsTerminal};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vmm_core::machine::Stopper;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vmm_core::machine::{StopReason, Stopper, Vm, VmEvent};
 
 const STDIN: i32 = 0;
 /// Ctrl-A.
@@ -89,80 +94,46 @@ fn filter(escaped: &mut bool, input: &mut Vec<u8>) -> bool {
     ended
 }
 
-/// The signals that end a machine, blocked in all threads and waited for by one.
+/// The signals that end a machine: blocked in all threads, and read by the one that waits for the machine's end.
 pub struct Signals {
-    set: libc::sigset_t,
-    received: Arc<AtomicBool>,
+    signals: SignalFd,
+    received: Cell<bool>,
 }
-
-/// The thread that waits for signals; dropping it ends it.
-pub struct Watch {
-    thread: Option<std::thread::JoinHandle<()>>,
-    done: Arc<AtomicBool>,
-}
-
-/// What wakes the waiting thread without meaning anything else. Nothing in this program uses it otherwise.
-const WAKE: i32 = libc::SIGUSR2;
 
 impl Signals {
     /// Blocks the signals; call it before any thread is started.
     pub fn block() -> io::Result<Self> {
-        // SAFETY: an all-zero set is valid storage that sigemptyset initialises.
-        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: `set` is a live variable and the signal numbers exist.
-        let error = unsafe {
-            libc::sigemptyset(&mut set);
-            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, WAKE] {
-                libc::sigaddset(&mut set, signal);
-            }
-            libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut())
-        };
-        if error != 0 {
-            Err(io::Error::from_raw_os_error(error))
-        } else {
-            Ok(Self { set, received: Arc::default() })
-        }
+        let set = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+        set.thread_block()?;
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Self { signals, received: Cell::new(false) })
     }
 
     /// Whether a signal asked to end, also one that came while a machine was stopping by itself.
     pub fn received(&self) -> bool {
-        self.received.load(Ordering::SeqCst)
+        while let Ok(Some(_)) = self.signals.read_signal() {
+            self.received.set(true);
+        }
+        self.received.get()
     }
 
-    /// Stops the machine at the first signal.
-    pub fn watch(&self, stopper: Stopper) -> io::Result<Watch> {
-        let set = self.set;
-        let received = self.received.clone();
-        let done = Arc::new(AtomicBool::new(false));
-        let ended = done.clone();
-        let thread =
-            std::thread::Builder::new().name("signals".into()).stack_size(64 << 10).spawn(move || {
-                loop {
-                    let mut signal = 0;
-                    // SAFETY: both are live variables.
-                    let error = unsafe { libc::sigwait(&set, &mut signal) };
-                    if error == 0 && signal != WAKE {
-                        received.store(true, Ordering::SeqCst);
-                        stopper.stop();
-                    }
-                    if error != 0 || ended.load(Ordering::SeqCst) {
-                        return;
-                    }
+    /// Waits for the end of a machine that was started, which the first signal brings about.
+    pub fn wait(&self, vm: &Vm) -> io::Result<StopReason> {
+        loop {
+            if self.received() {
+                vm.stop();
+            }
+            while let Some(event) = vm.events().take() {
+                if let VmEvent::Stopped(reason) = event {
+                    return Ok(reason);
                 }
-            })?;
-        Ok(Watch { thread: Some(thread), done })
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        use std::os::unix::thread::JoinHandleExt;
-        self.done.store(true, Ordering::SeqCst);
-        if let Some(thread) = self.thread.take() {
-            // SAFETY: the thread has not been joined yet, so its handle is valid.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), WAKE) };
-            // It does nothing that panics.
-            let _ = thread.join();
+            }
+            let wanted = |fd| PollFd::new(fd, PollFlags::POLLIN);
+            let mut fds = [wanted(self.signals.as_fd()), wanted(vm.events().as_fd())];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(error) if error != Errno::EINTR => return Err(error.into()),
+                _ => {}
+            }
         }
     }
 }
