@@ -9,6 +9,10 @@ Needs root, two cores, and the Debian packages dpdk-dev (testpmd) and openvswitc
 highest priority, in turns; the ratio is the median of the rounds. Other load on the machine spoils the figures: runs
 in which either side had less than 95 % of its core are repeated, and marked if that does not help.
 
+The rate also depends on how long a cache line takes from one core to the other. A virtual machine's host may move its
+cores apart and together again at any time; the figures of both switches then jump between two levels, and a ratio
+across the jump says nothing. `--verbose` shows the rounds.
+
     cargo build --release -p daemons --bin nacre-switch
     vswitch/bench/compare.py target/release/nacre-switch
 """
@@ -231,6 +235,8 @@ def measure(work, huge, switch, args, case):
     pid, sockets = switch
     pmd = Testpmd(work, huge, sockets, args.client_core, args.switch_core, size, in_flight, flows)
     try:
+        favour(pid)
+        favour(pmd.process.pid)
         # A switch may still be setting its ports up and drop the first frames, after which none would circulate.
         for _ in range(6):
             pmd.say(pmd.start)
@@ -242,8 +248,6 @@ def measure(work, huge, switch, args, case):
             time.sleep(0.5)
         else:
             sys.exit("no frames pass through the switch")
-        favour(pid)
-        favour(pmd.process.pid)
         threads = [(pid, busiest_thread(pid)), (pmd.process.pid, busiest_thread(pmd.process.pid))]
         best = (0, 0)
         for _ in range(args.retries):

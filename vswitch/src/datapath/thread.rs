@@ -130,10 +130,10 @@ impl Loop {
             }
             self.answer();
             self.round();
-            rounds += 1;
+            rounds = rounds.saturating_add(1);
             if self.awake == 0 {
                 self.wait(SLEEP_MS)?;
-            } else if rounds >= ROUNDS_PER_EVENT_CHECK {
+            } else if rounds >= ROUNDS_PER_EVENT_CHECK && self.awake < self.queues.len() {
                 rounds = 0;
                 self.wait(0)?;
             }

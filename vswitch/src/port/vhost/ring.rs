@@ -379,6 +379,9 @@ impl SplitRing {
     /// notification.
     pub fn push(&mut self, memory: &GuestMemory, batch: &Batch<'_>) -> Result<(usize, bool), RingError> {
         let mut available = self.available()?;
+        // Not kept in `self` while packets are copied: to load it back together with its neighbours the CPU would wait
+        // until every store before it has reached the cache, packets into the guest's lines included.
+        let mut next = self.next_avail;
         let mut sent = 0;
         let count = batch.len();
         let mut result = Ok(());
@@ -391,8 +394,11 @@ impl SplitRing {
             if available == 0 {
                 break;
             }
-            match self.push_one(memory, batch.get(i), available) {
-                Ok(Pushed::Chains(used)) => available -= used,
+            match self.push_one(memory, batch.get(i), next, available) {
+                Ok(Pushed::Chains(used)) => {
+                    available -= used;
+                    next = next.wrapping_add(used);
+                }
                 Ok(Pushed::TooLong) => {}
                 Ok(Pushed::NoRoom) => break,
                 Err(e) => {
@@ -402,16 +408,23 @@ impl SplitRing {
             }
             sent += 1;
         }
+        self.next_avail = next;
         let notify = self.publish(memory);
         result.map(|()| (sent, notify))
     }
 
-    /// Copies one packet.
+    /// Copies one packet into the chains from entry `next` on, of which there are `available`.
     #[inline]
-    fn push_one(&mut self, memory: &GuestMemory, p: &Packet, available: u16) -> Result<Pushed, RingError> {
+    fn push_one(
+        &mut self,
+        memory: &GuestMemory,
+        p: &Packet,
+        next: u16,
+        available: u16,
+    ) -> Result<Pushed, RingError> {
         let header = self.features.header;
         let total = header + p.len();
-        let head = self.avail_entry(self.next_avail)?;
+        let head = self.avail_entry(next)?;
         let d = self.descriptor(head);
         if d.flags & (NEXT | WRITE | INDIRECT) == WRITE && d.len as usize >= total {
             let ptr = memory.translate(d.addr, total as u64).ok_or(RingError::Address)?;
@@ -430,10 +443,9 @@ impl SplitRing {
                 memory.log_write(d.addr, total as u64);
             }
             self.written.push((head, total as u32));
-            self.next_avail = self.next_avail.wrapping_add(1);
             return Ok(Pushed::Chains(1));
         }
-        self.push_chains(memory, p, total, available)
+        self.push_chains(memory, p, total, next, available)
     }
 
     /// The general case: chains of several descriptors, several chains for one packet.
@@ -443,6 +455,7 @@ impl SplitRing {
         memory: &GuestMemory,
         p: &Packet,
         total: usize,
+        next: u16,
         available: u16,
     ) -> Result<Pushed, RingError> {
         self.segments.clear();
@@ -454,7 +467,7 @@ impl SplitRing {
                 self.written.truncate(first_written);
                 return Ok(if self.features.mergeable { Pushed::NoRoom } else { Pushed::TooLong });
             }
-            let head = self.avail_entry(self.next_avail.wrapping_add(chains))?;
+            let head = self.avail_entry(next.wrapping_add(chains))?;
             let before = self.segments.len();
             self.walk(memory, head, true)?;
             let capacity: usize = self.segments[before..].iter().map(|s| s.len).sum();
@@ -469,7 +482,6 @@ impl SplitRing {
             Writer { segments: &self.segments, at: 0, offset: 0, log: self.features.log.then_some(memory) };
         w.write(h.as_ptr(), self.features.header);
         p.for_each_part(|from, len| w.write(from, len));
-        self.next_avail = self.next_avail.wrapping_add(chains);
         Ok(Pushed::Chains(chains))
     }
 
