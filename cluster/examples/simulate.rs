@@ -58,10 +58,11 @@ fn explain(seed: u64, mutant: Option<Mutant>) -> bool {
     }
 }
 
-/// Runs seeds from `first` on all cores until `count` are done or one fails; gives the lowest failing seed.
-fn sweep(first: u64, count: u64, mutant: Option<Mutant>) -> (Option<u64>, u64, [u64; 4]) {
+/// Runs seeds from `first` on all cores until `count` are done or one fails; gives the lowest failing seed, how
+/// many were run, and the sums of their events, VM starts, fenced hosts, live moves and digests.
+fn sweep(first: u64, count: u64, mutant: Option<Mutant>) -> (Option<u64>, u64, [u64; 5]) {
     let (next, failed, stop) = (AtomicU64::new(0), AtomicU64::new(u64::MAX), AtomicBool::new(false));
-    let totals: [AtomicU64; 4] = Default::default();
+    let totals: [AtomicU64; 5] = Default::default();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     std::thread::scope(|s| {
         for _ in 0..threads {
@@ -72,7 +73,7 @@ fn sweep(first: u64, count: u64, mutant: Option<Mutant>) -> (Option<u64>, u64, [
                         break;
                     }
                     let o = run(&Schedule::random(first + i), mutant);
-                    for (t, v) in totals.iter().zip([o.events, o.starts, o.fenced, o.moves]) {
+                    for (t, v) in totals.iter().zip([o.events, o.starts, o.fenced, o.moves, o.digest]) {
                         t.fetch_add(v, Ordering::Relaxed);
                     }
                     if o.violation.is_some() {
@@ -126,10 +127,10 @@ fn main() -> ExitCode {
         return ExitCode::from(u8::from(find_mutants(&args) > 0));
     }
     let start = Instant::now();
-    let (failed, ran, [events, starts, fenced, moves]) = sweep(args.first, args.schedules, None);
+    let (failed, ran, [events, starts, fenced, moves, digest]) = sweep(args.first, args.schedules, None);
     let seconds = start.elapsed().as_secs_f64();
     println!(
-        "{ran} schedules of 600 virtual seconds in {seconds:.1} s ({:.0} a minute); {events} events, {starts} VM starts, {fenced} hosts fenced, {moves} live moves",
+        "{ran} schedules of 600 virtual seconds in {seconds:.1} s ({:.0} a minute); {events} events, {starts} VM starts, {fenced} hosts fenced, {moves} live moves; digest {digest:016x}",
         ran as f64 * 60.0 / seconds,
     );
     match failed {

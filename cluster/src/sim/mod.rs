@@ -7,6 +7,7 @@
 
 mod check;
 mod exec;
+mod queue;
 mod schedule;
 mod state;
 mod world;

@@ -1,12 +1,11 @@
 //! The event loop: hosts boot, faults come and go, nodes are stepped.
 
-use core::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::sync::Arc;
 
 use super::Outcome;
 use super::check::{self, Violation};
 use super::exec::{DiskOp, ProcEvent};
+use super::queue::Queue;
 use super::schedule::{END, Fault, FaultKind, Rng, Schedule, VMS, VOLUMES};
 use super::state::{Area, Bmc, IoFaults, Network, ProcState, SimHost, Store, Volume};
 use crate::fence::{FenceAction, FenceConfig};
@@ -80,34 +79,10 @@ pub(super) enum Event {
     Check,
 }
 
-pub(super) struct Queued {
-    at: u64,
-    order: u64,
-    event: Event,
-}
-
-impl PartialEq for Queued {
-    fn eq(&self, other: &Self) -> bool {
-        (self.at, self.order) == (other.at, other.order)
-    }
-}
-impl Eq for Queued {}
-impl PartialOrd for Queued {
-    fn partial_cmp(&self, other: &Self) -> Option<core::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Queued {
-    fn cmp(&self, other: &Self) -> core::cmp::Ordering {
-        (self.at, self.order).cmp(&(other.at, other.order))
-    }
-}
-
 pub(super) struct World {
     pub(super) now: u64,
     pub(super) rng: Rng,
-    heap: BinaryHeap<Reverse<Queued>>,
-    order: u64,
+    queue: Queue<Event>,
     pub(super) hosts: Vec<SimHost>,
     pub(super) volumes: Vec<Volume>,
     pub(super) store: Store,
@@ -160,8 +135,7 @@ impl World {
         let mut world = World {
             now: 0,
             rng,
-            heap: BinaryHeap::new(),
-            order: 0,
+            queue: Queue::new(END),
             hosts,
             volumes: (0..VOLUMES).map(|_| volume()).collect(),
             store: Store {
@@ -201,8 +175,7 @@ impl World {
     }
 
     pub(super) fn push(&mut self, at: u64, event: Event) {
-        self.order += 1;
-        self.heap.push(Reverse(Queued { at, order: self.order, event }));
+        self.queue.push(at, event);
     }
 
     pub(super) fn violate(&mut self, violation: Violation) {
@@ -234,15 +207,15 @@ impl World {
     }
 
     fn run_events(&mut self) {
-        while let Some(Reverse(q)) = self.heap.pop() {
-            if q.at > END || self.violation.is_some() {
-                break;
-            }
-            self.now = q.at;
+        while self.violation.is_none()
+            && let Some((at, order, event)) = self.queue.pop()
+        {
+            self.now = at;
             self.outcome.events += 1;
-            self.outcome.digest =
-                (self.outcome.digest ^ q.at ^ q.order << 32).wrapping_mul(0x0100_0000_01b3).rotate_left(5);
-            self.handle(q.event);
+            self.outcome.digest = (self.outcome.digest ^ at ^ u64::from(order) << 32)
+                .wrapping_mul(0x0100_0000_01b3)
+                .rotate_left(5);
+            self.handle(event);
         }
         if self.violation.is_none() {
             self.check_end();
