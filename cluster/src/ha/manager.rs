@@ -50,6 +50,8 @@ impl Default for HaConfig {
 pub trait ClusterView {
     /// The verdict on a host.
     fn verdict(&self, host: HostId) -> Verdict;
+    /// Whether a host is online and hears this one, so that commands reach it.
+    fn is_mutual(&self, host: HostId) -> bool;
     /// The latest known boot number of a host; zero when never heard.
     fn boot(&self, host: HostId) -> u64;
     /// Whether the own partition is quorate.
@@ -564,7 +566,7 @@ impl HaManager {
         let mut list = Vec::new();
         for (host, record) in &self.state.hosts {
             let Some(info) = self.reports.get(host) else { continue };
-            let alive = view.verdict(*host) == Verdict::Online
+            let alive = view.is_mutual(*host)
                 && info.report.from.generation == record.boot
                 && record.boot > record.gone_boot
                 && now.since(info.at) < 30_000;

@@ -174,6 +174,12 @@ impl Membership {
         self.peers.get(usize::from(host.0)).map_or(0, |p| p.generation)
     }
 
+    /// Whether a host is heard and says that it hears us: only then do commands reach it.
+    pub fn is_mutual(&self, host: HostId) -> bool {
+        host == self.me.host
+            || self.peers.get(usize::from(host.0)).is_some_and(|p| p.verdict == Verdict::Online && p.hears_us)
+    }
+
     /// Whether a host said that it has a working watchdog.
     pub fn has_watchdog(&self, host: HostId) -> bool {
         self.peers.get(usize::from(host.0)).is_some_and(|p| p.watchdog)
@@ -358,7 +364,9 @@ mod tests {
         let mut m = member(3);
         step(&mut m, 0, MembershipInput::Heard(beat(2, 1, &[3])), DiskLife::Unknown);
         assert!(!m.is_quorate());
-        assert_eq!(m.verdict(HostId(2)), Verdict::Online);
+        assert_eq!((m.verdict(HostId(2)), m.is_mutual(HostId(2))), (Verdict::Online, false));
+        step(&mut m, 1, MembershipInput::Heard(beat(2, 2, &[1, 3])), DiskLife::Unknown);
+        assert!(m.is_quorate() && m.is_mutual(HostId(2)));
     }
 
     #[test]

@@ -18,6 +18,9 @@ impl ClusterView for View<'_> {
     fn verdict(&self, host: HostId) -> Verdict {
         self.membership.verdict(host)
     }
+    fn is_mutual(&self, host: HostId) -> bool {
+        self.membership.is_mutual(host)
+    }
     fn boot(&self, host: HostId) -> u64 {
         self.membership.generation(host)
     }

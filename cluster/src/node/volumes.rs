@@ -150,11 +150,10 @@ impl Node {
     pub(super) fn run_volumes(&mut self, now: Time, out: &mut Vec<NodeOutput>) {
         for i in 0..self.volumes.len() {
             let lockspace = LockspaceId(i as u8);
-            let users = self.users(lockspace);
-            let v = &mut self.volumes[i];
-            // A lost lease is taken again once nothing of its former generation is left.
-            let idle = v.lease.is_idle() && !self.leaving && users == 0;
-            if now >= v.wake {
+            if now >= self.volumes[i].wake {
+                // A lost lease is taken again once nothing of its former generation is left.
+                let lost = self.volumes[i].lease.is_idle() && !self.leaving;
+                let idle = lost && self.users(lockspace) == 0;
                 let input = if idle { LeaseInput::Acquire } else { LeaseInput::Tick };
                 self.lease_input(now, lockspace, input, out);
             }

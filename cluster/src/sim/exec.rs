@@ -226,30 +226,27 @@ impl World {
 
     pub(super) fn store_request(&mut self, host: usize, boot: u64, request: StoreRequest) {
         self.store.expire(self.now);
-        let reachable = self.network.cut[host + 1][0] == 0 && self.network.cut[0][host + 1] == 0;
+        // A request that arrives is carried out, even when its answer does not.
+        let (arrives, returns) = (self.network.cut[host + 1][0] == 0, self.network.cut[0][host + 1] == 0);
         let lost = self.store.ambiguous && self.rng.chance(30);
-        let executed = reachable && (!lost || self.rng.chance(50));
+        let executed = arrives && (!lost || self.rng.chance(50));
+        let answered = arrives && returns && !lost;
         let input = match request {
             StoreRequest::Election(request) => {
-                let Some(input) = self.elect(host, request, executed, reachable && !lost) else { return };
+                let Some(input) = self.elect(host, request, executed, answered) else { return };
                 NodeInput::Coordinator(input)
             }
             StoreRequest::Load { op } => {
-                let state = (reachable && !lost).then(|| self.store.state.clone());
+                let state = answered.then(|| self.store.state.clone());
                 NodeInput::Ha(HaInput::Loaded { op, state })
             }
             StoreRequest::Write { op, token, updates } => {
-                let mut result = WriteResult::Unknown;
-                if executed {
-                    result = self.write_state(token, updates);
-                }
-                if !reachable || lost {
-                    result = WriteResult::Unknown;
-                }
+                let result = if executed { self.write_state(token, updates) } else { WriteResult::Unknown };
+                let result = if answered { result } else { WriteResult::Unknown };
                 NodeInput::Ha(HaInput::Written { op, result })
             }
         };
-        let delay = if reachable { self.rng.range(1, 5) } else { 600 };
+        let delay = if arrives && returns { self.rng.range(1, 5) } else { 600 };
         self.push(self.now + delay, Event::Node { host, boot, input });
     }
 

@@ -37,6 +37,10 @@ pub enum FaultKind {
     Isolate(u8),
     /// Packets from the first host to the second are lost.
     CutOneWay(u8, u8),
+    /// The host's packets arrive, but none from the others or the store reach it.
+    Deaf(u8),
+    /// The host hears the others and the store, but none of its packets arrive.
+    Mute(u8),
     /// Hosts up to the number cannot talk to those above it; the store stays with the upper side.
     Split(u8),
     /// The host loses this percentage of its packets; others are late and doubled.
@@ -172,7 +176,7 @@ impl Schedule {
 
 /// Faults that make each other worse on one host.
 fn focused_kind(rng: &mut Rng, hosts: u8, victim: u8, volume: u8) -> FaultKind {
-    match rng.range(0, 20) {
+    match rng.range(0, 22) {
         0 | 1 => FaultKind::Isolate(victim),
         2 => FaultKind::Split(if victim > hosts / 2 { hosts - 1 } else { victim }),
         3 | 4 => FaultKind::StorageFails(victim),
@@ -188,6 +192,8 @@ fn focused_kind(rng: &mut Rng, hosts: u8, victim: u8, volume: u8) -> FaultKind {
         15 | 16 => FaultKind::BmcLies(victim),
         17 => FaultKind::Hang(victim),
         18 => FaultKind::Maintenance(victim),
+        19 => FaultKind::Deaf(victim),
+        20 => FaultKind::Mute(victim),
         _ => {
             FaultKind::Move(rng.range(1, u64::from(VMS) + 1) as u8, rng.range(1, u64::from(hosts) + 1) as u8)
         }
@@ -198,9 +204,13 @@ fn random_kind(rng: &mut Rng, hosts: u8, down: &mut u32) -> FaultKind {
     let host = |rng: &mut Rng| rng.range(1, u64::from(hosts) + 1) as u8;
     let volume = |rng: &mut Rng| rng.range(0, u64::from(VOLUMES)) as u8;
     let vm = |rng: &mut Rng| rng.range(1, u64::from(VMS) + 1) as u8;
-    match rng.range(0, 36) {
+    match rng.range(0, 39) {
         0 | 1 => FaultKind::Isolate(host(rng)),
-        2 => FaultKind::CutOneWay(host(rng), host(rng)),
+        2 | 36 => {
+            let from = host(rng);
+            let other = rng.range(0, u64::from(hosts) - 1) as u8;
+            FaultKind::CutOneWay(from, (from + other) % hosts + 1)
+        }
         3 => FaultKind::Split(rng.range(1, u64::from(hosts)) as u8),
         4 => FaultKind::Lossy(host(rng), rng.range(10, 70) as u8),
         5 | 6 => FaultKind::PauseHost(host(rng)),
@@ -232,6 +242,8 @@ fn random_kind(rng: &mut Rng, hosts: u8, down: &mut u32) -> FaultKind {
         31 => FaultKind::Maintenance(host(rng)),
         32 | 33 => FaultKind::Hang(host(rng)),
         34 => FaultKind::Move(vm(rng), host(rng)),
+        37 => FaultKind::Deaf(host(rng)),
+        38 => FaultKind::Mute(host(rng)),
         _ => FaultKind::StartMany,
     }
 }

@@ -23,6 +23,8 @@ const AREAS: u32 = 48;
 /// The VMs of `StartMany` have numbers from here.
 const EXTRA: u32 = 20;
 const VM_MEMORY: u64 = 4096;
+/// The lock that decides a tie.
+const WITNESS: ResourceId = ResourceId { lockspace: LockspaceId(0), index: 0 };
 
 #[derive(Debug)]
 pub(super) enum Event {
@@ -361,7 +363,7 @@ impl World {
             membership: MembershipConfig::new(id(host), members),
             ha: HaConfig::default(),
             fencing,
-            witness: Some(ResourceId { lockspace: LockspaceId(0), index: 0 }),
+            witness: Some(WITNESS),
             stop_grace: 20_000,
         }
     }
@@ -422,11 +424,11 @@ impl World {
         };
         match fault.kind {
             FaultKind::Isolate(h) => {
-                for other in 0..=n {
-                    self.cut(usize::from(h), other, on);
-                    self.cut(other, usize::from(h), on);
-                }
+                self.cut_from(usize::from(h), on);
+                self.cut_to(usize::from(h), on);
             }
+            FaultKind::Deaf(h) => self.cut_to(usize::from(h), on),
+            FaultKind::Mute(h) => self.cut_from(usize::from(h), on),
             FaultKind::CutOneWay(a, b) => self.cut(usize::from(a), usize::from(b), on),
             FaultKind::Split(at) => {
                 for low in 1..=usize::from(at) {
@@ -538,6 +540,18 @@ impl World {
         }
     }
 
+    fn cut_from(&mut self, host: usize, on: bool) {
+        for other in 0..=self.hosts.len() {
+            self.cut(host, other, on);
+        }
+    }
+
+    fn cut_to(&mut self, host: usize, on: bool) {
+        for other in 0..=self.hosts.len() {
+            self.cut(other, host, on);
+        }
+    }
+
     /// An operator asks whoever coordinates, and again when nobody does.
     fn operator(&mut self, request: Request, tries: u32) {
         let leader = self.hosts.iter().position(|h| {
@@ -605,8 +619,21 @@ impl World {
         }
     }
 
+    /// Whether half of the hosts are silent for good and one of them, which nobody may presume dead because it
+    /// has no watchdog, holds the witness: the other half must not act, so nothing can be asked of it.
+    fn is_tied_for_good(&self) -> bool {
+        let silent = |h: &SimHost| h.dead || h.paused_until > END;
+        let witness = self.volumes[usize::from(WITNESS.lockspace.0)].areas[WITNESS.index as usize].leader;
+        let owner = self.hosts.get(usize::from(witness.owner.host.0).wrapping_sub(1));
+        let held = !witness.is_free() && owner.is_some_and(|h| silent(h) && !h.has_watchdog);
+        held && 2 * self.hosts.iter().filter(|h| silent(h)).count() >= self.hosts.len()
+    }
+
     /// Long after the last fault every VM that should run runs.
     fn check_end(&mut self) {
+        if self.is_tied_for_good() {
+            return;
+        }
         let missing = self.store.state.vms.iter().find(|(id, v)| {
             let running =
                 self.hosts.iter().any(|h| h.procs.iter().any(|p| p.vm == **id && p.state == ProcState::Live));
