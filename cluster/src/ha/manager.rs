@@ -23,7 +23,7 @@ pub struct HaConfig {
     pub restart: RestartConfig,
     /// Reserve for failed hosts.
     pub admission: AdmissionPolicy,
-    /// How long an isolated host may keep its VMs before it is fenced.
+    /// How long an isolated host, or one that does not hear the coordinator, is left alone before it is fenced.
     pub isolation: Millis,
     /// Commands are repeated this often.
     pub repeat: Millis,
@@ -354,18 +354,18 @@ impl HaManager {
         let hosts: Vec<HostId> = self.state.hosts.keys().copied().collect();
         for host in hosts {
             let verdict = view.verdict(host);
-            let isolated_for = if verdict == Verdict::Isolated {
+            // A host that does not hear us cannot be told anything: it is isolated in one direction.
+            let deaf = verdict == Verdict::Online && !view.is_mutual(host);
+            let isolated = verdict == Verdict::Isolated || deaf;
+            let isolated_for = if isolated {
                 now.since(*self.isolated_since.entry(host).or_insert(now))
             } else {
                 self.isolated_since.remove(&host);
                 0
             };
             let record = &self.state.hosts[&host];
-            let lost = match verdict {
-                Verdict::Suspect | Verdict::Dead => true,
-                Verdict::Isolated => isolated_for >= self.config.isolation,
-                _ => false,
-            };
+            let lost = matches!(verdict, Verdict::Suspect | Verdict::Dead)
+                || isolated && isolated_for >= self.config.isolation;
             let boot = record.boot.max(view.boot(host));
             let over = record.gone_boot >= boot;
             // A host without VMs may still own locks, so it is fenced too.

@@ -8,6 +8,8 @@ mod evacuate;
 mod manager;
 mod records;
 mod restart;
+#[cfg(test)]
+mod tests;
 
 pub use admission::{AdmissionPolicy, HostCapacity, Refusal, admit, survives};
 pub use manager::{ClusterView, HaConfig, HaInput, HaManager, HaOutput, Request, RequestError, WriteResult};
