@@ -99,10 +99,9 @@ fn programme(s: &Snapshot) -> String {
         }
         writeln!(text, " - o_{} = 0", v.id.0).unwrap();
     }
-    let rows: [(&str, u64, fn(Resources) -> u64); 2] =
-        [("c", THRESHOLD.cpu, |r| r.cpu), ("m", THRESHOLD.memory, |r| r.memory)];
     for h in &s.hosts {
-        for (row, limit, amount) in rows {
+        for (row, limit) in [("c", THRESHOLD.cpu), ("m", THRESHOLD.memory)] {
+            let amount = |r: Resources| if row == "c" { r.cpu } else { r.memory };
             let mut used = 0;
             write!(text, " {row}{}:", h.id.0).unwrap();
             for (n, v) in s.vms.iter().enumerate() {

@@ -179,7 +179,7 @@ impl Etcd {
         let connect = || {
             (0..300).find_map(|_| {
                 std::thread::sleep(Duration::from_millis(100));
-                let mut store = EtcdStore::connect(&[client.clone()], "/bench").ok()?;
+                let mut store = EtcdStore::connect(std::slice::from_ref(&client), "/bench").ok()?;
                 store.observe().ok().map(|_| store)
             })
         };

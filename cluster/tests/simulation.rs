@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use cluster::mutants::Mutant;
 use cluster::sim::{Schedule, run, shrink};
 
-/// Schedules that broke an invariant once.
-const REGRESSIONS: &[u64] = &[91, 305, 487, 841, 4815, 62_592, 66_548, 76_012];
+/// Seeds that broke an invariant once; all but the last did so when there were fewer kinds of faults and they stood
+/// for other schedules.
+const REGRESSIONS: &[u64] = &[91, 305, 487, 841, 4815, 62_592, 66_548, 76_012, 9270];
 
 fn check(seed: u64) {
     let schedule = Schedule::random(seed);
