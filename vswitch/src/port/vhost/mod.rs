@@ -3,6 +3,7 @@
 mod memory;
 mod message;
 mod ring;
+mod segments;
 mod session;
 mod vring;
 

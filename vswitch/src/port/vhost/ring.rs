@@ -8,6 +8,7 @@
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use super::memory::GuestMemory;
+use super::segments::{Reader, Segment, Writer, copy};
 use crate::packet::offload::VNET_HDR_LEN;
 use crate::packet::{Burst, FRAME_MAX, FRAME_MIN, HEAD_MAX, Offload, Packet};
 use crate::port::Batch;
@@ -77,13 +78,6 @@ struct Descriptor {
     len: u32,
     flags: u16,
     next: u16,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Segment {
-    ptr: *mut u8,
-    len: usize,
-    guest: u64,
 }
 
 /// Addresses of the three parts, in this process.
@@ -349,7 +343,7 @@ impl SplitRing {
             return;
         }
         let mut h = [0u8; VNET_HDR_LEN];
-        let mut reader = Reader { segments: &self.segments, at: 0, offset: 0 };
+        let mut reader = Reader::new(&self.segments);
         reader.read(&mut h);
         reader.skip(header - VNET_HDR_LEN);
         let frame = total - header;
@@ -478,8 +472,7 @@ impl SplitRing {
         }
         let mut h = p.offload.encode();
         h[10..12].copy_from_slice(&chains.to_le_bytes());
-        let mut w =
-            Writer { segments: &self.segments, at: 0, offset: 0, log: self.features.log.then_some(memory) };
+        let mut w = Writer::new(&self.segments, self.features.log.then_some(memory));
         w.write(h.as_ptr(), self.features.header);
         p.for_each_part(|from, len| w.write(from, len));
         Ok(Pushed::Chains(chains))
@@ -544,83 +537,6 @@ impl SplitRing {
     }
 }
 
-/// Reads the collected segments in order.
-struct Reader<'a> {
-    segments: &'a [Segment],
-    at: usize,
-    offset: usize,
-}
-
-impl Reader<'_> {
-    fn read(&mut self, out: &mut [u8]) {
-        let mut done = 0;
-        while done < out.len() {
-            let Some(s) = self.segments.get(self.at) else { return };
-            let n = (s.len - self.offset).min(out.len() - done);
-            // SAFETY: the segment is mapped and holds n bytes from the offset on; `out` has room for them.
-            unsafe { copy(s.ptr.add(self.offset), out[done..].as_mut_ptr(), n) };
-            done += n;
-            self.advance(n);
-        }
-    }
-
-    fn advance(&mut self, n: usize) {
-        self.offset += n;
-        if self.segments.get(self.at).is_some_and(|s| self.offset >= s.len) {
-            self.at += 1;
-            self.offset = 0;
-        }
-    }
-
-    fn skip(&mut self, n: usize) {
-        for _ in 0..n {
-            self.advance(1);
-        }
-    }
-
-    /// The rest of the present segment.
-    fn next_part(&mut self) -> Option<(*const u8, usize)> {
-        let s = self.segments.get(self.at)?;
-        // SAFETY: the offset is less than the segment's length.
-        let part = (unsafe { s.ptr.add(self.offset) }.cast_const(), s.len - self.offset);
-        self.at += 1;
-        self.offset = 0;
-        Some(part)
-    }
-}
-
-/// Writes the collected segments in order.
-struct Writer<'a> {
-    segments: &'a [Segment],
-    at: usize,
-    offset: usize,
-    log: Option<&'a GuestMemory>,
-}
-
-impl Writer<'_> {
-    fn write(&mut self, mut from: *const u8, mut len: usize) {
-        while len > 0 {
-            let Some(s) = self.segments.get(self.at) else { return };
-            let n = (s.len - self.offset).min(len);
-            // SAFETY: the segment is mapped and has room for n bytes from the offset on; the caller's part holds
-            // `len` >= n bytes.
-            unsafe {
-                copy(from, s.ptr.add(self.offset), n);
-                from = from.add(n);
-            }
-            if let Some(memory) = self.log {
-                memory.log_write(s.guest + self.offset as u64, n as u64);
-            }
-            len -= n;
-            self.offset += n;
-            if self.offset == s.len {
-                self.at += 1;
-                self.offset = 0;
-            }
-        }
-    }
-}
-
 /// Applies a sender's offload request to the packet added last, or refuses the packet.
 #[cold]
 fn set_offload(h: &[u8; VNET_HDR_LEN], burst: &mut Burst) {
@@ -646,34 +562,6 @@ unsafe fn copy_header(h: &[u8; 12], to: *mut u8, len: usize) {
             to.cast::<[u8; 12]>().write_unaligned(*h);
         } else {
             std::ptr::copy_nonoverlapping(h.as_ptr(), to, len.min(12));
-        }
-    }
-}
-
-/// Copies `len` bytes; short lengths, the usual case, without a call.
-///
-/// # Safety
-/// `len` bytes must be readable at `from` and writable at `to`, without overlap.
-#[inline(always)]
-unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    type B16 = [u8; 16];
-    type B32 = [u8; 32];
-    // SAFETY: each branch touches the first and the last bytes of the range only, which may overlap each other.
-    unsafe {
-        match len {
-            32..=64 => {
-                let a = from.cast::<B32>().read_unaligned();
-                let b = from.add(len - 32).cast::<B32>().read_unaligned();
-                to.cast::<B32>().write_unaligned(a);
-                to.add(len - 32).cast::<B32>().write_unaligned(b);
-            }
-            16..=31 => {
-                let a = from.cast::<B16>().read_unaligned();
-                let b = from.add(len - 16).cast::<B16>().read_unaligned();
-                to.cast::<B16>().write_unaligned(a);
-                to.add(len - 16).cast::<B16>().write_unaligned(b);
-            }
-            _ => std::ptr::copy_nonoverlapping(from, to, len),
         }
     }
 }
