@@ -61,11 +61,16 @@ pub(super) fn effect(i: &Instruction) -> Effect {
 
 /// Whether operand `n` is an immediate count that is not zero.
 fn counts(i: &Instruction, n: u32) -> bool {
+    count(i, n).is_some_and(|count| count != 0)
+}
+
+/// The count of a shift if operand `n` is an immediate, as the processor masks it.
+pub(super) fn count(i: &Instruction, n: u32) -> Option<u8> {
     let wide = match i.op0_kind() {
         OpKind::Memory => i.memory_size().size() == 8,
         _ => i.op0_register().size() == 8,
     };
-    i.op_kind(n) == OpKind::Immediate8 && i.immediate8() & if wide { 63 } else { 31 } != 0
+    (i.op_kind(n) == OpKind::Immediate8).then(|| i.immediate8() & if wide { 63 } else { 31 })
 }
 
 pub(super) fn need(i: &Instruction) -> Need {

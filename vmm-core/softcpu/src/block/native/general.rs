@@ -158,9 +158,7 @@ impl Emitter<'_> {
         let size = i.op0_register().size();
         let partial = match i.mnemonic() {
             _ if i.op0_kind() != OpKind::Register || is_high(i.op0_register()) => None,
-            M::Shl | M::Sal | M::Shr | M::Sar if i.op1_kind() == OpKind::Immediate8 => {
-                Some(i.immediate8() == 1)
-            }
+            M::Shl | M::Sal | M::Shr | M::Sar => flags::count(i, 1).map(|count| count == 1),
             M::Imul if i.op_count() > 1 => Some(true),
             _ => None,
         };
