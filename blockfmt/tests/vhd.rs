@@ -6,9 +6,9 @@ mod common;
 
 use blockfmt::format::vhd::{VhdKind, VhdOptions};
 use blockfmt::{CreateOptions, Error, Format, OpenOptions, Preallocation};
+use common::differencing::{Family, libvhdi_view};
 use common::{Rng, assert_same, exercise, qemu_ok, text};
 use std::path::Path;
-use std::process::Command;
 
 const SIZE: u64 = (9 << 20) + 512 * 5;
 
@@ -27,24 +27,6 @@ fn assert_qemu_sees(path: &Path, model: &[u8]) {
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     assert_eq!(info["virtual-size"], model.len() as u64);
     qemu_ok("qemu-img", &["compare", "-f", "vpc", "-F", "raw", text(path), text(&raw)]);
-}
-
-/// What libvhdi reads from a chain, the child first.
-fn libvhdi_view(chain: &[&Path]) -> Vec<u8> {
-    let script = "\
-import sys, pyvhdi
-files = [pyvhdi.file() for _ in sys.argv[1:]]
-for f, name in zip(files, sys.argv[1:]): f.open(name)
-for child, parent in zip(files, files[1:]): child.set_parent(parent)
-sys.stdout.buffer.write(files[0].read_buffer(files[0].get_media_size()))";
-    let output = Command::new("/usr/bin/python3").args(["-c", script]).args(chain).output();
-    let output = output.expect("cannot run python3; install the Debian packages python3 and python3-libvhdi");
-    assert!(
-        output.status.success(),
-        "libvhdi failed (is the Debian package python3-libvhdi installed?): {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output.stdout
 }
 
 #[test]
@@ -101,80 +83,21 @@ fn images_of_qemu_are_read_and_changed() {
     }
 }
 
-/// Random writes and zeroing of whole units of 4 KiB: libvhdi takes the eight sectors of a bitmap's byte for
-/// one unit, so that finer changes read differently there.
-fn change_units(disk: &blockfmt::Disk, model: &mut [u8], rng: &mut Rng) {
-    for n in 0..40 {
-        let units = SIZE / 4096;
-        let first = rng.below(units);
-        let len = (1 + rng.below(if n % 4 == 0 { 800 } else { 9 })).min(units - first) * 4096;
-        let range = (first * 4096) as usize..(first * 4096 + len) as usize;
-        if n % 3 == 0 {
-            disk.write_zeroes(first * 4096, len, true).unwrap();
-            model[range].fill(0);
-        } else {
-            let data = rng.bytes(len as usize);
-            disk.write_at(&data, first * 4096).unwrap();
-            model[range].copy_from_slice(&data);
-        }
-    }
-}
+const FAMILY: Family = Family {
+    format: Format::Vhd,
+    create: || vhd(VhdKind::Dynamic),
+    assert_qemu_sees,
+    assert_clean: |_| {}, // the format has no check
+};
 
 #[test]
 fn differencing_disks_agree_with_libvhdi() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let at = |name: &str| dir.path().join(name);
-    vhd(VhdKind::Dynamic).create(&at("base.vhd")).unwrap();
-    let mut rng = Rng(70);
-    let mut model = rng.bytes(SIZE as usize);
-    open(&at("base.vhd")).write_at(&model, 0).unwrap();
-    vhd(VhdKind::Dynamic).backing("base.vhd", Format::Vhd).create(&at("mid.vhd")).unwrap();
-    change_units(&open(&at("mid.vhd")), &mut model, &mut rng);
-    let absolute = text(&at("mid.vhd")).to_owned();
-    vhd(VhdKind::Dynamic).backing(absolute, Format::Vhd).create(&at("top.vhd")).unwrap();
-    let disk = open(&at("top.vhd"));
-    assert_eq!(disk.layers().len(), 3);
-    change_units(&disk, &mut model, &mut rng);
-    drop(disk);
-    let seen = libvhdi_view(&[&at("top.vhd"), &at("mid.vhd"), &at("base.vhd")]);
-    assert_eq!(seen.len(), model.len());
-    if let Some(at) = seen.iter().zip(&model).position(|(a, b)| a != b) {
-        panic!("libvhdi sees {} instead of {} at byte {at}", seen[at], model[at]);
-    }
-    // Zeros in the child hide both ancestors, in blocks that have space and in blocks that do not.
-    let disk = open(&at("top.vhd"));
-    for (offset, len) in [(700, 5), (511, 1026), (3 << 20, 512), ((5 << 20) + 100, 3 << 20)] {
-        disk.write_zeroes(offset, len, true).unwrap();
-        model[offset as usize..(offset + len) as usize].fill(0);
-    }
-    assert_same(&disk, &model);
-    exercise(&disk, &mut model, &mut rng, 60);
-    drop(disk);
-    assert_same(&open(&at("top.vhd")), &model);
+    FAMILY.agrees_with_libvhdi();
 }
 
 #[test]
-fn chains_mix_formats() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let at = |name: &str| dir.path().join(name);
-    let mut rng = Rng(80);
-    let mut model = rng.bytes(SIZE as usize);
-    std::fs::write(at("base.raw"), &model).unwrap();
-    vhd(VhdKind::Dynamic).backing("base.raw", Format::Raw).create(&at("a.vhd")).unwrap();
-    exercise(&open(&at("a.vhd")), &mut model, &mut rng, 40);
-    let qcow2 = CreateOptions::new(Format::Qcow2, SIZE).backing("a.vhd", Format::Vhd);
-    qcow2.create(&at("b.qcow2")).unwrap();
-    exercise(&OpenOptions::new(Format::Qcow2).open(at("b.qcow2")).unwrap(), &mut model, &mut rng, 40);
-    vhd(VhdKind::Dynamic).backing("b.qcow2", Format::Qcow2).create(&at("c.vhd")).unwrap();
-    let disk = open(&at("c.vhd"));
-    exercise(&disk, &mut model, &mut rng, 40);
-    disk.snapshot(&at("d.vhd"), &vhd(VhdKind::Dynamic)).unwrap();
-    exercise(&disk, &mut model, &mut rng, 40);
-    assert_same(&disk, &model);
-    drop(disk);
-    let disk = open(&at("d.vhd"));
-    assert_eq!(disk.layers().len(), 5);
-    assert_same(&disk, &model);
+fn chains_mix_formats_and_merge() {
+    FAMILY.mixes_and_merges();
 }
 
 #[test]

@@ -1,5 +1,4 @@
-//! VHDX: against a model, against QEMU in both directions, and differencing disks against libvhdi and
-//! dissect.
+//! VHDX: against a model, against QEMU in both directions, and differencing disks against libvhdi.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
 
@@ -7,12 +6,11 @@ mod common;
 
 use blockfmt::format::check::Repair;
 use blockfmt::format::vhdx::{VhdxKind, VhdxOptions};
-use blockfmt::job::{self, JobControl};
 use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions, Preallocation, Storage};
+use common::differencing::{Family, libvhdi_view};
 use common::{Rng, assert_same, exercise, qemu, qemu_ok, text};
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
 const SIZE: u64 = (9 << 20) + 512 * 5;
@@ -39,24 +37,6 @@ fn assert_qemu_sees(path: &Path, model: &[u8]) {
 fn assert_clean(disk: &Disk) {
     let report = disk.layers()[0].check(Repair::Nothing).unwrap();
     assert!(report.corruptions == 0, "{report:?}");
-}
-
-/// What libvhdi reads from a chain, the child first.
-fn libvhdi_view(chain: &[&Path]) -> Vec<u8> {
-    let script = "\
-import sys, pyvhdi
-files = [pyvhdi.file() for _ in sys.argv[1:]]
-for f, name in zip(files, sys.argv[1:]): f.open(name)
-for child, parent in zip(files, files[1:]): child.set_parent(parent)
-sys.stdout.buffer.write(files[0].read_buffer(files[0].get_media_size()))";
-    let output = Command::new("/usr/bin/python3").args(["-c", script]).args(chain).output();
-    let output = output.expect("cannot run python3; install the Debian packages python3 and python3-libvhdi");
-    assert!(
-        output.status.success(),
-        "libvhdi failed (is the Debian package python3-libvhdi installed?): {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    output.stdout
 }
 
 #[test]
@@ -188,92 +168,17 @@ fn qemu_replays_our_log() {
     }
 }
 
-/// Random writes and zeroing of whole units of 4 KiB: libvhdi takes the eight sectors of a bitmap's byte for
-/// one unit, so that finer changes read differently there.
-fn change_units(disk: &Disk, model: &mut [u8], rng: &mut Rng) {
-    for n in 0..40 {
-        let units = SIZE / 4096;
-        let first = rng.below(units);
-        let len = (1 + rng.below(if n % 4 == 0 { 800 } else { 9 })).min(units - first) * 4096;
-        let range = (first * 4096) as usize..(first * 4096 + len) as usize;
-        if n % 3 == 0 {
-            disk.write_zeroes(first * 4096, len, true).unwrap();
-            model[range].fill(0);
-        } else {
-            let data = rng.bytes(len as usize);
-            disk.write_at(&data, first * 4096).unwrap();
-            model[range].copy_from_slice(&data);
-        }
-    }
-}
+const FAMILY: Family =
+    Family { format: Format::Vhdx, create: || vhdx(VhdxKind::Dynamic), assert_qemu_sees, assert_clean };
 
 #[test]
-fn differencing_disks_agree_with_other_readers() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let at = |name: &str| dir.path().join(name);
-    vhdx(VhdxKind::Dynamic).create(&at("base.vhdx")).unwrap();
-    let mut rng = Rng(70);
-    let mut model = rng.bytes(SIZE as usize);
-    open(&at("base.vhdx")).write_at(&model, 0).unwrap();
-    vhdx(VhdxKind::Dynamic).backing("base.vhdx", Format::Vhdx).create(&at("mid.vhdx")).unwrap();
-    change_units(&open(&at("mid.vhdx")), &mut model, &mut rng);
-    let absolute = text(&at("mid.vhdx")).to_owned();
-    vhdx(VhdxKind::Dynamic).backing(absolute, Format::Vhdx).create(&at("top.vhdx")).unwrap();
-    let disk = open(&at("top.vhdx"));
-    assert_eq!(disk.layers().len(), 3);
-    change_units(&disk, &mut model, &mut rng);
-    assert_clean(&disk);
-    drop(disk);
-    let seen = libvhdi_view(&[&at("top.vhdx"), &at("mid.vhdx"), &at("base.vhdx")]);
-    assert_eq!(seen.len(), model.len());
-    if let Some(at) = seen.iter().zip(&model).position(|(a, b)| a != b) {
-        panic!("libvhdi sees {} instead of {} at byte {at}", seen[at], model[at]);
-    }
-    let disk = open(&at("top.vhdx"));
-    for (offset, len) in [(700, 5), (511, 1026), (3 << 20, 512), ((5 << 20) + 100, 3 << 20)] {
-        disk.write_zeroes(offset, len, true).unwrap();
-        model[offset as usize..(offset + len) as usize].fill(0);
-    }
-    assert_same(&disk, &model);
-    exercise(&disk, &mut model, &mut rng, 60);
-    drop(disk);
-    assert_same(&open(&at("top.vhdx")), &model);
+fn differencing_disks_agree_with_libvhdi() {
+    FAMILY.agrees_with_libvhdi();
 }
 
 #[test]
 fn chains_mix_formats_and_merge() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let at = |name: &str| dir.path().join(name);
-    let mut rng = Rng(80);
-    let mut model = rng.bytes(SIZE as usize);
-    std::fs::write(at("base.raw"), &model).unwrap();
-    vhdx(VhdxKind::Dynamic).backing("base.raw", Format::Raw).create(&at("a.vhdx")).unwrap();
-    exercise(&open(&at("a.vhdx")), &mut model, &mut rng, 40);
-    let qcow2 = CreateOptions::new(Format::Qcow2, SIZE).backing("a.vhdx", Format::Vhdx);
-    qcow2.create(&at("b.qcow2")).unwrap();
-    exercise(&OpenOptions::new(Format::Qcow2).open(at("b.qcow2")).unwrap(), &mut model, &mut rng, 40);
-    vhdx(VhdxKind::Dynamic).backing("b.qcow2", Format::Qcow2).create(&at("c.vhdx")).unwrap();
-    let disk = open(&at("c.vhdx"));
-    exercise(&disk, &mut model, &mut rng, 40);
-    disk.snapshot(&at("d.vhdx"), &vhdx(VhdxKind::Dynamic)).unwrap();
-    exercise(&disk, &mut model, &mut rng, 40);
-    assert_same(&disk, &model);
-    drop(disk);
-    let disk = open(&at("d.vhdx"));
-    assert_eq!(disk.layers().len(), 5);
-    assert_same(&disk, &model);
-    // Merge the top into its parent, go on, and flatten the rest.
-    job::commit(&disk, 0, &JobControl::new()).unwrap();
-    assert_same(&disk, &model);
-    drop(disk);
-    let disk = open(&at("c.vhdx"));
-    assert_same(&disk, &model);
-    job::stream(&disk, 0, None, &JobControl::new()).unwrap();
-    assert_eq!(disk.layers().len(), 1);
-    assert_same(&disk, &model);
-    assert_clean(&disk);
-    drop(disk);
-    assert_qemu_sees(&at("c.vhdx"), &model);
+    FAMILY.mixes_and_merges();
 }
 
 #[test]

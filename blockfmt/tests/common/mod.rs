@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses some of the helpers")]
 
 pub mod crash;
+pub mod differencing;
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -156,7 +156,7 @@ impl Layer for Vhd {
         self.check_writable()?;
         let old = self.virtual_size();
         if size < old {
-            return Err(Error::unsupported(&self.name, "shrinking"));
+            return Err(Error::unsupported(&self.name, "a smaller size; VHD disks only grow"));
         }
         if size > MAX_SIZE || !size.is_multiple_of(SECTOR) {
             return Err(Error::InvalidOption(

@@ -3,6 +3,7 @@
 use super::Vhd;
 use super::footer::SECTOR;
 use super::meta::{Bits, UNUSED};
+use crate::format::zero_sectors;
 use crate::{Below, Error, Extent, Gather, Result, Scatter, Source};
 use std::collections::BTreeSet;
 
@@ -208,26 +209,8 @@ impl Vhd {
 
     /// Zeros in sectors that the image does not hold. The caller has locked the block.
     fn zero_absent(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
-        let end = offset + len;
-        let (start, stop) = (offset.next_multiple_of(SECTOR), end / SECTOR * SECTOR);
-        let zeros = [0; SECTOR as usize];
-        if start >= stop {
-            // At most two sectors, both in part.
-            let first = (start - offset).min(len);
-            for (at, n) in [(offset, first), (offset + first, len - first)] {
-                if n > 0 {
-                    self.write_absent(Gather::new(&zeros[..n as usize]), at, below)?;
-                }
-            }
-            return Ok(());
-        }
-        self.fill(start, stop - start, |host| self.storage.zero(host, stop - start, unmap))?;
-        for (at, n) in [(offset, start - offset), (stop, end - stop)] {
-            if n > 0 {
-                self.write_absent(Gather::new(&zeros[..n as usize]), at, below)?;
-            }
-        }
-        Ok(())
+        let zero = |at, len| self.fill(at, len, |host| self.storage.zero(host, len, unmap));
+        zero_sectors(SECTOR, offset, len, zero, |zeros, at| self.write_absent(zeros, at, below))
     }
 
     /// Gives the space of what the image holds back to the host.

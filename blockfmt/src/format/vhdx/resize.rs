@@ -12,7 +12,7 @@ impl Vhdx {
     pub(super) fn grow(&self, size: u64, below: Below<'_>) -> Result<()> {
         let old = self.virtual_size();
         if size < old {
-            return Err(Error::unsupported(&self.name, "shrinking"));
+            return Err(Error::unsupported(&self.name, "a smaller size; VHDX disks only grow"));
         }
         if size > MAX_SIZE || !size.is_multiple_of(self.p.sector) {
             return Err(Error::InvalidOption(

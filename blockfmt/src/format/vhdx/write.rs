@@ -3,6 +3,7 @@
 use super::bat::{BITMAP_BLOCK, Entry, state};
 use super::header::{MIB, PAGE};
 use super::{Meta, Vhdx, pages};
+use crate::format::zero_sectors;
 use crate::{Below, Extent, Gather, Result, Scatter, Source};
 
 /// Unit in which parents are copied, in bytes.
@@ -294,7 +295,7 @@ impl Vhdx {
 
     /// Zeros in sectors that the image does not hold. The caller has locked the block.
     fn zero_absent(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
-        let (end, sector) = (offset + len, self.p.sector);
+        let end = offset + len;
         let block = offset / self.p.block;
         let covers =
             offset.is_multiple_of(self.p.block) && (len == self.p.block || end == self.virtual_size());
@@ -304,25 +305,8 @@ impl Vhdx {
             let at = meta.payload_at(&self.p, block);
             return meta.pages.change(&self.storage, at, &Entry::new(state::ZERO, 0).0.to_le_bytes());
         }
-        let (start, stop) = (offset.next_multiple_of(sector), end / sector * sector);
-        let zeros = [0; PAGE as usize];
-        if start >= stop {
-            // At most two sectors, both in part.
-            let first = (start - offset).min(len);
-            for (at, n) in [(offset, first), (offset + first, len - first)] {
-                if n > 0 {
-                    self.write_absent(Gather::new(&zeros[..n as usize]), at, below)?;
-                }
-            }
-            return Ok(());
-        }
-        self.fill(start, stop - start, |host| self.storage.zero(host, stop - start, unmap))?;
-        for (at, n) in [(offset, start - offset), (stop, end - stop)] {
-            if n > 0 {
-                self.write_absent(Gather::new(&zeros[..n as usize]), at, below)?;
-            }
-        }
-        Ok(())
+        let zero = |at, len| self.fill(at, len, |host| self.storage.zero(host, len, unmap));
+        zero_sectors(self.p.sector, offset, len, zero, |zeros, at| self.write_absent(zeros, at, below))
     }
 
     /// Gives the space of what the image holds back to the host, unless it is a fixed disk's.
