@@ -215,6 +215,64 @@ fn contexts_that_nobody_asked_for() {
     peer.join().unwrap();
 }
 
+/// A server of the oldest protocol that answers `reads` requests only once it has got all of them, the last one
+/// first. A byte of its export is the number of its page.
+fn reversing_server(listener: &UnixListener, reads: usize) -> std::io::Result<()> {
+    let (mut s, _) = listener.accept()?;
+    s.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
+    s.read_exact(&mut [0; 4])?;
+    loop {
+        let mut option = [0; 16];
+        s.read_exact(&mut option)?;
+        let len = u32::from_be_bytes(option[12..].try_into().unwrap());
+        s.read_exact(&mut vec![0; len as usize])?;
+        if option[11] == 1 {
+            break; // the name of the export
+        }
+        let unsupported = [0x0003_e889_0455_65a9u64.to_be_bytes(), [0, 0, 0, option[11], 0x80, 0, 0, 1]];
+        s.write_all(&[&unsupported.concat()[..], &[0; 4]].concat())?;
+    }
+    s.write_all(&[&SIZE.to_be_bytes()[..], &[0, 1]].concat())?;
+    let mut requests = Vec::new();
+    for _ in 0..reads {
+        let mut request = [0; 28];
+        s.read_exact(&mut request)?;
+        requests.push(request);
+    }
+    for request in requests.iter().rev() {
+        let offset = u64::from_be_bytes(request[16..24].try_into().unwrap());
+        let len = u32::from_be_bytes(request[24..].try_into().unwrap());
+        s.write_all(&[&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0][..], &request[8..16]].concat())?;
+        s.write_all(&vec![(offset / 4096) as u8; len as usize])?;
+    }
+    s.read_exact(&mut [0; 28]) // goodbye
+}
+
+#[test]
+fn requests_of_many_threads_share_a_connection() {
+    const READS: usize = 12;
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let socket = dir.path().join("s");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let server = std::thread::spawn(move || reversing_server(&listener, READS));
+    // A client that waits for one answer before the next request gets none.
+    let options =
+        NbdOptions { timeout: Duration::from_secs(20), reconnect: Duration::ZERO, ..NbdOptions::default() };
+    let storage = NbdStorage::connect(&uri("", &socket), options).unwrap();
+    std::thread::scope(|scope| {
+        for n in 0..READS {
+            let storage: &dyn Storage = &storage;
+            scope.spawn(move || {
+                let mut seen = vec![0xff; 512 * (n + 1)];
+                storage.read_at(&mut seen, n as u64 * 4096).unwrap();
+                assert!(seen.iter().all(|byte| *byte == n as u8));
+            });
+        }
+    });
+    drop(storage);
+    server.join().unwrap().unwrap();
+}
+
 /// Certificates of an authority, a server and a client, under the names that everybody uses.
 fn make_certificates(dir: &Path) {
     let run = |args: &[&str]| {

@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use std::io;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -50,9 +51,10 @@ impl Default for NbdOptions {
 
 #[derive(Debug, Default)]
 struct Pool {
-    idle: Vec<Connection>,
-    /// Connections that are open, idle or not.
-    open: usize,
+    /// Connections, each with the number of its requests in flight.
+    open: Vec<(Arc<Connection>, usize)>,
+    /// Connections that are being made.
+    coming: usize,
 }
 
 /// An export of an NBD server.
@@ -67,7 +69,8 @@ pub struct NbdStorage {
     options: NbdOptions,
     facts: Facts,
     pool: Mutex<Pool>,
-    returned: Condvar,
+    /// A request ended, or a connection came or went.
+    changed: Condvar,
     /// Writes that began, and how many of them a flush covered.
     written: AtomicU64,
     flushed: AtomicU64,
@@ -97,8 +100,8 @@ impl NbdStorage {
             tls,
             options,
             facts,
-            pool: Mutex::new(Pool { idle: vec![first], open: 1 }),
-            returned: Condvar::new(),
+            pool: Mutex::new(Pool { open: vec![(Arc::new(first), 0)], coming: 0 }),
+            changed: Condvar::new(),
             written: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
             lost: AtomicBool::new(false),
@@ -126,35 +129,47 @@ impl NbdStorage {
         if self.facts.has(export_flag::CAN_MULTI_CONN) { self.options.connections.max(1) } else { 1 }
     }
 
-    /// An idle connection, or a new one.
-    fn take(&self) -> io::Result<Connection> {
+    /// A connection for a request: an idle one, a new one, or one with other requests in flight.
+    fn take(&self) -> io::Result<Arc<Connection>> {
         let mut pool = self.pool.lock();
         loop {
-            if let Some(connection) = pool.idle.pop() {
-                return Ok(connection);
+            let more = pool.open.len() + pool.coming < self.limit();
+            match pool.open.iter_mut().min_by_key(|(_, load)| *load) {
+                Some((connection, load)) if *load == 0 || (!more && *load < connection.depth()) => {
+                    *load += 1;
+                    return Ok(connection.clone());
+                }
+                _ if more => break,
+                _ => self.changed.wait(&mut pool),
             }
-            if pool.open < self.limit() {
-                pool.open += 1;
-                break;
-            }
-            self.returned.wait(&mut pool);
         }
+        pool.coming += 1;
         drop(pool);
         let made = connect(&self.uri, self.tls.as_ref(), &self.options).and_then(|c| {
             match c.facts.size == self.facts.size && c.facts.flags == self.facts.flags {
-                true => Ok(c),
+                true => Ok(Arc::new(c)),
                 false => Err(io::Error::other("The export is another one since the connection was lost")),
             }
         });
-        if made.is_err() {
-            self.forget();
+        let mut pool = self.pool.lock();
+        pool.coming -= 1;
+        if let Ok(connection) = &made {
+            pool.open.push((connection.clone(), 1));
         }
+        self.changed.notify_all();
         made
     }
 
-    fn forget(&self) {
-        self.pool.lock().open -= 1;
-        self.returned.notify_one();
+    /// Ends the use of a connection; one that is `lost` is not used again.
+    fn give_back(&self, connection: &Arc<Connection>, lost: bool) {
+        let mut pool = self.pool.lock();
+        if let Some(at) = pool.open.iter().position(|(c, _)| Arc::ptr_eq(c, connection)) {
+            match lost {
+                true => drop(pool.open.swap_remove(at)),
+                false => pool.open[at].1 -= 1,
+            }
+        }
+        self.changed.notify_all();
     }
 
     /// Performs a request, again on a new connection if one is lost.
@@ -162,23 +177,19 @@ impl NbdStorage {
         let deadline = Instant::now() + self.options.reconnect;
         loop {
             let error = match self.take() {
-                Ok(mut connection) => match connection.perform(r, payload, data) {
-                    Ok(answer) => {
-                        self.give_back(connection);
-                        return Ok(answer);
+                Ok(connection) => {
+                    let result = connection.perform(r, payload, data);
+                    let lost = matches!(result, Err(Failure::Connection(_)));
+                    if lost && self.written.load(Ordering::Acquire) != self.flushed.load(Ordering::Acquire) {
+                        self.lost.store(true, Ordering::Release); // before a flush finds another connection
                     }
-                    Err(Failure::Server(error)) => {
-                        self.give_back(connection);
-                        return Err(error);
+                    self.give_back(&connection, lost);
+                    match result {
+                        Ok(answer) => return Ok(answer),
+                        Err(Failure::Server(error)) => return Err(error),
+                        Err(Failure::Connection(error)) => error,
                     }
-                    Err(Failure::Connection(error)) => {
-                        if self.written.load(Ordering::Acquire) != self.flushed.load(Ordering::Acquire) {
-                            self.lost.store(true, Ordering::Release);
-                        }
-                        self.forget();
-                        error
-                    }
-                },
+                }
                 Err(error) => error,
             };
             if Instant::now() >= deadline {
@@ -187,11 +198,6 @@ impl NbdStorage {
             tracing::warn!(%error, export = self.name, "The NBD connection was lost");
             std::thread::sleep(PAUSE);
         }
-    }
-
-    fn give_back(&self, connection: Connection) {
-        self.pool.lock().idle.push(connection);
-        self.returned.notify_one();
     }
 
     fn check_end(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -257,7 +263,7 @@ fn connect(uri: &Uri, tls: Option<&TlsClient>, options: &NbdOptions) -> io::Resu
 
 impl Drop for NbdStorage {
     fn drop(&mut self) {
-        self.pool.get_mut().idle.drain(..).for_each(Connection::disconnect);
+        self.pool.get_mut().open.iter().for_each(|(connection, _)| connection.disconnect());
     }
 }
 

@@ -2,11 +2,13 @@
 
 use super::proto::{
     CHUNK_DONE, EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, INIT_MAGIC, MAX_PAYLOAD, OPTION_MAGIC,
-    OPTION_REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, export_flag,
-    option, reply,
+    OPTION_REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk, command,
+    export_flag, option, reply,
 };
 use super::stream::Stream;
 use super::tls::TlsClient;
+use parking_lot::{Condvar, Mutex};
+use std::collections::HashSet;
 use std::io::{self, Read, Write};
 
 /// Most replies to one option.
@@ -15,6 +17,8 @@ const MAX_OPTION_REPLIES: usize = 10_000;
 const MAX_REPLY: u32 = 1 << 20;
 /// Most chunks in one reply.
 const MAX_CHUNKS: usize = 1 << 20;
+/// Most requests in flight on one connection.
+const DEPTH: usize = 16;
 
 /// What was agreed on with the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,12 +76,65 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("The NBD server {what}"))
 }
 
-/// A connection after the handshake.
+/// A connection after the handshake, for requests of several threads at a time.
+///
+/// Whoever waits for a reply reads from the connection if nobody else does. The start of a reply tells whose it
+/// is: that thread goes on with reading, straight into its buffer, and then passes the turn on.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: Stream,
     pub facts: Facts,
+    sender: Mutex<Sender>,
+    /// The other direction. With TLS it is not apart, and there is one request at a time.
+    receiver: Option<Mutex<Stream>>,
+    replies: Mutex<Replies>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Sender {
+    stream: Stream,
     cookie: u64,
+}
+
+#[derive(Debug, Default)]
+struct Replies {
+    /// Requests whose replies are not complete.
+    waiting: HashSet<u64>,
+    /// Whether a thread reads from the connection, or is about to: the one that `head` is for.
+    reading: bool,
+    /// The start of a reply that waits for its thread.
+    head: Option<Head>,
+    failed: bool,
+}
+
+/// The start of a reply, or of a part of one.
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    cookie: u64,
+    part: Part,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    /// All of the reply, with the number of an error.
+    Simple {
+        code: u32,
+    },
+    Chunk {
+        flags: u16,
+        kind: u16,
+        len: u64,
+    },
+}
+
+/// What is known of a reply.
+struct Reply<'a> {
+    request: Request,
+    data: &'a mut [u8],
+    /// Bytes of `data` that came.
+    filled: u64,
+    error: Option<i32>,
+    answer: Answer,
 }
 
 fn array<const N: usize>(stream: &mut Stream) -> io::Result<[u8; N]> {
@@ -159,85 +216,179 @@ impl Connection {
             return Err(invalid("describes its export in a way that makes no sense"));
         }
         facts.max_block = facts.max_block.min(MAX_PAYLOAD) / block * block;
-        Ok(Connection { stream, facts, cookie: 0 })
+        let receiver = stream.try_clone().ok().map(Mutex::new);
+        let sender = Mutex::new(Sender { stream, cookie: 0 });
+        Ok(Connection { facts, sender, receiver, replies: Mutex::default(), changed: Condvar::new() })
+    }
+
+    /// Requests that may be in flight.
+    pub fn depth(&self) -> usize {
+        if self.receiver.is_some() { DEPTH } else { 1 }
     }
 
     /// Sends a request and takes the reply; the payload of a read goes to `data`.
-    pub fn perform(&mut self, r: Request, payload: &[u8], data: &mut [u8]) -> Result<Answer, Failure> {
-        self.cookie += 1;
-        let magic = if self.facts.extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
-        let mut out = Vec::with_capacity(32 + payload.len());
-        out.extend(magic.to_be_bytes());
+    pub fn perform(&self, r: Request, payload: &[u8], data: &mut [u8]) -> Result<Answer, Failure> {
+        let reply = Reply { request: r, data, filled: 0, error: None, answer: Answer::default() };
+        let result = self.send(r, payload).and_then(|cookie| self.receive(cookie, reply));
+        if let Err(Failure::Connection(_)) = result {
+            self.replies.lock().failed = true;
+            self.changed.notify_all();
+            // Threads that wait for the peer end. One that reads now sees for itself what is wrong.
+            if let Some(receiver) = self.receiver.as_ref().and_then(|receiver| receiver.try_lock()) {
+                receiver.shutdown();
+            }
+        }
+        result
+    }
+
+    /// Sends a request and returns its cookie.
+    fn send(&self, r: Request, payload: &[u8]) -> Result<u64, Failure> {
+        let mut sender = self.sender.lock();
+        sender.cookie += 1;
+        let cookie = sender.cookie;
+        self.replies.lock().waiting.insert(cookie);
+        let mut out = self.head(r, cookie);
+        out.extend(payload);
+        sender.stream.write_all(&out)?;
+        Ok(cookie)
+    }
+
+    /// A request without its payload.
+    fn head(&self, r: Request, cookie: u64) -> Vec<u8> {
+        let mut out = Vec::with_capacity(32);
+        let extended = self.facts.extended;
+        out.extend((if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC }).to_be_bytes());
         out.extend(r.flags.to_be_bytes());
         out.extend(r.command.to_be_bytes());
-        out.extend(self.cookie.to_be_bytes());
+        out.extend(cookie.to_be_bytes());
         out.extend(r.offset.to_be_bytes());
-        if self.facts.extended {
-            out.extend(r.len.to_be_bytes());
-        } else {
-            out.extend((r.len as u32).to_be_bytes());
+        match extended {
+            true => out.extend(r.len.to_be_bytes()),
+            false => out.extend((r.len as u32).to_be_bytes()),
         }
-        out.extend(payload);
-        self.stream.write_all(&out)?;
-        let mut answer = Answer::default();
-        let (mut filled, mut error) = (0, None);
+        out
+    }
+
+    /// Takes all parts of a reply.
+    fn receive(&self, cookie: u64, mut reply: Reply<'_>) -> Result<Answer, Failure> {
         for _ in 0..MAX_CHUNKS {
-            let done = self.take_chunk(r, data, &mut filled, &mut error, &mut answer)?;
+            let part = self.next_part(cookie)?;
+            let done = self.with_receiver(|stream| reply.take(stream, part))?;
+            {
+                let mut replies = self.replies.lock();
+                replies.reading = false;
+                if done {
+                    replies.waiting.remove(&cookie);
+                }
+            }
+            self.changed.notify_all();
             if !done {
                 continue;
             }
-            if let Some(errno) = error {
+            if let Some(errno) = reply.error {
                 return Err(Failure::Server(io::Error::from_raw_os_error(errno)));
             }
-            if filled != data.len() as u64 {
+            if reply.filled != reply.data.len() as u64 {
                 return Err(invalid("sent less data than was asked for").into());
             }
-            return Ok(answer);
+            return Ok(reply.answer);
         }
         Err(invalid("never ends its reply").into())
     }
 
-    /// Takes a reply or a part of one; returns whether it was the last.
-    fn take_chunk(
-        &mut self,
-        r: Request,
-        data: &mut [u8],
-        filled: &mut u64,
-        error: &mut Option<i32>,
-        answer: &mut Answer,
-    ) -> io::Result<bool> {
-        let s = &mut self.stream;
-        let magic = u32::from_be_bytes(array(s)?);
-        if magic == SIMPLE_REPLY_MAGIC && !self.facts.extended {
-            let code = u32::from_be_bytes(array(s)?);
-            self.expect_cookie()?;
-            if code != 0 {
-                *error = Some(errno(code));
-            } else if !data.is_empty() {
-                self.stream.read_exact(data)?;
-                *filled = data.len() as u64;
+    /// Waits for a part of the reply to a request. The caller has the turn to read then.
+    fn next_part(&self, cookie: u64) -> io::Result<Part> {
+        let mut replies = self.replies.lock();
+        loop {
+            if replies.failed {
+                return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "The connection was lost"));
             }
-            return Ok(true);
+            if let Some(head) = replies.head.take_if(|head| head.cookie == cookie) {
+                return Ok(head.part);
+            }
+            if replies.reading {
+                self.changed.wait(&mut replies);
+                continue;
+            }
+            replies.reading = true;
+            drop(replies);
+            let head = self.with_receiver(|stream| Head::read(stream, &self.facts))?;
+            if head.cookie == cookie {
+                return Ok(head.part);
+            }
+            replies = self.replies.lock();
+            if !replies.waiting.contains(&head.cookie) {
+                return Err(invalid("replied to a request that nobody made"));
+            }
+            replies.head = Some(head);
+            self.changed.notify_all();
         }
-        let expected = if self.facts.extended { EXTENDED_REPLY_MAGIC } else { STRUCTURED_REPLY_MAGIC };
-        if magic != expected || !self.facts.structured {
+    }
+
+    fn with_receiver<R>(&self, f: impl FnOnce(&mut Stream) -> R) -> R {
+        match &self.receiver {
+            Some(stream) => f(&mut stream.lock()),
+            None => f(&mut self.sender.lock().stream),
+        }
+    }
+
+    /// Says goodbye. No request is in flight.
+    pub fn disconnect(&self) {
+        let request = Request { command: command::DISC, flags: 0, offset: 0, len: 0 };
+        let out = self.head(request, 0);
+        let sender = &mut self.sender.lock().stream;
+        // The server may be gone already.
+        let _ = sender.write_all(&out);
+        sender.shutdown();
+    }
+}
+
+impl Head {
+    fn read(s: &mut Stream, facts: &Facts) -> io::Result<Self> {
+        let magic = u32::from_be_bytes(array(s)?);
+        if magic == SIMPLE_REPLY_MAGIC && !facts.extended {
+            let code = u32::from_be_bytes(array(s)?);
+            let cookie = u64::from_be_bytes(array(s)?);
+            return Ok(Head { cookie, part: Part::Simple { code } });
+        }
+        let expected = if facts.extended { EXTENDED_REPLY_MAGIC } else { STRUCTURED_REPLY_MAGIC };
+        if magic != expected || !facts.structured {
             return Err(invalid("sent something else than a reply"));
         }
         let flags = u16::from_be_bytes(array(s)?);
         let kind = u16::from_be_bytes(array(s)?);
-        self.expect_cookie()?;
-        let s = &mut self.stream;
-        let len = match self.facts.extended {
+        let cookie = u64::from_be_bytes(array(s)?);
+        let len = match facts.extended {
             true => {
                 array::<8>(s)?; // the offset of the request
                 u64::from_be_bytes(array(s)?)
             }
             false => u32::from_be_bytes(array(s)?).into(),
         };
+        Ok(Head { cookie, part: Part::Chunk { flags, kind, len } })
+    }
+}
+
+impl Reply<'_> {
+    /// Takes the rest of a part; returns whether it was the last.
+    fn take(&mut self, s: &mut Stream, part: Part) -> io::Result<bool> {
+        let (flags, kind, len) = match part {
+            Part::Chunk { flags, kind, len } => (flags, kind, len),
+            Part::Simple { code: 0 } => {
+                s.read_exact(self.data)?;
+                self.filled = self.data.len() as u64;
+                return Ok(true);
+            }
+            Part::Simple { code } => {
+                self.error = Some(errno(code));
+                return Ok(true);
+            }
+        };
+        let (start, room) = (self.request.offset, self.data.len() as u64);
         // The part of the buffer that `len` bytes at a place of the export belong to.
         let place = |at: u64, len: u64| {
-            let from = at.checked_sub(r.offset).filter(|from| *from <= data.len() as u64)?;
-            let end = from.checked_add(len).filter(|end| *end <= data.len() as u64)?;
+            let from = at.checked_sub(start).filter(|from| *from <= room)?;
+            let end = from.checked_add(len).filter(|end| *end <= room)?;
             Some(from as usize..end as usize)
         };
         let outside = || invalid("sent data that was not asked for");
@@ -245,43 +396,23 @@ impl Connection {
             chunk::NONE if len == 0 => {}
             chunk::OFFSET_DATA if len >= 8 => {
                 let range = place(u64::from_be_bytes(array(s)?), len - 8).ok_or_else(outside)?;
-                *filled += range.len() as u64;
-                s.read_exact(&mut data[range])?;
+                self.filled += range.len() as u64;
+                s.read_exact(&mut self.data[range])?;
             }
             chunk::OFFSET_HOLE if len == 12 => {
                 let at = u64::from_be_bytes(array(s)?);
                 let range = place(at, u32::from_be_bytes(array(s)?).into()).ok_or_else(outside)?;
-                *filled += range.len() as u64;
-                data[range].fill(0);
+                self.filled += range.len() as u64;
+                self.data[range].fill(0);
             }
             _ if len > u64::from(MAX_REPLY) => return Err(invalid("sent too long a reply")),
             _ => {
                 let mut payload = vec![0; len as usize];
                 s.read_exact(&mut payload)?;
-                parse_payload(kind, &payload, error, answer)?;
+                parse_payload(kind, &payload, &mut self.error, &mut self.answer)?;
             }
         }
         Ok(flags & CHUNK_DONE != 0)
-    }
-
-    fn expect_cookie(&mut self) -> io::Result<()> {
-        match u64::from_be_bytes(array(&mut self.stream)?) == self.cookie {
-            true => Ok(()),
-            false => Err(invalid("replied to another request")),
-        }
-    }
-
-    /// Says goodbye.
-    pub fn disconnect(mut self) {
-        let mut out = Vec::new();
-        let extended = self.facts.extended;
-        out.extend((if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC }).to_be_bytes());
-        out.extend([0, 0]);
-        out.extend(super::proto::command::DISC.to_be_bytes());
-        out.resize(if extended { 32 } else { 28 }, 0);
-        // The server may be gone already.
-        let _ = self.stream.write_all(&out);
-        self.stream.shutdown();
     }
 }
 

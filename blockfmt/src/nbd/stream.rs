@@ -43,11 +43,11 @@ impl Stream {
         };
     }
 
-    /// Bounds how long a read may wait.
+    /// Bounds how long a read or a write waits for the peer.
     pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         match self {
-            Stream::Unix(s) => s.set_read_timeout(timeout),
-            Stream::Tcp(s) => s.set_read_timeout(timeout),
+            Stream::Unix(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
+            Stream::Tcp(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
             Stream::TlsServer(s) => s.sock.set_timeout(timeout),
             Stream::TlsClient(s) => s.sock.set_timeout(timeout),
         }
