@@ -7,12 +7,15 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use blockfmt::{CreateOptions, Format, OpenOptions};
+use blockfmt::format::qcow2::Qcow2Options;
+use blockfmt::{CreateOptions, Format, LuksOptions, OpenOptions, Secret};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
+/// The export of most tests.
+const DISK: &str = "name=disk,path=disk.qcow2,format=qcow2";
 
 struct Daemon {
     dir: tempfile::TempDir,
@@ -32,13 +35,18 @@ impl Daemon {
         }
         disk.close().unwrap();
         drop(disk);
-        Daemon { child: Self::spawn(dir.path()), dir }
+        Daemon::start_with(dir, DISK, Stdio::null())
     }
 
-    fn spawn(dir: &Path) -> Child {
+    fn start_with(dir: tempfile::TempDir, export: &str, input: Stdio) -> Self {
+        Daemon { child: Self::spawn(dir.path(), export, input), dir }
+    }
+
+    fn spawn(dir: &Path, export: &str, input: Stdio) -> Child {
         let mut child = Command::new(env!("CARGO_BIN_EXE_nacre-blk"))
-            .args(["--export", "name=disk,path=disk.qcow2,format=qcow2", "--unix", "nbd", "--api", "api"])
+            .args(["--export", export, "--unix", "nbd", "--api", "api"])
             .current_dir(dir)
+            .stdin(input)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -235,7 +243,55 @@ fn a_killed_daemon_starts_again_where_it_was() {
     daemon.child.kill().unwrap();
     daemon.child.wait().unwrap();
     assert!(daemon.at("nbd").exists() && daemon.at("api").exists(), "the killed daemon left its sockets");
-    daemon.child = Daemon::spawn(daemon.dir.path());
+    daemon.child = Daemon::spawn(daemon.dir.path(), DISK, Stdio::null());
     UnixStream::connect(daemon.at("nbd")).unwrap();
     daemon.ok(json!({ "command": "list" }));
+}
+
+#[test]
+fn what_is_encrypted_stays_encrypted() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let key = dir.path().join("key");
+    std::fs::write(&key, "open sesame").unwrap();
+    let secret = Secret::from_file(&key).unwrap();
+    let luks = LuksOptions { iter_time_ms: 1, ..LuksOptions::default() };
+    let qcow2 = Qcow2Options { encryption: Some(luks.clone()), ..Qcow2Options::default() };
+    let image = dir.path().join("disk.qcow2");
+    CreateOptions::new(Format::Qcow2, 4 * MIB).qcow2(qcow2).secret(secret.clone()).create(&image).unwrap();
+    let more = dir.path().join("more.luks");
+    CreateOptions::new(Format::Luks, MIB).luks(luks).secret(secret.clone()).create(&more).unwrap();
+    // The passphrase comes through a descriptor, and through files.
+    let input = std::fs::File::open(&key).unwrap();
+    let mut d = Daemon::start_with(dir, &format!("{DISK},secret-fd=0"), input.into());
+    let mut add = json!({ "command": "add", "name": "luks", "path": "more.luks", "format": "luks" });
+    assert!(d.api(&add)["error"].as_str().unwrap().contains("secret"), "without a secret");
+    add["secret-files"] = json!(["nothing"]);
+    assert!(d.api(&add)["error"].as_str().unwrap().contains("nothing"), "without the file");
+    add["secret-files"] = json!(["key"]);
+    d.ok(add);
+    d.io("luks", &["write -P 3 0 64k", "flush"]);
+    d.io("disk", &["write -P 5 1M 64k"]);
+    d.ok(json!({ "command": "snapshot", "disks": [{ "name": "disk", "path": "top.qcow2" }] }));
+    d.io("disk", &["write -P 6 2M 64k", "read -P 5 1M 64k", "flush"]);
+    let mirror = |path: &str, format: &str| json!({ "command": "mirror", "name": "disk", "path": path, "format": format });
+    assert!(d.api(&mirror("plain.raw", "raw"))["error"].as_str().unwrap().contains("encrypted"));
+    assert!(!d.at("plain.raw").exists());
+    for (path, format) in [("copy.luks", "luks"), ("copy.qcow2", "qcow2")] {
+        assert_eq!(d.job(mirror(path, format))["state"], "done", "{path}");
+    }
+    d.end();
+    for (name, format) in
+        [("top.qcow2", Format::Qcow2), ("copy.luks", Format::Luks), ("copy.qcow2", Format::Qcow2)]
+    {
+        let path = d.at(name);
+        assert!(OpenOptions::new(format).read_only(true).open(&path).is_err(), "{name} needs no passphrase");
+        let disk = OpenOptions::new(format).read_only(true).secret(secret.clone()).open(&path).unwrap();
+        for (offset, value) in [(MIB, 5), (2 * MIB, 6), (3 * MIB, 0)] {
+            let mut bytes = [0xff; 512];
+            disk.read_at(&mut bytes, offset).unwrap();
+            assert!(bytes == [value; 512], "{name} at {offset}");
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(!bytes.windows(64).any(|w| w == [5; 64] || w == [6; 64]), "{name} shows plain text");
+    }
 }

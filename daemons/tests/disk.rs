@@ -188,6 +188,24 @@ fn chains_are_merged_and_moved() {
 }
 
 #[test]
+fn clones_of_an_encrypted_base() {
+    let b = Bench::new();
+    b.data();
+    std::fs::write(b.path().join("key"), "open sesame").unwrap();
+    b.ok("convert -f raw -O luks -o iter-time=1 --secret-file key data.raw base.luks");
+    b.fails("clone -f luks base.luks none.qcow2", 1, "Cannot open");
+    let options = "-f luks -o encrypt.format=luks,encrypt.iter-time=1 --secret-file key";
+    b.ok(&format!("clone {options} base.luks one.qcow2 two.qcow2"));
+    for clone in ["one.qcow2", "two.qcow2"] {
+        b.ok(&format!("convert -f qcow2 -O raw --secret-file key {clone} seen.raw"));
+        b.same_as_data("seen.raw", "raw");
+        std::fs::remove_file(b.path().join("seen.raw")).unwrap();
+        let info = b.json(&format!("info -f qcow2 --json --secret-file key {clone}"));
+        assert_eq!(info["format-specific"]["data"]["encrypt"]["format"], "luks", "{info}");
+    }
+}
+
+#[test]
 fn snapshots_bitmaps_check_and_repair() {
     let b = Bench::new();
     b.data();

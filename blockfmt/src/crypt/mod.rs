@@ -14,6 +14,7 @@ pub(crate) use storage::EncryptedStorage;
 use crate::{Error, Result};
 use std::fmt;
 use std::io::Read;
+use std::path::Path;
 use zeroize::Zeroizing;
 
 /// Sectors are encrypted one by one, in units of this many bytes.
@@ -58,6 +59,14 @@ impl Secret {
             }
             bytes.extend_from_slice(&piece[..n]);
         }
+    }
+
+    /// Reads a secret from a file, or from an open descriptor by its name `/dev/fd/N`.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let name = path.display().to_string();
+        let file =
+            std::fs::File::open(path).map_err(|e| Error::io("open the secret in", name.as_str(), e))?;
+        Secret::read(file, &name)
     }
 
     fn bytes(&self) -> &[u8] {

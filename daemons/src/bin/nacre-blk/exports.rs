@@ -5,7 +5,7 @@ use crate::vhost;
 use anyhow::{Context, Result};
 use blockfmt::job::{self, Mirror, MirrorMode};
 use blockfmt::nbd::{Export, ExportInfo, Server};
-use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
+use blockfmt::{CreateOptions, Disk, Format, LuksOptions, OpenOptions, Secret};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,10 @@ pub struct ExportSpec {
     /// Names of the image's dirty bitmaps that clients may read.
     #[serde(default)]
     pub bitmaps: Vec<String>,
+    /// Files with the passphrases of encrypted images, every byte of each. What is written to new images, of
+    /// snapshots and copies, is encrypted with the first one.
+    #[serde(default, rename = "secret-files")]
+    pub secret_files: Vec<PathBuf>,
     /// The socket of a vhost-user-blk device for this disk, besides NBD.
     #[serde(default)]
     pub vhost: Option<PathBuf>,
@@ -48,20 +52,25 @@ impl FromStr for ExportSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut name, mut path, mut format, mut vhost) = (None, None, None, None);
         let (mut readonly, mut queues) = (false, default_queues());
-        let mut bitmaps = Vec::new();
+        let (mut bitmaps, mut secret_files) = (Vec::new(), Vec::new());
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("name", value)) => name = Some(value.to_owned()),
                 Some(("path", value)) => path = Some(PathBuf::from(value)),
                 Some(("format", value)) => format = Some(value.to_owned()),
                 Some(("bitmap", value)) => bitmaps.push(value.to_owned()),
+                Some(("secret-file", value)) => secret_files.push(PathBuf::from(value)),
+                Some(("secret-fd", value)) => {
+                    let fd: u32 = value.parse().map_err(|_| format!("secret-fd={value} is not a number"))?;
+                    secret_files.push(PathBuf::from(format!("/dev/fd/{fd}")));
+                }
                 Some(("vhost", value)) => vhost = Some(PathBuf::from(value)),
                 Some(("queues", value)) => {
                     queues = value.parse().map_err(|_| format!("queues={value} is not a number"))?;
                 }
                 None if part == "readonly" => readonly = true,
                 _ => {
-                    let known = "name=, path=, format=, bitmap=, vhost=, queues= and readonly";
+                    let known = "name=, path=, format=, bitmap=, secret-file=, secret-fd=, vhost=, queues= and readonly";
                     return Err(format!("{part:?} is none of {known}"));
                 }
             }
@@ -73,6 +82,7 @@ impl FromStr for ExportSpec {
             format: format.ok_or_else(|| missing("format"))?,
             readonly,
             bitmaps,
+            secret_files,
             vhost,
             queues,
         })
@@ -121,12 +131,38 @@ pub struct CopySpec {
 
 impl CopySpec {
     /// Creates the image and opens it.
-    fn create(&self, size: u64) -> Result<Disk> {
+    fn create(&self, source: &Exported) -> Result<Disk> {
         let format: Format = self.format.parse()?;
-        CreateOptions::new(format, size)
+        source
+            .create_options(format)?
             .create(&self.path)
             .with_context(|| format!("Cannot create {}", self.path.display()))?;
-        Ok(OpenOptions::new(format).open(&self.path)?)
+        let options = OpenOptions::new(format);
+        Ok(source.secret.iter().cloned().fold(options, OpenOptions::secret).open(&self.path)?)
+    }
+}
+
+/// A disk that is exported.
+#[derive(Clone)]
+struct Exported {
+    disk: Disk,
+    /// What new images that hold its contents are encrypted with.
+    secret: Option<Secret>,
+}
+
+impl Exported {
+    /// How an image that holds contents of the disk is created: what is encrypted stays so.
+    fn create_options(&self, format: Format) -> Result<CreateOptions> {
+        let mut create = CreateOptions::new(format, self.disk.size());
+        if let Some(secret) = &self.secret {
+            match format {
+                Format::Luks => {}
+                Format::Qcow2 => create.qcow2.encryption = Some(LuksOptions::default()),
+                _ => anyhow::bail!("The disk is encrypted and format {format} is not; use qcow2 or luks"),
+            }
+            create.secret = Some(secret.clone());
+        }
+        Ok(create)
     }
 }
 
@@ -134,7 +170,7 @@ impl CopySpec {
 #[derive(Clone)]
 pub struct Exports {
     server: Arc<Server>,
-    disks: Arc<Mutex<BTreeMap<String, Disk>>>,
+    disks: Arc<Mutex<BTreeMap<String, Exported>>>,
     devices: Arc<Mutex<BTreeMap<String, vhost::Export>>>,
     jobs: Arc<Jobs>,
 }
@@ -157,7 +193,10 @@ impl Exports {
     pub fn add(&self, spec: &ExportSpec) -> Result<()> {
         let format: Format = spec.format.parse()?;
         let mut disks = lock(&self.disks);
-        let disk = OpenOptions::new(format).read_only(spec.readonly).open(&spec.path);
+        let secrets = spec.secret_files.iter().map(|path| Secret::from_file(path));
+        let secrets = secrets.collect::<blockfmt::Result<Vec<_>>>()?;
+        let options = OpenOptions::new(format).read_only(spec.readonly);
+        let disk = secrets.iter().cloned().fold(options, OpenOptions::secret).open(&spec.path);
         let disk = disk.with_context(|| format!("Cannot export {}", spec.path.display()))?;
         let layer = disk.layers().remove(0);
         let find = |name: &String| {
@@ -183,7 +222,8 @@ impl Exports {
                 }
             }
         }
-        disks.insert(spec.name.clone(), disk);
+        let secret = secrets.into_iter().next();
+        disks.insert(spec.name.clone(), Exported { disk, secret });
         Ok(())
     }
 
@@ -192,6 +232,10 @@ impl Exports {
     }
 
     fn disk(&self, name: &str) -> Result<Disk> {
+        Ok(self.exported(name)?.disk)
+    }
+
+    fn exported(&self, name: &str) -> Result<Exported> {
         let disks = lock(&self.disks);
         disks.get(name).cloned().with_context(|| format!("There is no export {name:?}"))
     }
@@ -205,9 +249,10 @@ impl Exports {
     pub fn snapshot(&self, list: &[SnapshotSpec]) -> Result<()> {
         let mut group = Vec::new();
         let take = |spec: &SnapshotSpec, group: &mut Vec<_>| -> Result<()> {
-            let disk = self.disk(&spec.name)?;
-            let layer = disk.create_child(&spec.path, &CreateOptions::new(Format::Qcow2, 0))?;
-            group.push((disk, layer));
+            let exported = self.exported(&spec.name)?;
+            let options = exported.create_options(Format::Qcow2)?;
+            let layer = exported.disk.create_child(&spec.path, &options)?;
+            group.push((exported.disk, layer));
             Ok(())
         };
         let result = list.iter().try_for_each(|spec| take(spec, &mut group));
@@ -224,8 +269,9 @@ impl Exports {
 
     /// Copies a disk to a new image; with `switch`, the disk continues there.
     pub fn mirror(&self, spec: &CopySpec, switch: bool) -> Result<u64> {
-        let disk = self.disk(&spec.name)?;
-        let target = spec.create(disk.size())?;
+        let exported = self.exported(&spec.name)?;
+        let target = spec.create(&exported)?;
+        let disk = exported.disk;
         let mode = match spec.mode {
             Mode::Background => MirrorMode::Background,
             Mode::WriteBlocking => MirrorMode::WriteBlocking,
@@ -252,7 +298,8 @@ impl Exports {
 
     /// Copies a disk as it is now to a new image.
     pub fn backup(&self, spec: &CopySpec) -> Result<u64> {
-        let disk = self.disk(&spec.name)?;
+        let exported = self.exported(&spec.name)?;
+        let disk = exported.disk.clone();
         let changes = match &spec.bitmap {
             None => None,
             Some(name) => {
@@ -261,7 +308,7 @@ impl Exports {
                 Some(image.bitmap(name)?)
             }
         };
-        let target = spec.create(disk.size())?;
+        let target = spec.create(&exported)?;
         let path = spec.path.clone();
         self.jobs.start("backup", &spec.name, spec.rate, move |control| {
             let result = match &changes {
@@ -293,8 +340,8 @@ impl Exports {
         drop(device);
         let mut disks = lock(&self.disks);
         let removed = self.server.remove_export(name);
-        if let Some(disk) = disks.remove(name) {
-            disk.close()?;
+        if let Some(exported) = disks.remove(name) {
+            exported.disk.close()?;
         }
         Ok(removed?)
     }

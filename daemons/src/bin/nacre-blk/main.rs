@@ -22,6 +22,7 @@ use std::path::PathBuf;
 Examples:
   nacre-blk --export name=root,path=root.qcow2,format=qcow2 --unix /run/nbd.sock
   nacre-blk --export name=root,path=root.qcow2,format=qcow2,vhost=/run/root.sock,queues=4
+  nacre-blk --export name=root,path=root.luks,format=luks,secret-file=key --unix /run/nbd.sock
   nacre-blk --export name=iso,path=cd.raw,format=raw,readonly --tcp 127.0.0.1:10809 --api /run/blk.sock
   echo '{\"command\":\"add\",\"name\":\"data\",\"path\":\"data.vhd\",\"format\":\"vhd\"}' | nc -NU /run/blk.sock
   echo '{\"command\":\"list\"}' | nc -NU /run/blk.sock
@@ -37,7 +38,8 @@ Without --tls-certificates NBD is not encrypted: use --tcp in networks that are 
 )]
 struct Args {
     /// Export a disk: name=NAME,path=PATH,format=FORMAT and, after commas, any of readonly, bitmap=NAME (a dirty
-    /// bitmap that NBD clients may read), vhost=SOCKET (a vhost-user-blk device for one virtual machine, besides
+    /// bitmap that NBD clients may read), secret-file=FILE and secret-fd=FD (where a passphrase of an encrypted
+    /// image is, every byte of it, for this image and those below), vhost=SOCKET (a vhost-user-blk device for one virtual machine, besides
     /// NBD), queues=N (of this device); may be repeated.
     #[arg(long, value_name = "EXPORT")]
     export: Vec<ExportSpec>,

@@ -56,13 +56,8 @@ impl Secrets {
             return Ok(known.clone());
         }
         let descriptors = self.secret_fd.iter().map(|fd| PathBuf::from(format!("/dev/fd/{fd}")));
-        let read = |path: PathBuf| {
-            let file = std::fs::File::open(&path);
-            let file = file.with_context(|| format!("Cannot open the secret in {}", path.display()))?;
-            Ok(Secret::read(file, &path.display().to_string())?)
-        };
-        let secrets =
-            self.secret_file.iter().cloned().chain(descriptors).map(read).collect::<Result<Vec<_>>>()?;
+        let paths = self.secret_file.iter().cloned().chain(descriptors);
+        let secrets = paths.map(|path| Secret::from_file(&path)).collect::<blockfmt::Result<Vec<_>>>()?;
         Ok(self.known.get_or_init(|| secrets).clone())
     }
 

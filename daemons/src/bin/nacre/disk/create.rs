@@ -64,14 +64,18 @@ pub fn create(args: Create) -> Result<ExitCode> {
 
 /// Create linked clones: qcow2 children that share one base.
 #[derive(Args)]
-#[command(after_help = "Example:\n  nacre disk clone -f qcow2 golden.qcow2 vm1.qcow2 vm2.qcow2 vm3.qcow2")]
+#[command(after_help = "Examples:
+  nacre disk clone -f qcow2 golden.qcow2 vm1.qcow2 vm2.qcow2 vm3.qcow2
+  nacre disk clone -f luks -o encrypt.format=luks --secret-file key golden.luks vm1.qcow2")]
 pub struct Clone {
     /// Format of the base.
     #[arg(short, long, value_name = "FORMAT")]
     format: Format,
-    /// Options of the clones, as key=value.
+    /// Options of the clones, as key=value. Clones of an encrypted base are not encrypted unless these say so.
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
+    #[command(flatten)]
+    secrets: Secrets,
     /// The base. It must not change as long as clones exist.
     base: PathBuf,
     /// The new images.
@@ -80,13 +84,14 @@ pub struct Clone {
 }
 
 pub fn clone(args: Clone) -> Result<ExitCode> {
+    args.secrets.read()?; // once: a descriptor has nothing to read any more
     for path in args.clones {
         create(Create {
             format: Format::Qcow2,
             backing: Some(args.base.clone()),
             backing_format: Some(args.format),
             options: args.options.clone(),
-            secrets: Secrets::default(),
+            secrets: args.secrets.clone(),
             path,
             size: None,
         })?;
