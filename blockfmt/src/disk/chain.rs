@@ -110,6 +110,10 @@ impl Disk {
         }
         let layer = self.layers()[index].clone();
         if !layer.read_only() {
+            if index > 0 {
+                // An earlier job may have let others read it. A lock that cannot be had is given up as a whole.
+                layer.storage().set_lock(LockMode::Write).inspect_err(|_| lock_again(&layer))?;
+            }
             return Ok(layer);
         }
         if self.0.shares_bases {
@@ -131,11 +135,7 @@ impl Disk {
         };
         // Our own lock for reading would keep us from writing.
         layer.storage().set_lock(LockMode::None)?;
-        let writable = open().inspect_err(|_| {
-            if let Err(error) = layer.storage().set_lock(LockMode::Read) {
-                tracing::warn!(%error, "Cannot take the lock of a backing file again");
-            }
-        })?;
+        let writable = open().inspect_err(|_| lock_again(&layer))?;
         let mut closed = self.0.gate.close();
         let mut state = State::clone(closed.get());
         state.layers[index] = writable.clone();
@@ -179,6 +179,13 @@ impl Disk {
             pair[1].storage().set_lock(LockMode::Read)?;
         }
         Ok(())
+    }
+}
+
+/// Takes the lock of a layer that is read, after an attempt to write it failed.
+fn lock_again(layer: &Arc<dyn Layer>) {
+    if let Err(error) = layer.storage().set_lock(LockMode::Read) {
+        tracing::warn!(%error, "Cannot take the lock of a backing file again");
     }
 }
 
