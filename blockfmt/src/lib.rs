@@ -38,6 +38,9 @@ mod gate;
 mod iobuf;
 mod layer;
 mod ranges;
+mod sequence;
+mod sync;
+mod turns;
 
 pub mod disk;
 pub mod format;
@@ -52,5 +55,5 @@ pub use disk::{
 pub use error::{Error, Result};
 pub use format::Format;
 pub use iobuf::{Gather, Scatter};
-pub use layer::{BackingRef, Below, Extent, Layer, LayerInfo, Source};
+pub use layer::{BackingRef, Below, Extent, Layer, LayerInfo, Source, Stored};
 pub use storage::{LockMode, Storage};

@@ -1,6 +1,6 @@
 //! Locks on ranges of clusters or granules.
 
-use parking_lot::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex};
 use std::ops::Range;
 
 /// The ranges that are locked.

@@ -5,9 +5,10 @@
 //! of the slot's set. A slot that holds unwritten changes is never reused.
 
 use crate::Result;
+use crate::sequence::Sequence;
 use parking_lot::Mutex;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const WAYS: usize = 8;
 const COUNTERS: usize = 16;
@@ -26,7 +27,7 @@ enum State {
 
 #[derive(Debug)]
 struct Slot {
-    sequence: AtomicU64,
+    sequence: Sequence,
     used: AtomicBool,
     words: Box<[AtomicU64]>,
 }
@@ -72,12 +73,10 @@ impl SliceMut<'_> {
             self.slot.words[index].store(entry, Ordering::Release);
             return;
         }
-        let sequence = self.slot.sequence.load(Ordering::Relaxed);
-        self.slot.sequence.store(sequence + 1, Ordering::Relaxed);
-        fence(Ordering::Release);
-        self.slot.words[2 * index].store(entry, Ordering::Relaxed);
-        self.slot.words[2 * index + 1].store(bitmap, Ordering::Relaxed);
-        self.slot.sequence.store(sequence + 2, Ordering::Release);
+        self.slot.sequence.write(|| {
+            self.slot.words[2 * index].store(entry, Ordering::Relaxed);
+            self.slot.words[2 * index + 1].store(bitmap, Ordering::Relaxed);
+        });
     }
 }
 
@@ -125,24 +124,12 @@ impl SliceCache {
                 continue;
             }
             let slot = slot.get()?;
-            loop {
-                let sequence = slot.sequence.load(Ordering::Acquire);
-                if sequence & 1 != 0 {
-                    std::hint::spin_loop();
-                    continue;
-                }
-                if tag.load(Ordering::Acquire) != slice + 1 {
-                    return None;
-                }
-                let result = f(&slot.words);
-                fence(Ordering::Acquire);
-                if slot.sequence.load(Ordering::Relaxed) == sequence {
-                    if !slot.used.load(Ordering::Relaxed) {
-                        slot.used.store(true, Ordering::Relaxed);
-                    }
-                    return Some(result);
-                }
+            let result =
+                slot.sequence.read(|| (tag.load(Ordering::Acquire) == slice + 1).then(|| f(&slot.words)));
+            if result.is_some() && !slot.used.load(Ordering::Relaxed) {
+                slot.used.store(true, Ordering::Relaxed);
             }
+            return result;
         }
         None
     }
@@ -251,7 +238,7 @@ fn find(set: &Set, slice: u64) -> Option<usize> {
 
 fn new_slot(words: usize) -> Slot {
     Slot {
-        sequence: AtomicU64::new(0),
+        sequence: Sequence::default(),
         used: AtomicBool::new(false),
         words: (0..words).map(|_| AtomicU64::new(0)).collect(),
     }
@@ -260,14 +247,12 @@ fn new_slot(words: usize) -> Slot {
 /// Gives a slot to a slice; the set's lock is held.
 fn fill(set: &Set, way: usize, slice: u64, words: &[u64]) {
     let slot = set.slots[way].get_or_init(|| new_slot(words.len()));
-    let sequence = slot.sequence.load(Ordering::Relaxed);
-    slot.sequence.store(sequence + 1, Ordering::Relaxed);
-    fence(Ordering::Release);
-    for (to, from) in slot.words.iter().zip(words) {
-        to.store(*from, Ordering::Relaxed);
-    }
-    set.tags[way].store(slice + 1, Ordering::Relaxed);
-    slot.sequence.store(sequence + 2, Ordering::Release);
+    slot.sequence.write(|| {
+        for (to, from) in slot.words.iter().zip(words) {
+            to.store(*from, Ordering::Relaxed);
+        }
+        set.tags[way].store(slice + 1, Ordering::Relaxed);
+    });
 }
 
 #[cfg(test)]

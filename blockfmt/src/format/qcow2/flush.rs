@@ -15,21 +15,14 @@
 use super::Qcow2;
 use super::refcount::Dirty;
 use crate::Result;
-use parking_lot::{Condvar, Mutex};
+use crate::turns::Turns;
+use parking_lot::Mutex;
 use std::sync::atomic::Ordering;
 
-#[derive(Debug, Default)]
-struct Turns {
-    started: u64,
-    finished: u64,
-    running: bool,
-}
-
-/// Lets flushes that arrive while one is running share the next one.
+/// Keeps flushes apart.
 #[derive(Debug, Default)]
 pub(super) struct Flusher {
-    turns: Mutex<Turns>,
-    ended: Condvar,
+    turns: Turns,
     /// Held during a write-back.
     write_back: Mutex<()>,
 }
@@ -37,30 +30,7 @@ pub(super) struct Flusher {
 impl Qcow2 {
     /// Makes everything that was acknowledged before survive a crash. The caller is not inside the gate.
     pub(super) fn flush_all(&self) -> Result<()> {
-        let mut turns = self.flusher.turns.lock();
-        // A flush that runs already may have missed our writes; the next one will not.
-        let needed = turns.started + 1;
-        loop {
-            if turns.finished >= needed {
-                return Ok(());
-            }
-            if !turns.running {
-                break;
-            }
-            self.flusher.ended.wait(&mut turns);
-        }
-        turns.running = true;
-        turns.started += 1;
-        let turn = turns.started;
-        drop(turns);
-        let result = self.flush_once();
-        let mut turns = self.flusher.turns.lock();
-        turns.running = false;
-        if result.is_ok() {
-            turns.finished = turn;
-        }
-        self.flusher.ended.notify_all();
-        result
+        self.flusher.turns.share(|| self.flush_once())
     }
 
     fn flush_once(&self) -> Result<()> {
