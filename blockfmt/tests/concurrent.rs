@@ -1,12 +1,14 @@
-//! Many threads on one disk, with and without failing storage.
+//! Many threads on one disk, with and without jobs and failing storage.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
 
 mod common;
 
-use blockfmt::format::qcow2::Qcow2Options;
+use blockfmt::format::LayerOptions;
+use blockfmt::format::qcow2::{Qcow2, Qcow2Options};
+use blockfmt::job::{self, JobControl, Mirror, MirrorMode};
 use blockfmt::storage::{Fault, FaultStorage, FileOptions, FileStorage, Operation};
-use blockfmt::{CreateOptions, Disk, Format, OpenOptions, Storage};
+use blockfmt::{CreateOptions, Disk, Format, Layer, OpenOptions, Storage};
 use common::{Rng, qemu, text};
 use std::path::Path;
 use std::sync::Arc;
@@ -88,9 +90,16 @@ fn worker(disk: &Disk, me: u64, cluster: u64) -> Vec<(u64, Allowed)> {
     known.into_iter().collect()
 }
 
-fn torture(disk: &Disk, cluster: u64, calm: impl FnOnce()) -> Vec<(u64, Allowed)> {
+/// Many threads make requests, one flushes, and one runs `beside` until it is told to end.
+fn torture(
+    disk: &Disk,
+    cluster: u64,
+    beside: impl FnOnce(&AtomicBool) + Send,
+    calm: impl FnOnce(),
+) -> Vec<(u64, Allowed)> {
     let done = AtomicBool::new(false);
     let known: Vec<_> = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| beside(&done));
         let flusher = scope.spawn(|| {
             while !done.load(Ordering::Acquire) {
                 let _ = disk.flush(); // a failure is repaired by a later flush
@@ -101,6 +110,7 @@ fn torture(disk: &Disk, cluster: u64, calm: impl FnOnce()) -> Vec<(u64, Allowed)
         let known = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
         done.store(true, Ordering::Release);
         flusher.join().unwrap();
+        beside.join().unwrap();
         known
     });
     calm();
@@ -132,13 +142,34 @@ fn threads_do_not_disturb_each_other() {
         let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
         let disk = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
-        let known = torture(&disk, cluster_size, || ());
+        let known = torture(&disk, cluster_size, |_| (), || ());
         verify(&disk, &known);
         drop(disk);
         verify(&OpenOptions::new(Format::Qcow2).open(&path).unwrap(), &known);
         let output = qemu("qemu-img", &["check", "-f", "qcow2", text(&path)]);
         assert!(output.status.success(), "{output:?}");
     }
+}
+
+/// A file that fails as long as `failing` says so.
+fn failing_file(path: &Path, failing: &Arc<AtomicBool>) -> Arc<dyn Storage> {
+    let on = failing.clone();
+    let plan = move |operation, n: u64| {
+        if !on.load(Ordering::Acquire) {
+            return Fault::Pass;
+        }
+        match (operation, n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 57) {
+            (Operation::Read, 0) => Fault::Fail(libc::EIO),
+            (Operation::Write, 0) => Fault::Fail(libc::ENOSPC),
+            (Operation::Write, 1) => Fault::Half(libc::EIO),
+            (Operation::Flush, 0..=8) => Fault::Fail(libc::EIO),
+            (_, 9) => Fault::Stall(50),
+            _ => Fault::Pass,
+        }
+    };
+    // The disk below stays sound: what failed is reported once and works when it is tried again.
+    let file: Arc<dyn Storage> = Arc::new(FileStorage::open(path, FileOptions::default()).unwrap());
+    Arc::new(FaultStorage::new(file, plan))
 }
 
 #[test]
@@ -149,30 +180,122 @@ fn failing_storage_loses_nothing_that_was_acknowledged() {
         let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
         let failing = Arc::new(AtomicBool::new(false));
-        let on = failing.clone();
-        let plan = move |operation, n: u64| {
-            if !on.load(Ordering::Acquire) {
-                return Fault::Pass;
-            }
-            match (operation, n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 57) {
-                (Operation::Read, 0) => Fault::Fail(libc::EIO),
-                (Operation::Write, 0) => Fault::Fail(libc::ENOSPC),
-                (Operation::Write, 1) => Fault::Half(libc::EIO),
-                (Operation::Flush, 0..=8) => Fault::Fail(libc::EIO),
-                (_, 9) => Fault::Stall(50),
-                _ => Fault::Pass,
-            }
-        };
-        let file: Arc<dyn Storage> = Arc::new(FileStorage::open(&path, FileOptions::default()).unwrap());
-        // The disk below stays sound: what failed is reported once and works when it is tried again.
-        let storage = Arc::new(FaultStorage::new(file, plan));
+        let storage = failing_file(&path, &failing);
         let disk = OpenOptions::new(Format::Qcow2).open_storage(storage, &path).unwrap();
         failing.store(true, Ordering::Release);
-        let known = torture(&disk, cluster_size, || failing.store(false, Ordering::Release));
+        let known = torture(&disk, cluster_size, |_| (), || failing.store(false, Ordering::Release));
         verify(&disk, &known);
         disk.close().unwrap();
         drop(disk);
         check(&path);
         verify(&OpenOptions::new(Format::Qcow2).open(&path).unwrap(), &known);
     }
+}
+
+/// Snapshots and jobs on a disk, one after the other, until `done`.
+struct Jobs<'a> {
+    dir: &'a Path,
+    qcow2: Qcow2Options,
+    failing: Option<&'a Arc<AtomicBool>>,
+    images: u64,
+    /// How many jobs of each kind ended well.
+    completed: [u64; 4],
+}
+
+impl Jobs<'_> {
+    /// A new image, perhaps on top of the present one.
+    fn image(&mut self, disk: &Disk, child: bool) -> Arc<dyn Layer> {
+        self.images += 1;
+        let path = self.dir.join(format!("{}.qcow2", self.images));
+        let mut create = CreateOptions::new(Format::Qcow2, SIZE).qcow2(self.qcow2.clone());
+        if child {
+            create = create.backing(disk.layers()[0].storage().name(), Format::Qcow2);
+        }
+        create.create(&path).unwrap();
+        let storage: Arc<dyn Storage> = match self.failing {
+            Some(failing) => failing_file(&path, failing),
+            None => Arc::new(FileStorage::open(&path, FileOptions::default()).unwrap()),
+        };
+        // An image that cannot be opened is one that a fault hit: once more.
+        loop {
+            match Qcow2::open(storage.clone(), &LayerOptions::default()) {
+                Ok(layer) => return Arc::new(layer),
+                Err(error) => assert!(self.failing.is_some(), "{error}"),
+            }
+        }
+    }
+
+    fn one(&mut self, disk: &Disk, rng: &mut Rng) -> blockfmt::Result<usize> {
+        let control = JobControl::new();
+        let kind = if disk.layers().len() > 4 { 2 } else { rng.below(4) as usize };
+        match kind {
+            0 => {
+                let child = self.image(disk, true);
+                disk.push_layer(child)?;
+            }
+            1 if disk.layers().len() > 1 => {
+                // The active layer or one in the middle.
+                let below = disk.layers().len() as u64 - 1;
+                job::commit(disk, rng.below(below) as usize, &control)?;
+            }
+            2 => job::stream(disk, 0, None, &control)?,
+            _ => {
+                let modes = [MirrorMode::Background, MirrorMode::WriteBlocking];
+                let target = Disk::from_layers(vec![self.image(disk, false)], false)?;
+                let mirror = Mirror::start(disk, &target, modes[rng.below(2) as usize], None)?;
+                mirror.run(&control)?.pivot(&control)?;
+                return Ok(3);
+            }
+        }
+        Ok(kind)
+    }
+
+    fn run(&mut self, disk: &Disk, done: &AtomicBool) {
+        let mut rng = Rng(4711);
+        while !done.load(Ordering::Acquire) {
+            match self.one(disk, &mut rng) {
+                Ok(kind) => self.completed[kind] += 1,
+                Err(error) => assert!(self.failing.is_some(), "{error}"),
+            }
+        }
+    }
+}
+
+/// Requests, snapshots and jobs at the same time; afterwards the disk is what its chain of files says.
+fn jobs_and_requests(faults: bool) {
+    let mut completed = [0; 4];
+    for (cluster_size, extended_l2) in variants() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
+        let failing = Arc::new(AtomicBool::new(false));
+        let failing_if_wanted = faults.then_some(&failing);
+        let mut jobs =
+            Jobs { dir: dir.path(), qcow2, failing: failing_if_wanted, images: 0, completed: [0; 4] };
+        let first = dir.path().join("first.qcow2");
+        CreateOptions::new(Format::Qcow2, SIZE).create(&first).unwrap();
+        let disk = OpenOptions::new(Format::Qcow2).open(&first).unwrap();
+        let top = jobs.image(&disk, true);
+        disk.push_layer(top).unwrap();
+        failing.store(faults, Ordering::Release);
+        let calm = || failing.store(false, Ordering::Release);
+        let known = torture(&disk, cluster_size, |done| jobs.run(&disk, done), calm);
+        verify(&disk, &known);
+        disk.close().unwrap();
+        let path = disk.layers()[0].storage().name();
+        drop(disk);
+        check(Path::new(&path));
+        verify(&OpenOptions::new(Format::Qcow2).open(&path).unwrap(), &known);
+        (0..4).for_each(|kind| completed[kind] += jobs.completed[kind]);
+    }
+    assert!(completed.iter().all(|count| *count > 0), "every kind of job has to end well: {completed:?}");
+}
+
+#[test]
+fn jobs_do_not_disturb_requests() {
+    jobs_and_requests(false);
+}
+
+#[test]
+fn jobs_on_failing_storage_lose_nothing() {
+    jobs_and_requests(true);
 }
