@@ -31,6 +31,25 @@ pub enum Source {
     },
 }
 
+/// Bytes of a storage, to be written elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Stored<'a> {
+    /// Where they are.
+    pub storage: &'a Arc<dyn Storage>,
+    /// The first of them.
+    pub offset: u64,
+    /// Their number.
+    pub len: u64,
+}
+
+impl Stored<'_> {
+    /// The sub-range of `len` bytes at `offset`, which the caller keeps in range.
+    pub(crate) fn slice(self, offset: u64, len: u64) -> Self {
+        debug_assert!(offset <= self.len && len <= self.len - offset);
+        Stored { offset: self.offset + offset, len, ..self }
+    }
+}
+
 /// A run of guest bytes with one source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -155,6 +174,31 @@ impl<'a> Below<'a> {
         Ok((Extent { len: want, source: Source::Zero { allocated: false } }, None))
     }
 
+    /// Calls `f` with the place of the bytes at `offset`, at most `len`, if layer number `index` holds them in a
+    /// file as they are. The place belongs to them until `f` returns.
+    pub(crate) fn with_stored<R>(
+        &self,
+        index: usize,
+        offset: u64,
+        len: u64,
+        f: impl FnOnce(Stored<'_>) -> Result<R>,
+    ) -> Result<Option<R>> {
+        let Some(layer) = self.0.get(index) else { return Ok(None) };
+        let _pass = layer.enter();
+        let extent = layer.resolve_read(offset, len)?;
+        let Source::Data { file, offset } = extent.source else { return Ok(None) };
+        let storage = layer.data_file(file);
+        match storage.fd() {
+            Some(_) => f(Stored { storage, offset, len: extent.len }).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether layer number `index` is among `others`.
+    pub(crate) fn shares_layer(&self, index: usize, others: &[Arc<dyn Layer>]) -> bool {
+        self.0.get(index).is_some_and(|layer| others.iter().any(|other| Arc::ptr_eq(layer, other)))
+    }
+
     /// Whether the whole range reads as zeros for reasons of metadata alone.
     pub fn is_zero(&self, offset: u64, len: u64) -> Result<bool> {
         let mut done = 0;
@@ -254,6 +298,14 @@ pub trait Layer: Send + Sync + Debug {
 
     /// Writes. `below` supplies bytes of clusters that the write covers in part.
     fn write(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()>;
+
+    /// Writes bytes that another storage holds, without moving them through the memory of this process where
+    /// that is possible. Returns whether that was done; otherwise some bytes may be written, and the caller
+    /// writes all of them.
+    fn write_stored(&self, src: Stored<'_>, offset: u64, below: Below<'_>) -> Result<bool> {
+        let _ = (src, offset, below);
+        Ok(false)
+    }
 
     /// Makes a range read as zeros. With `unmap`, space may be released.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()>;

@@ -14,7 +14,7 @@ pub use shared::{Registry, RegistryStats};
 pub use throttle::{Limits, Throttle};
 
 use crate::gate::Gate;
-use crate::{Below, Error, Extent, Gather, Layer, Result, Scatter, Secret};
+use crate::{Below, Error, Extent, Gather, Layer, Result, Scatter, Secret, Stored};
 use parking_lot::{Mutex, RwLock};
 use std::fmt;
 use std::sync::Arc;
@@ -68,7 +68,7 @@ impl State {
         Below::new(&self.layers[1..])
     }
 
-    fn change(&self, offset: u64, len: u64, op: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn change<R>(&self, offset: u64, len: u64, op: impl FnOnce() -> Result<R>) -> Result<R> {
         for observer in &self.observers {
             observer.before_change(Below::new(&self.layers), offset, len)?;
         }
@@ -176,6 +176,18 @@ impl Disk {
         self.throttle(true, src.len() as u64);
         let state = self.enter_to_change(offset, src.len() as u64)?;
         state.change(offset, src.len() as u64, || state.top().write(src, offset, state.below()))
+    }
+
+    /// [`Layer::write_stored`] to the disk.
+    pub(crate) fn write_stored(&self, src: Stored<'_>, offset: u64) -> Result<bool> {
+        let state = self.enter_to_change(offset, src.len)?;
+        let written =
+            state.change(offset, src.len, || state.top().write_stored(src, offset, state.below()))?;
+        drop(state);
+        if written {
+            self.throttle(true, src.len); // only now it is known that nobody writes the bytes again
+        }
+        Ok(written)
     }
 
     /// Makes a range read as zeros; with `unmap`, its space may be released.

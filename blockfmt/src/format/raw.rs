@@ -2,7 +2,9 @@
 
 use super::LayerOptions;
 use crate::disk::{CreateOptions, Preallocation};
-use crate::{Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Source, Storage};
+use crate::{
+    Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Source, Storage, Stored,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -75,6 +77,10 @@ impl Layer for Raw {
 
     fn write(&self, src: Gather<'_>, offset: u64, _below: Below<'_>) -> Result<()> {
         self.io("write", self.storage.writev(src, offset))
+    }
+
+    fn write_stored(&self, src: Stored<'_>, offset: u64, _below: Below<'_>) -> Result<bool> {
+        Ok(self.storage.copy_from(&**src.storage, src.offset, offset, src.len) == src.len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, _below: Below<'_>) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::JobControl;
 use super::parallel::each_piece;
-use crate::{Below, Disk, Error, Result, Scatter, Source};
+use crate::{Below, Disk, Error, Result, Scatter, Source, Stored};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Largest piece that is moved at once.
@@ -256,6 +256,7 @@ pub(super) fn copy_range(
         match extent.source {
             _ if !held => {}
             Source::Zero { .. } | Source::Below => target.write_zeroes(at, n, true)?,
+            Source::Data { .. } if copy_stored(source, holder, target, at, n)? => {}
             Source::Data { .. } | Source::Opaque { .. } => {
                 buffer.resize(buffer.len().max(n as usize), 0);
                 let data = &mut buffer[..n as usize];
@@ -266,4 +267,30 @@ pub(super) fn copy_range(
         done += n;
     }
     Ok(())
+}
+
+/// Copies bytes that one layer holds from its file to the target's, if that is possible without moving them
+/// through memory.
+fn copy_stored(
+    source: Below<'_>,
+    holder: Option<usize>,
+    target: &Disk,
+    offset: u64,
+    len: u64,
+) -> Result<bool> {
+    let Some(holder) = holder else { return Ok(false) };
+    let layers = target.layers();
+    // Who is inside of a layer of the source must not enter it again through the target.
+    if layers[0].data_file(0).fd().is_none() || source.shares_layer(holder, &layers) {
+        return Ok(false);
+    }
+    let mut done = 0;
+    while done < len {
+        let copy = |src: Stored<'_>| Ok(target.write_stored(src, offset + done)?.then_some(src.len));
+        match source.with_stored(holder, offset + done, len - done, copy)?.flatten() {
+            Some(n) => done += n,
+            None => return Ok(false), // what is done already is written again
+        }
+    }
+    Ok(true)
 }

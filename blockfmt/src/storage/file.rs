@@ -285,6 +285,29 @@ impl Storage for FileStorage {
         Ok(())
     }
 
+    fn copy_from(&self, source: &dyn Storage, from: u64, offset: u64, len: u64) -> u64 {
+        let Some(fd) = source.fd().filter(|_| self.align == 1) else { return 0 };
+        if checked_end(from, len).is_err() || checked_end(offset, len).is_err() {
+            return 0;
+        }
+        let mut done = 0;
+        while done < len {
+            let (mut read, mut write) = ((from + done) as i64, (offset + done) as i64);
+            let count = usize::try_from(len - done).unwrap_or(usize::MAX);
+            // SAFETY: both descriptors are open, as their storages are borrowed, and the two offsets are
+            // writable for the duration of the call.
+            let copied =
+                unsafe { libc::copy_file_range(fd, &raw mut read, self.raw(), &raw mut write, count, 0) };
+            match check(copied) {
+                // The end of the source, or something that shows again when the bytes are read and written.
+                Ok(Some(0)) | Err(_) => break,
+                Ok(Some(copied)) => done += copied as u64,
+                Ok(None) => {}
+            }
+        }
+        done
+    }
+
     fn flush(&self) -> io::Result<()> {
         if self.flush_failed.load(Ordering::Acquire) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -441,6 +464,21 @@ mod tests {
         assert_eq!(file.data_at(4096, 131072).unwrap(), (false, 131072));
         file.write_zeroes(135168, 10, false).unwrap();
         assert_eq!(file.len().unwrap(), 135178);
+    }
+
+    #[test]
+    fn copies_between_files_end_where_the_source_does() {
+        let ((_a, from), (_b, to)) = (scratch(false), scratch(false));
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        <dyn Storage>::write_at(&from, &bytes, 0).unwrap();
+        <dyn Storage>::write_at(&to, &[9; 20], 0).unwrap();
+        assert_eq!(to.copy_from(&from, 10, 5, 99_000), 99_000);
+        let mut seen = vec![0; 99_010];
+        <dyn Storage>::read_at(&to, &mut seen, 0).unwrap();
+        assert!(seen[..5] == [9; 5] && seen[5..99_005] == bytes[10..99_010] && seen[99_005..] == [0; 5]);
+        assert_eq!(to.copy_from(&from, 99_990, 0, 100), 10);
+        assert_eq!(to.copy_from(&from, u64::MAX, 0, 100), 0);
+        assert_eq!(to.copy_from(&crate::storage::MemoryStorage::new(), 0, 0, 100), 0);
     }
 
     #[test]

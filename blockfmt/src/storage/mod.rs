@@ -50,6 +50,14 @@ pub trait Storage: Send + Sync + Debug {
     /// Writes, extending the storage if needed.
     fn writev(&self, src: Gather<'_>, offset: u64) -> io::Result<()>;
 
+    /// Copies the start of a range of `source`, from byte `from` on, to `offset` without moving it through the
+    /// memory of this process, and returns the number of bytes that were copied. Where that is not possible, or
+    /// fails, they are fewer than `len`, perhaps none: the caller reads and writes the rest.
+    fn copy_from(&self, source: &dyn Storage, from: u64, offset: u64, len: u64) -> u64 {
+        let _ = (source, from, offset, len);
+        0
+    }
+
     /// Makes everything that was written before survive a crash. A failure is sticky: data may be lost,
     /// so later calls fail too.
     fn flush(&self) -> io::Result<()>;

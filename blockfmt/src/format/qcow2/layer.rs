@@ -1,10 +1,13 @@
 //! The image as a layer.
 
 use super::header::{Header, compatible, extension, incompatible};
+use super::write::Payload;
 use super::{Qcow2, map};
 use crate::format::check::{CheckReport, Repair};
 use crate::layer::LayerPass;
-use crate::{BackingRef, Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Storage};
+use crate::{
+    BackingRef, Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Storage, Stored,
+};
 use std::sync::Arc;
 
 impl Qcow2 {
@@ -116,9 +119,17 @@ impl Layer for Qcow2 {
     fn write(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
         self.check_writable()?;
         let _pass = self.gate.enter();
-        let result = self.write_guest(src, offset, below);
+        let result = self.write_guest(Payload::Memory(src), offset, below);
         self.record(offset, src.len() as u64);
         result
+    }
+
+    fn write_stored(&self, src: Stored<'_>, offset: u64, below: Below<'_>) -> Result<bool> {
+        self.check_writable()?;
+        let _pass = self.gate.enter();
+        let result = self.write_guest(Payload::Stored(src), offset, below);
+        self.record(offset, src.len);
+        result.map(|()| true)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {

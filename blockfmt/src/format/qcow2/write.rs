@@ -4,13 +4,15 @@ use super::map::{COMPRESSED, Kind, ZERO};
 use super::refcount::Run;
 use super::tables::{COPIED, OFFSET_MASK};
 use super::{Qcow2, RESERVATIONS};
-use crate::{Below, Gather, Result, Scatter};
+use crate::{Below, Gather, Result, Scatter, Stored};
 use std::sync::atomic::Ordering;
 
 /// Clusters reserved at a time, in bytes.
 const RESERVE_BYTES: u64 = 2 << 20;
 /// Most that one allocating step covers, in bytes.
 const MAX_STEP_BYTES: u64 = 4 << 20;
+/// Bytes of another storage that are moved through memory at a time.
+const PIECE: u64 = 1 << 20;
 const ALL_UNITS: u64 = 0xffff_ffff;
 
 /// Clusters that are counted as used already and wait for a writer.
@@ -19,6 +21,29 @@ pub(super) struct Reservation {
     next: u64,
     end: u64,
     fresh: bool,
+}
+
+/// Bytes that a write puts into the image.
+#[derive(Clone, Copy)]
+pub(super) enum Payload<'a> {
+    Memory(Gather<'a>),
+    Stored(Stored<'a>),
+}
+
+impl Payload<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Payload::Memory(bytes) => bytes.len(),
+            Payload::Stored(bytes) => bytes.len as usize,
+        }
+    }
+
+    fn slice(&self, offset: usize, len: usize) -> Self {
+        match self {
+            Payload::Memory(bytes) => Payload::Memory(bytes.slice(offset, len)),
+            Payload::Stored(bytes) => Payload::Stored(bytes.slice(offset as u64, len as u64)),
+        }
+    }
 }
 
 /// What an allocating step found at its place.
@@ -37,15 +62,14 @@ struct Step {
 
 impl Qcow2 {
     /// Writes guest bytes. The caller is inside the gate.
-    pub(super) fn write_guest(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
+    pub(super) fn write_guest(&self, src: Payload<'_>, offset: u64, below: Below<'_>) -> Result<()> {
         let mut done = 0;
         while done < src.len() {
             let (at, left) = (offset + done as u64, src.len() - done);
             let (kind, len) = self.lookup(at, left as u64)?;
             done += match kind {
                 Kind::Data { host, copied: true } => {
-                    let part = src.slice(done, len as usize);
-                    self.payload().writev(part, host).map_err(|e| self.io("write", e))?;
+                    self.put(src.slice(done, len as usize), host)?;
                     len as usize
                 }
                 _ => self.write_new(Some(src.slice(done, left)), at, left as u64, below)?,
@@ -71,7 +95,7 @@ impl Qcow2 {
     /// Without `src`, bytes that the image does not hold come from `below`, and others stay as they are.
     fn write_new(
         &self,
-        src: Option<Gather<'_>>,
+        src: Option<Payload<'_>>,
         offset: u64,
         mut len: u64,
         below: Below<'_>,
@@ -124,7 +148,7 @@ impl Qcow2 {
         let from = offset & !(unit_of(&old[0]) - 1);
         let to = end.next_multiple_of(unit_of(&old[old.len() - 1]));
         let step = Step { slice, index, old, run, reused, from, to };
-        let src = src.map_or(Gather::new(&copy), |src| src).slice(0, (end - offset) as usize);
+        let src = src.unwrap_or(Payload::Memory(Gather::new(&copy))).slice(0, (end - offset) as usize);
         match self.write_payload(&step, src, offset, below).and_then(|()| self.publish(&step, first)) {
             Ok(()) => Ok(src.len()),
             Err(error) => {
@@ -136,12 +160,11 @@ impl Qcow2 {
         }
     }
 
-    fn write_payload(&self, step: &Step, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
+    fn write_payload(&self, step: &Step, src: Payload<'_>, offset: u64, below: Below<'_>) -> Result<()> {
         let p = &self.p;
         let base = (offset >> p.cluster_bits) << p.cluster_bits;
         let host = |guest: u64| (step.run.start << p.cluster_bits) + (guest - base);
-        let write =
-            |src: Gather<'_>, guest| self.payload().writev(src, host(guest)).map_err(|e| self.io("write", e));
+        let write = |src: Payload<'_>, guest| self.put(src, host(guest));
         let zero_before = |(entry, _): &(u64, u64)| {
             entry & (OFFSET_MASK | COMPRESSED) == 0
                 && (below.is_empty() || (!p.extended && entry & ZERO != 0))
@@ -158,10 +181,34 @@ impl Qcow2 {
         let (head, tail) = edges.split_at_mut(before);
         self.read_guest(Scatter::new(head), step.from, below)?;
         self.read_guest(Scatter::new(tail), end, below)?;
-        match head.is_empty() && tail.is_empty() {
-            true => write(src, offset),
-            false => src.with_edges(head, tail, |all| write(all, step.from)),
+        match src {
+            Payload::Memory(src) if !head.is_empty() || !tail.is_empty() => {
+                src.with_edges(head, tail, |all| write(Payload::Memory(all), step.from))
+            }
+            _ => {
+                write(Payload::Memory(Gather::new(head)), step.from)?;
+                write(Payload::Memory(Gather::new(tail)), end)?;
+                write(src, offset)
+            }
         }
+    }
+
+    /// Writes payload to its place in the file.
+    fn put(&self, src: Payload<'_>, host: u64) -> Result<()> {
+        let file = self.payload();
+        let write = |bytes: Gather<'_>, host| file.writev(bytes, host).map_err(|e| self.io("write", e));
+        let src = match src {
+            Payload::Memory(bytes) => return write(bytes, host),
+            Payload::Stored(src) => src,
+        };
+        let mut done = file.copy_from(&**src.storage, src.offset, host, src.len);
+        while done < src.len {
+            let mut piece = self.buffers.take((src.len - done).min(PIECE) as usize);
+            src.storage.read_at(&mut piece, src.offset + done)?;
+            write(Gather::new(&piece), host + done)?;
+            done += piece.len() as u64;
+        }
+        Ok(())
     }
 
     /// Points the guest clusters of a step to their new host clusters and lets go of the old ones.

@@ -3,6 +3,7 @@
 use super::Qcow2;
 use super::map::{COMPRESSED, Kind, ZERO};
 use super::tables::{COPIED, OFFSET_MASK};
+use super::write::Payload;
 use crate::{Below, Gather, Result};
 
 const ZERO_CHUNK: u64 = 1 << 20;
@@ -59,7 +60,7 @@ impl Qcow2 {
             };
             if !zero {
                 zeros.resize(zeros.len().max(n as usize), 0);
-                self.write_guest(Gather::new(&zeros[..n as usize]), at, below)?;
+                self.write_guest(Payload::Memory(Gather::new(&zeros[..n as usize])), at, below)?;
             }
             done += n;
         }
