@@ -2,36 +2,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::fs::File;
+mod vhost_driver;
+
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::Ordering;
 
 use blockfmt::{CreateOptions, Format, OpenOptions};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures as Protocol};
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
+use vhost_driver::{AVAILABLE, DATA, Driver, Guest, MEMORY, NEXT, STRIDE, WRITE};
+use vm_memory::{Bytes, GuestAddress};
 
 const SECTOR: usize = 512;
-const MEMORY: usize = 1 << 20;
-const QUEUE_SIZE: u16 = 16;
-/// Guest memory of each queue: descriptors, rings, header, status, data.
-const STRIDE: u64 = 0x2_0000;
-const AVAILABLE: u64 = 0x1000;
-const USED: u64 = 0x2000;
-const HEADER: u64 = 0x3000;
-const STATUS: u64 = 0x3100;
-const DATA: u64 = 0x4000;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
 
 struct Daemon {
     dir: tempfile::TempDir,
@@ -103,179 +87,13 @@ impl Drop for Daemon {
     }
 }
 
-/// Memory of a guest and the state of its rings, which outlive a connection.
-struct Guest {
-    memory: GuestMemoryMmap,
-    file: File,
-    /// Requests made available in each queue.
-    available: [u16; 2],
-}
-
-impl Guest {
-    fn new() -> Self {
-        let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap());
-        file.set_len(MEMORY as u64).unwrap();
-        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
-        let memory =
-            GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY, Some(offset))]).unwrap();
-        Guest { memory, file, available: [0; 2] }
-    }
-
-    fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
-        self.memory.write_obj(value, GuestAddress(at)).unwrap();
-    }
-
-    fn used(&self, queue: usize) -> u16 {
-        self.memory.read_obj(GuestAddress(queue as u64 * STRIDE + USED + 2)).unwrap()
-    }
-
-    /// Makes a request available without a notification. Data moves in `direction` (0: to the device).
-    fn submit(&mut self, queue: usize, kind: u32, sector: u64, address: u64, len: u32, direction: u16) {
-        let base = queue as u64 * STRIDE;
-        self.put(base + HEADER, kind);
-        self.put(base + HEADER + 8, sector);
-        self.put(base + STATUS, 0xffu8);
-        let list = [(base + HEADER, 16, 0), (address, len, direction), (base + STATUS, 1, WRITE)];
-        let list: Vec<_> = list.into_iter().filter(|(_, len, _)| *len > 0).collect();
-        for (n, (address, len, flags)) in list.iter().enumerate() {
-            let more = if n + 1 < list.len() { NEXT } else { 0 };
-            let at = base + n as u64 * 16;
-            self.put(at, *address);
-            self.put(at + 8, *len);
-            self.put(at + 12, flags | more);
-            self.put(at + 14, n as u16 + 1);
-        }
-        let slot = u64::from(self.available[queue] % QUEUE_SIZE);
-        self.put(base + AVAILABLE + 4 + slot * 2, 0u16);
-        self.available[queue] = self.available[queue].wrapping_add(1);
-        std::sync::atomic::fence(Ordering::SeqCst);
-        self.put(base + AVAILABLE + 2, self.available[queue]);
-    }
-
-    fn status(&self, queue: usize) -> u8 {
-        self.memory.read_obj(GuestAddress(queue as u64 * STRIDE + STATUS)).unwrap()
-    }
-}
-
-/// A connected front-end.
-struct Driver {
-    front: Frontend,
-    kicks: Vec<EventFd>,
-    calls: Vec<EventFd>,
-}
-
-impl Driver {
-    /// Connects and starts both queues where their used rings are. `slots`: memory is added as a slot.
-    fn connect(daemon: &Daemon, guest: &Guest, slots: bool) -> Self {
-        let mut front = Frontend::connect(daemon.at("vhost"), 2).unwrap();
-        front.set_owner().unwrap();
-        let features = front.get_features().unwrap();
-        assert_eq!(features & (1 << 13 | 1 << 14 | 1 << 9), 1 << 13 | 1 << 14 | 1 << 9);
-        front.set_features(features & !(1 << 29)).unwrap(); // without event indices
-        let protocol = front.get_protocol_features().unwrap();
-        let wanted = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
-        assert!(protocol.contains(wanted));
-        front.set_protocol_features(wanted).unwrap();
-        assert_eq!(front.get_queue_num().unwrap(), 2);
-        let host = guest.memory.get_host_address(GuestAddress(0)).unwrap() as u64;
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: MEMORY as u64,
-            userspace_addr: host,
-            mmap_offset: 0,
-            mmap_handle: guest.file.as_raw_fd(),
-        };
-        match slots {
-            true => {
-                assert!(front.get_max_mem_slots().unwrap() >= 8);
-                front.add_mem_region(&region).unwrap();
-            }
-            false => assert!(front.set_mem_table(&[region]).unwrap().is_none()),
-        }
-        let (mut kicks, mut calls) = (Vec::new(), Vec::new());
-        for queue in 0..2 {
-            let base = host + queue as u64 * STRIDE;
-            front.set_vring_num(queue, QUEUE_SIZE).unwrap();
-            let rings = VringConfigData {
-                queue_max_size: QUEUE_SIZE,
-                queue_size: QUEUE_SIZE,
-                flags: 0,
-                desc_table_addr: base,
-                used_ring_addr: base + USED,
-                avail_ring_addr: base + AVAILABLE,
-                log_addr: None,
-            };
-            front.set_vring_addr(queue, &rings).unwrap();
-            front.set_vring_base(queue, guest.used(queue)).unwrap();
-            let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
-            front.set_vring_call(queue, &call).unwrap();
-            front.set_vring_kick(queue, &kick).unwrap();
-            front.set_vring_enable(queue, true).unwrap();
-            kicks.push(kick);
-            calls.push(call);
-        }
-        Driver { front, kicks, calls }
-    }
-
-    /// Executes a request and returns its status.
-    fn run(
-        &self,
-        guest: &mut Guest,
-        queue: usize,
-        request: (u32, u64),
-        data: (u64, u32),
-        direction: u16,
-    ) -> u8 {
-        guest.submit(queue, request.0, request.1, data.0, data.1, direction);
-        self.finish(guest, queue)
-    }
-
-    /// Notifies the device and waits until everything is done.
-    fn finish(&self, guest: &Guest, queue: usize) -> u8 {
-        self.kicks[queue].write(1).unwrap();
-        while guest.used(queue) != guest.available[queue] {
-            self.calls[queue].read().unwrap();
-        }
-        guest.status(queue)
-    }
-
-    fn write(&self, guest: &mut Guest, queue: usize, sector: u64, bytes: &[u8]) -> u8 {
-        let at = queue as u64 * STRIDE + DATA;
-        guest.memory.write_slice(bytes, GuestAddress(at)).unwrap();
-        self.run(guest, queue, (1, sector), (at, bytes.len() as u32), 0)
-    }
-
-    fn read(&self, guest: &mut Guest, queue: usize, sector: u64, len: usize) -> Vec<u8> {
-        let at = queue as u64 * STRIDE + DATA;
-        assert_eq!(self.run(guest, queue, (0, sector), (at, len as u32), WRITE), 0);
-        let mut bytes = vec![0; len];
-        guest.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
-        bytes
-    }
-
-    /// Discards (11) or zeroes (13) a range.
-    fn erase(&self, guest: &mut Guest, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
-        guest.put(DATA, sector);
-        guest.put(DATA + 8, sectors);
-        guest.put(DATA + 12, flags);
-        self.run(guest, 0, (kind, 0), (DATA, 16), 0)
-    }
-
-    /// Capacity in sectors, as the configuration space says.
-    fn capacity(&mut self) -> u64 {
-        let flags = VhostUserConfigFlags::empty();
-        let (_, bytes) = self.front.get_config(0, 60, flags, &[0; 60]).unwrap();
-        u64::from_le_bytes(bytes[..8].try_into().unwrap())
-    }
-}
-
 #[test]
 fn a_driver_uses_every_request_on_two_queues() {
     let mut daemon = Daemon::start();
     let mut guest = Guest::new();
     for slots in [false, true] {
         guest.available = [guest.used(0), guest.used(1)];
-        let mut driver = Driver::connect(&daemon, &guest, slots);
+        let mut driver = Driver::connect(&daemon.at("vhost"), &guest, slots);
         assert_eq!(driver.capacity(), (8 << 20) / SECTOR as u64);
         let data: Vec<u8> = (0..8 * SECTOR).map(|i| (i * 7 + usize::from(slots)) as u8).collect();
         assert_eq!(driver.write(&mut guest, 0, 100, &data), 0);
@@ -306,7 +124,7 @@ fn a_driver_uses_every_request_on_two_queues() {
 fn a_new_size_is_in_the_configuration_space() {
     let mut daemon = Daemon::start();
     let mut guest = Guest::new();
-    let mut driver = Driver::connect(&daemon, &guest, false);
+    let mut driver = Driver::connect(&daemon.at("vhost"), &guest, false);
     assert_eq!(driver.capacity(), (8 << 20) / SECTOR as u64);
     daemon.resize(16 << 20);
     assert_eq!(driver.capacity(), (16 << 20) / SECTOR as u64);
@@ -323,21 +141,21 @@ fn a_new_size_is_in_the_configuration_space() {
 fn a_session_ends_and_a_daemon_crashes_without_losing_requests() {
     let mut daemon = Daemon::start();
     let mut guest = Guest::new();
-    let driver = Driver::connect(&daemon, &guest, false);
+    let driver = Driver::connect(&daemon.at("vhost"), &guest, false);
     assert_eq!(driver.write(&mut guest, 0, 8, &[1; SECTOR]), 0);
     assert_eq!(driver.run(&mut guest, 0, (4, 0), (0, 0), 0), 0);
     drop(driver);
     // Made available while nobody serves the queue.
     guest.memory.write_slice(&[2; SECTOR], GuestAddress(DATA)).unwrap();
     guest.submit(0, 1, 9, DATA, SECTOR as u32, 0);
-    let driver = Driver::connect(&daemon, &guest, false);
+    let driver = Driver::connect(&daemon.at("vhost"), &guest, false);
     assert_eq!(driver.finish(&guest, 0), 0);
     assert_eq!(driver.run(&mut guest, 0, (4, 0), (0, 0), 0), 0);
     daemon.crash();
     drop(driver);
     guest.memory.write_slice(&[3; SECTOR], GuestAddress(DATA)).unwrap();
     guest.submit(0, 1, 10, DATA, SECTOR as u32, 0);
-    let driver = Driver::connect(&daemon, &guest, true);
+    let driver = Driver::connect(&daemon.at("vhost"), &guest, true);
     assert_eq!(driver.finish(&guest, 0), 0);
     let seen = driver.read(&mut guest, 1, 8, 3 * SECTOR);
     assert_eq!((seen[0], seen[SECTOR], seen[2 * SECTOR]), (1, 2, 3));
@@ -349,7 +167,7 @@ fn a_session_ends_and_a_daemon_crashes_without_losing_requests() {
 fn a_hostile_driver_harms_only_itself() {
     let mut daemon = Daemon::start();
     let mut guest = Guest::new();
-    let driver = Driver::connect(&daemon, &guest, false);
+    let driver = Driver::connect(&daemon.at("vhost"), &guest, false);
     // A buffer outside of memory: the request is used up without an answer.
     assert_eq!(driver.run(&mut guest, 0, (0, 0), (MEMORY as u64 - 100, 512), WRITE), 0xff);
     assert_eq!(driver.run(&mut guest, 0, (0, 0), (u64::MAX - 100, 512), WRITE), 0xff);
@@ -362,12 +180,12 @@ fn a_hostile_driver_harms_only_itself() {
     driver.kicks[1].write(1).unwrap();
     drop(driver);
     let mut fresh = Guest::new();
-    let driver = Driver::connect(&daemon, &fresh, false);
+    let driver = Driver::connect(&daemon.at("vhost"), &fresh, false);
     assert_eq!(driver.write(&mut fresh, 0, 8, &[1; SECTOR]), 0);
     drop(driver);
     // Bytes that are no message.
     UnixStream::connect(daemon.at("vhost")).unwrap().write_all(&[0xff; 100]).unwrap();
-    let driver = Driver::connect(&daemon, &fresh, false);
+    let driver = Driver::connect(&daemon.at("vhost"), &fresh, false);
     assert!(driver.read(&mut fresh, 1, 8, SECTOR) == [1; SECTOR]);
     drop(driver);
     daemon.end();
@@ -398,7 +216,7 @@ fn boot_sector() -> Vec<u8> {
 fn firmware_in_qemu_boots_from_the_export() {
     let mut daemon = Daemon::start();
     let mut guest = Guest::new();
-    let driver = Driver::connect(&daemon, &guest, false);
+    let driver = Driver::connect(&daemon.at("vhost"), &guest, false);
     assert_eq!(driver.write(&mut guest, 0, 0, &boot_sector()), 0);
     let mut text = b"from it!".to_vec();
     text.resize(SECTOR, 0x5a);
@@ -418,7 +236,7 @@ fn firmware_in_qemu_boots_from_the_export() {
     assert!(!error.contains("No such file"), "install the packages qemu-system-x86 and seabios: {error}");
     let seen = std::fs::read(daemon.at("output")).unwrap_or_default();
     assert_eq!(String::from_utf8_lossy(&seen), "from it!", "{error}");
-    let driver = Driver::connect(&daemon, &Guest::new(), false);
+    let driver = Driver::connect(&daemon.at("vhost"), &Guest::new(), false);
     drop(driver);
     daemon.end();
     let disk = OpenOptions::new(Format::Qcow2).read_only(true).open(daemon.at("disk.qcow2")).unwrap();

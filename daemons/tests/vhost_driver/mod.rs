@@ -1,0 +1,230 @@
+//! A driver of a vhost-user-blk device: a front-end and split rings in shared memory.
+
+#![allow(dead_code, reason = "the tests and the benchmark use different parts")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::atomic::{Ordering, fence};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures as Protocol};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+pub const MEMORY: usize = 1 << 20;
+pub const QUEUE_SIZE: u16 = 128;
+/// Requests of a queue that may be in flight, each with three descriptors and a page of data.
+pub const SLOTS: u16 = 32;
+/// Bytes of data of a slot.
+pub const PAGE: u64 = 4096;
+/// Guest memory of each queue: descriptors, rings, headers with status bytes, data.
+pub const STRIDE: u64 = 0x4_0000;
+pub const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x2000;
+const HEADER: u64 = 0x3000;
+const HEADER_STRIDE: u64 = 32;
+const STATUS: u64 = HEADER + 16;
+pub const DATA: u64 = 0x4000;
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+/// The device does not want to be notified (flag of the used ring).
+const NO_NOTIFY: u16 = 1;
+
+/// Memory of a guest and the state of its rings, which outlive a connection.
+pub struct Guest {
+    pub memory: GuestMemoryMmap,
+    file: File,
+    /// Requests made available in each queue.
+    pub available: [u16; 2],
+}
+
+impl Guest {
+    pub fn new() -> Self {
+        let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(MEMORY as u64).unwrap();
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        let memory =
+            GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY, Some(offset))]).unwrap();
+        Guest { memory, file, available: [0; 2] }
+    }
+
+    pub fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
+        self.memory.write_obj(value, GuestAddress(at)).unwrap();
+    }
+
+    pub fn used(&self, queue: usize) -> u16 {
+        self.memory.read_obj(GuestAddress(queue as u64 * STRIDE + USED + 2)).unwrap()
+    }
+
+    /// The slot whose request was the `n`th to be done.
+    pub fn done(&self, queue: usize, n: u16) -> u16 {
+        let at = queue as u64 * STRIDE + USED + 4 + u64::from(n % QUEUE_SIZE) * 8;
+        let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
+        head as u16 / 3
+    }
+
+    /// Whether the device waits for a notification.
+    pub fn wants_kick(&self, queue: usize) -> bool {
+        fence(Ordering::SeqCst);
+        let flags: u16 = self.memory.read_obj(GuestAddress(queue as u64 * STRIDE + USED)).unwrap();
+        flags & NO_NOTIFY == 0
+    }
+
+    /// Makes a request available in slot 0 without a notification. Data moves in `direction` (0: to the device).
+    pub fn submit(&mut self, queue: usize, kind: u32, sector: u64, address: u64, len: u32, direction: u16) {
+        self.submit_in(queue, 0, (kind, sector), (address, len), direction);
+    }
+
+    /// [`submit`](Self::submit) in a slot that is free.
+    pub fn submit_in(
+        &mut self,
+        queue: usize,
+        slot: u16,
+        (kind, sector): (u32, u64),
+        (address, len): (u64, u32),
+        direction: u16,
+    ) {
+        let (base, first) = (queue as u64 * STRIDE, slot * 3);
+        let header = base + HEADER + u64::from(slot) * HEADER_STRIDE;
+        let status = header + STATUS - HEADER;
+        self.put(header, kind);
+        self.put(header + 8, sector);
+        self.put(status, 0xffu8);
+        let list = [(header, 16, 0), (address, len, direction), (status, 1, WRITE)];
+        let count = list.iter().filter(|(_, len, _)| *len > 0).count();
+        for (n, (address, len, flags)) in list.into_iter().filter(|(_, len, _)| *len > 0).enumerate() {
+            let more = if n + 1 < count { NEXT } else { 0 };
+            let at = base + u64::from(first + n as u16) * 16;
+            self.put(at, address);
+            self.put(at + 8, len);
+            self.put(at + 12, flags | more);
+            self.put(at + 14, first + n as u16 + 1);
+        }
+        let place = u64::from(self.available[queue] % QUEUE_SIZE);
+        self.put(base + AVAILABLE + 4 + place * 2, first);
+        self.available[queue] = self.available[queue].wrapping_add(1);
+        fence(Ordering::SeqCst);
+        self.put(base + AVAILABLE + 2, self.available[queue]);
+    }
+
+    pub fn status(&self, queue: usize, slot: u16) -> u8 {
+        let at = queue as u64 * STRIDE + STATUS + u64::from(slot) * HEADER_STRIDE;
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+}
+
+/// A connected front-end.
+pub struct Driver {
+    front: Frontend,
+    pub kicks: Vec<EventFd>,
+    pub calls: Vec<EventFd>,
+}
+
+impl Driver {
+    /// Connects and starts both queues where their used rings are. `slots`: memory is added as a slot.
+    pub fn connect(socket: &Path, guest: &Guest, slots: bool) -> Self {
+        let mut front = Frontend::connect(socket, 2).unwrap();
+        front.set_owner().unwrap();
+        let features = front.get_features().unwrap();
+        assert_eq!(features & (1 << 13 | 1 << 14 | 1 << 9), 1 << 13 | 1 << 14 | 1 << 9);
+        front.set_features(features & !(1 << 29)).unwrap(); // without event indices
+        let protocol = front.get_protocol_features().unwrap();
+        let wanted = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
+        assert!(protocol.contains(wanted));
+        front.set_protocol_features(wanted).unwrap();
+        assert_eq!(front.get_queue_num().unwrap(), 2);
+        let host = guest.memory.get_host_address(GuestAddress(0)).unwrap() as u64;
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY as u64,
+            userspace_addr: host,
+            mmap_offset: 0,
+            mmap_handle: guest.file.as_raw_fd(),
+        };
+        match slots {
+            true => {
+                assert!(front.get_max_mem_slots().unwrap() >= 8);
+                front.add_mem_region(&region).unwrap();
+            }
+            false => assert!(front.set_mem_table(&[region]).unwrap().is_none()),
+        }
+        let (mut kicks, mut calls) = (Vec::new(), Vec::new());
+        for queue in 0..2 {
+            let base = host + queue as u64 * STRIDE;
+            front.set_vring_num(queue, QUEUE_SIZE).unwrap();
+            let rings = VringConfigData {
+                queue_max_size: QUEUE_SIZE,
+                queue_size: QUEUE_SIZE,
+                flags: 0,
+                desc_table_addr: base,
+                used_ring_addr: base + USED,
+                avail_ring_addr: base + AVAILABLE,
+                log_addr: None,
+            };
+            front.set_vring_addr(queue, &rings).unwrap();
+            front.set_vring_base(queue, guest.used(queue)).unwrap();
+            let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+            front.set_vring_call(queue, &call).unwrap();
+            front.set_vring_kick(queue, &kick).unwrap();
+            front.set_vring_enable(queue, true).unwrap();
+            kicks.push(kick);
+            calls.push(call);
+        }
+        Driver { front, kicks, calls }
+    }
+
+    /// Executes a request and returns its status.
+    pub fn run(
+        &self,
+        guest: &mut Guest,
+        queue: usize,
+        request: (u32, u64),
+        data: (u64, u32),
+        direction: u16,
+    ) -> u8 {
+        guest.submit(queue, request.0, request.1, data.0, data.1, direction);
+        self.finish(guest, queue)
+    }
+
+    /// Notifies the device and waits until everything is done.
+    pub fn finish(&self, guest: &Guest, queue: usize) -> u8 {
+        self.kicks[queue].write(1).unwrap();
+        while guest.used(queue) != guest.available[queue] {
+            self.calls[queue].read().unwrap();
+        }
+        guest.status(queue, 0)
+    }
+
+    pub fn write(&self, guest: &mut Guest, queue: usize, sector: u64, bytes: &[u8]) -> u8 {
+        let at = queue as u64 * STRIDE + DATA;
+        guest.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+        self.run(guest, queue, (1, sector), (at, bytes.len() as u32), 0)
+    }
+
+    pub fn read(&self, guest: &mut Guest, queue: usize, sector: u64, len: usize) -> Vec<u8> {
+        let at = queue as u64 * STRIDE + DATA;
+        assert_eq!(self.run(guest, queue, (0, sector), (at, len as u32), WRITE), 0);
+        let mut bytes = vec![0; len];
+        guest.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    /// Discards (11) or zeroes (13) a range.
+    pub fn erase(&self, guest: &mut Guest, kind: u32, sector: u64, sectors: u32, flags: u32) -> u8 {
+        guest.put(DATA, sector);
+        guest.put(DATA + 8, sectors);
+        guest.put(DATA + 12, flags);
+        self.run(guest, 0, (kind, 0), (DATA, 16), 0)
+    }
+
+    /// Capacity in sectors, as the configuration space says.
+    pub fn capacity(&mut self) -> u64 {
+        let flags = VhostUserConfigFlags::empty();
+        let (_, bytes) = self.front.get_config(0, 60, flags, &[0; 60]).unwrap();
+        u64::from_le_bytes(bytes[..8].try_into().unwrap())
+    }
+}
