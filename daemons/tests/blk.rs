@@ -240,6 +240,7 @@ fn disks_are_copied_and_migrated() {
 #[test]
 fn a_killed_daemon_starts_again_where_it_was() {
     let mut daemon = Daemon::start(false);
+    daemon.ok(json!({ "command": "list" })); // the API's socket appears last
     daemon.child.kill().unwrap();
     daemon.child.wait().unwrap();
     assert!(daemon.at("nbd").exists() && daemon.at("api").exists(), "the killed daemon left its sockets");
