@@ -1,6 +1,7 @@
 //! Emptying hosts in maintenance by moving their VMs while they run.
 
-use super::manager::{ClusterView, HaManager};
+use super::io::ClusterView;
+use super::manager::HaManager;
 use super::records::{VmPhase, VmRecord};
 use crate::types::{HostId, Incarnation, Time, VmId};
 

@@ -5,6 +5,7 @@
 
 mod admission;
 mod evacuate;
+mod io;
 mod manager;
 mod records;
 mod restart;
@@ -12,7 +13,8 @@ mod restart;
 mod tests;
 
 pub use admission::{AdmissionPolicy, HostCapacity, Refusal, admit, survives};
-pub use manager::{ClusterView, HaConfig, HaInput, HaManager, HaOutput, Request, RequestError, WriteResult};
+pub use io::{ClusterView, HaConfig, HaInput, HaOutput, Request, RequestError, WriteResult};
+pub use manager::HaManager;
 pub use records::{
     ClusterState, Command, Evidences, HostRecord, Report, Update, VmPhase, VmRecord, VmReport, VmSpec,
     VmStatus,
