@@ -10,7 +10,7 @@ use blockfmt::job::{self, JobControl, Mirror, MirrorMode};
 use blockfmt::storage::{Fault, FaultStorage, FileOptions, FileStorage, Operation};
 use blockfmt::{CreateOptions, Disk, Format, Layer, OpenOptions, Storage};
 use common::{Rng, qemu, text};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,6 +18,8 @@ const THREADS: u64 = 4;
 const SECTOR: u64 = 512;
 const SIZE: u64 = 8 << 20;
 const OPERATIONS: usize = 1500;
+/// Jobs beside the operations, at most.
+const JOBS: usize = 400;
 
 /// A thread's view of one sector: the values it may hold.
 type Allowed = Vec<u64>;
@@ -250,13 +252,28 @@ impl Jobs<'_> {
         Ok(kind)
     }
 
+    /// Removes the images that the disk no longer uses: the files of all jobs together would fill the memory.
+    fn tidy(&self, disk: &Disk) {
+        let used: Vec<_> = disk.layers().iter().map(|layer| layer.storage().name().into()).collect();
+        for entry in std::fs::read_dir(self.dir).unwrap() {
+            let path: PathBuf = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "qcow2") && !used.contains(&path) {
+                std::fs::remove_file(path).unwrap();
+            }
+        }
+    }
+
     fn run(&mut self, disk: &Disk, done: &AtomicBool) {
         let mut rng = Rng(4711);
-        while !done.load(Ordering::Acquire) {
+        for _ in 0..JOBS {
+            if done.load(Ordering::Acquire) {
+                break;
+            }
             match self.one(disk, &mut rng) {
                 Ok(kind) => self.completed[kind] += 1,
                 Err(error) => assert!(self.failing.is_some(), "{error}"),
             }
+            self.tidy(disk);
         }
     }
 }
