@@ -42,11 +42,16 @@ struct FlowMod {
     command: Command,
     /// `ALL_TABLES`: any, in commands that select; the first, in those that add.
     table: u8,
-    spec: FlowSpec,
+    priority: u16,
+    matches: Match,
+    instructions: Instructions,
+    cookie: u64,
     cookie_mask: u64,
+    /// Seconds without packets, and in all, after which the rule goes.
+    timeouts: (u16, u16),
+    flags: u16,
     out_port: u32,
     out_group: u32,
-    check_overlap: bool,
     /// Whether a change that finds no rule adds one (OpenFlow 1.0).
     adds_missing: bool,
 }
@@ -55,7 +60,7 @@ impl Session {
     pub(super) fn flow_mod_13(&mut self, switch: &Switch, mut r: Reader<'_>) -> Result<()> {
         let (cookie, cookie_mask) = (r.u64()?, r.u64()?);
         let (table, command) = (r.u8()?, Command::from_wire(r.u8()?)?);
-        let (idle_timeout, hard_timeout, priority) = (r.u16()?, r.u16()?, r.u16()?);
+        let (timeouts, priority) = ((r.u16()?, r.u16()?), r.u16()?);
         let buffer = r.u32()?;
         let (out_port, out_group, flags) = (r.u32()?, r.u32()?, r.u16()?);
         r.skip(2)?;
@@ -64,35 +69,27 @@ impl Session {
         }
         let matches = take_match13(&mut r)?;
         let selects = matches!(command, Command::Delete | Command::DeleteStrict);
-        let instructions = if selects {
+        let mut instructions = if selects {
             Instructions::default()
         } else {
             take_instructions(r.failing(OfError::INSTRUCTION_LEN), table, &matches)?
         };
         check_buffer(buffer, command)?;
-        let mut instructions = instructions;
         if priority == 0 && matches == Match::default() {
             name_misses(&mut instructions);
         }
-        let spec = FlowSpec {
+        let m = FlowMod {
+            command,
             table,
             priority,
             matches,
             instructions,
             cookie,
-            idle_timeout,
-            hard_timeout,
-            notify_removal: flags & SEND_FLOW_REMOVED != 0,
-        };
-        let check_overlap = flags & CHECK_OVERLAP != 0;
-        let m = FlowMod {
-            command,
-            table,
-            spec,
             cookie_mask,
+            timeouts,
+            flags,
             out_port,
             out_group,
-            check_overlap,
             adds_missing: false,
         };
         run(switch, m)
@@ -123,7 +120,7 @@ impl Session {
             false => (ALL_TABLES, command),
         };
         let command = Command::from_wire(u8::try_from(command).map_err(|_| OfError::FLOW_COMMAND)?)?;
-        let (idle_timeout, hard_timeout, priority) = (r.u16()?, r.u16()?, r.u16()?);
+        let (timeouts, priority) = ((r.u16()?, r.u16()?), r.u16()?);
         let buffer = r.u32()?;
         let (out_port, flags) = (port_from_16(r.u16()?), r.u16()?);
         if flags & EMERGENCY != 0 {
@@ -140,26 +137,21 @@ impl Session {
         let context = Context { version: Version::V10, matches: Some(&matches) };
         let actions = take_actions(r.failing(OfError::ACTION_LEN), context)?;
         check_buffer(buffer, command)?;
-        let spec = FlowSpec {
-            table,
-            priority,
-            matches,
-            instructions: Instructions::apply(actions),
-            cookie,
-            idle_timeout,
-            hard_timeout,
-            notify_removal: flags & SEND_FLOW_REMOVED != 0,
-        };
-        let check_overlap = flags & CHECK_OVERLAP != 0;
+        let instructions = Instructions::apply(actions);
+        let (cookie_mask, out_group, adds_missing) = (0, ANY_GROUP, true);
         let m = FlowMod {
             command,
             table,
-            spec,
-            cookie_mask: 0,
+            priority,
+            matches,
+            instructions,
+            cookie,
+            cookie_mask,
+            timeouts,
+            flags,
             out_port,
-            out_group: ANY_GROUP,
-            check_overlap,
-            adds_missing: true,
+            out_group,
+            adds_missing,
         };
         run(switch, m)
     }
@@ -192,7 +184,16 @@ fn run(switch: &Switch, m: FlowMod) -> Result<()> {
     if m.table >= TABLES && m.table != ALL_TABLES {
         return Err(OfError::FLOW_TABLE_ID);
     }
-    let mut spec = m.spec;
+    let mut spec = FlowSpec {
+        table: m.table,
+        priority: m.priority,
+        matches: m.matches,
+        instructions: m.instructions,
+        cookie: m.cookie,
+        idle_timeout: m.timeouts.0,
+        hard_timeout: m.timeouts.1,
+        notify_removal: m.flags & SEND_FLOW_REMOVED != 0,
+    };
     let filter = FlowFilter {
         table: (m.table != ALL_TABLES).then_some(m.table),
         matches: spec.matches,
@@ -219,7 +220,7 @@ fn run(switch: &Switch, m: FlowMod) -> Result<()> {
     if !add {
         return Ok(());
     }
-    if m.check_overlap {
+    if m.flags & CHECK_OVERLAP != 0 {
         let table = FlowFilter { table: Some(spec.table), ..FlowFilter::default() };
         let meets = |s: &FlowSpec| s.priority == spec.priority && s.matches.overlaps(&spec.matches);
         if switch.flows(&table).iter().any(|e| meets(&e.spec)) {
