@@ -1,7 +1,8 @@
 //! Bonds: several ports as one. Members are chosen by state of their links and, with LACP, by the partner.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use schemars::JsonSchema;
@@ -19,8 +20,12 @@ pub enum BondMode {
     /// One member at a time.
     #[default]
     ActiveBackup,
+    /// Frame by frame in turn. One flow uses all members, and its frames may overtake each other.
+    RoundRobin,
     /// By source MAC address and VLAN.
     BalanceSource,
+    /// By source and destination MAC address.
+    BalanceMac,
     /// By addresses and ports.
     BalanceFlow,
 }
@@ -44,6 +49,8 @@ pub(crate) struct Bond {
     pub id: PortId,
     pub config: BondConfig,
     active: AtomicU32,
+    /// Frames sent in turn.
+    pub turn: Arc<AtomicUsize>,
     lacp: Mutex<BTreeMap<PortId, Member>>,
 }
 
@@ -54,7 +61,7 @@ impl Bond {
     pub fn new(id: PortId, config: BondConfig) -> Self {
         let system = System { mac: config.system, key: id as u16 };
         let lacp = config.members.iter().map(|m| (*m, Member::new(system, *m as u16))).collect();
-        Self { id, config, active: AtomicU32::new(0), lacp: Mutex::new(lacp) }
+        Self { id, config, active: AtomicU32::new(0), turn: Arc::default(), lacp: Mutex::new(lacp) }
     }
 
     /// Whether a member may carry frames.
@@ -63,7 +70,8 @@ impl Bond {
             && (!self.config.lacp || self.lacp.lock().get(&member).is_some_and(Member::is_distributing))
     }
 
-    fn enabled(&self, ports: &PortTable) -> Vec<PortId> {
+    /// The members that may carry frames.
+    pub fn enabled(&self, ports: &PortTable) -> Vec<PortId> {
         self.config.members.iter().copied().filter(|m| self.is_enabled(*m, ports)).collect()
     }
 

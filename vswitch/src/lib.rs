@@ -49,6 +49,7 @@ mod port_config;
 mod put;
 mod security;
 mod service;
+mod shaper;
 mod shared;
 mod stats;
 mod switch;
@@ -75,12 +76,13 @@ pub use pipeline::MeterConfig;
 #[doc(hidden)]
 pub use port::VhostUserDriver;
 pub use port::{
-    Batch, CapturePort, Endpoint, EndpointPort, NetdevPort, PORT_MAX, PatchPanel, PatchPort, Port, PortId,
-    StreamMode, StreamPort, VhostUserOptions, VhostUserPort,
+    Batch, CapturePort, DatagramPort, Endpoint, EndpointPort, NetdevPort, NextWriter, PORT_MAX, PatchPanel,
+    PatchPort, Port, PortId, StreamMode, StreamPort, VhostUserOptions, VhostUserPort,
 };
-pub use port_config::{Binding, PortConfig, StormControl, VLAN_MAX, VlanMode, VlanSet};
+pub use port_config::{Binding, Marking, PortConfig, StormControl, VLAN_MAX, VlanMode, VlanSet};
 pub use security::{Direction, Protocol, Remote, SecurityGroup, SecurityRule};
 pub use service::{GatewayConfig, GatewayPort, Lease};
+pub use shaper::{ClassStats, ShaperClass, ShaperConfig};
 pub use shared::Mirror;
 pub use stats::{PortStats, SIZE_CLASSES};
 pub use switch::{PortInfo, Switch, SwitchBuilder};

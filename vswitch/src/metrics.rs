@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::stats::SIZE_CLASSES;
-use crate::switch::Switch;
+use crate::switch::{PortInfo, Switch};
 
 impl Switch {
     /// All counters of the switch as a Prometheus page.
@@ -36,6 +36,7 @@ impl Switch {
         for p in &ports {
             writeln!(out, "nacre_switch_port_up{{port=\"{}\"}} {}", escape(&p.name), u8::from(p.link_up))?;
         }
+        self.write_classes(&ports, out)?;
         writeln!(out, "# TYPE nacre_switch_drops_total counter")?;
         for (reason, n) in self.drops() {
             writeln!(out, "nacre_switch_drops_total{{reason=\"{reason}\"}} {n}")?;
@@ -51,6 +52,32 @@ impl Switch {
             ("connections", self.connection_count() as u64),
         ] {
             writeln!(out, "# TYPE nacre_switch_{name} gauge\nnacre_switch_{name} {n}")?;
+        }
+        Ok(())
+    }
+
+    /// Counters of the classes that shapers have.
+    fn write_classes(&self, ports: &[PortInfo], out: &mut String) -> std::fmt::Result {
+        let mut rows = Vec::new();
+        for p in ports {
+            // A port that went meanwhile has none.
+            let classes = self.class_stats(p.id).unwrap_or_default();
+            rows.extend(classes.into_iter().map(|c| {
+                let labels = format!("{{port=\"{}\",class=\"{}\"}}", escape(&p.name), escape(&c.name));
+                (labels, [c.packets, c.bytes, c.dropped, c.waiting])
+            }));
+        }
+        let names = [
+            ("packets_total", "counter"),
+            ("bytes_total", "counter"),
+            ("dropped_total", "counter"),
+            ("waiting", "gauge"),
+        ];
+        for (i, (name, kind)) in names.into_iter().enumerate().filter(|_| !rows.is_empty()) {
+            writeln!(out, "# TYPE nacre_switch_class_{name} {kind}")?;
+            for (labels, values) in &rows {
+                writeln!(out, "nacre_switch_class_{name}{labels} {}", values[i])?;
+            }
         }
         Ok(())
     }

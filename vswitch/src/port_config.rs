@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::address::{IpPrefix, MacAddr};
 use crate::pipeline::MeterConfig;
+use crate::shaper::ShaperConfig;
 
 /// Largest VLAN identifier.
 pub const VLAN_MAX: u16 = 4094;
@@ -175,6 +176,16 @@ pub struct StormControl {
     pub arp: Option<u64>,
 }
 
+/// What is written into frames that come in by a port. Absent: what they carry stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Marking {
+    /// Differentiated services code point of IP packets.
+    pub dscp: Option<u8>,
+    /// Priority (802.1Q) of frames with a tag, and of the tag that frames without get where they leave tagged.
+    pub pcp: Option<u8>,
+}
+
 /// Configuration of one port; the defaults are those of a plain learning switch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -200,8 +211,12 @@ pub struct PortConfig {
     pub storm: StormControl,
     /// Limit of what comes in by the port.
     pub ingress: Option<MeterConfig>,
-    /// Limit of what goes out of the port.
+    /// Limit of what goes out of the port: frames above it are dropped.
     pub egress: Option<MeterConfig>,
+    /// Shaping of what goes out of the port: frames above the rate wait.
+    pub shaping: Option<ShaperConfig>,
+    /// Priorities that frames get where they come in.
+    pub marking: Marking,
     /// Names of security groups. With at least one, only what a rule permits passes.
     pub security_groups: Vec<String>,
 }

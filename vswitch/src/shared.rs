@@ -17,6 +17,7 @@ use crate::pipeline::{ChangeLog, FlowChange, FlowEntry, FlowFilter, FlowSpec, Me
 use crate::port::{PORT_MAX, Port, PortId};
 use crate::port_config::PortConfig;
 use crate::security::SecurityGroups;
+use crate::shaper::Shaper;
 use crate::stats::StatsCell;
 use crate::telemetry::Telemetry;
 
@@ -29,6 +30,7 @@ pub(crate) struct PortLimits {
     pub multicast: Option<Arc<Meter>>,
     pub unknown_unicast: Option<Arc<Meter>>,
     pub arp: Option<Arc<Meter>>,
+    pub shaper: Option<Arc<Shaper>>,
 }
 
 impl PortLimits {
@@ -41,7 +43,12 @@ impl PortLimits {
         };
         let pps = |pps: Option<u64>| pps.map(|p| MeterConfig { pps: Some(p), ..MeterConfig::default() });
         let s = &config.storm;
+        let shaper = config.shaping.as_ref().map(|new| {
+            let old = old.and_then(|o| o.shaper.as_ref()).filter(|s| s.config() == new).cloned();
+            old.unwrap_or_else(|| Arc::new(Shaper::new(new.clone())))
+        });
         Self {
+            shaper,
             ingress: keep(config.ingress, old.map(|o| &o.ingress)),
             egress: keep(config.egress, old.map(|o| &o.egress)),
             broadcast: keep(pps(s.broadcast), old.map(|o| &o.broadcast)),

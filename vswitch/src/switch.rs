@@ -13,6 +13,7 @@ use crate::clock::{Clock, SECOND};
 use crate::config::Applied;
 use crate::datapath::thread::WorkerHandle;
 use crate::datapath::translate::Translation;
+use crate::datapath::transmit::hand_over;
 use crate::datapath::worker::Forwarder;
 use crate::error::{Error, Result};
 use crate::event::Event;
@@ -22,6 +23,7 @@ use crate::pipeline::{Action, Fields, FlowChange, FlowEntry, FlowSpec, Instructi
 use crate::port::{PORT_MAX, PatchPanel, Port, PortId};
 use crate::port_config::PortConfig;
 use crate::security::SecurityGroups;
+use crate::shaper::{ClassStats, Shaper};
 use crate::shared::{PortEntry, PortLimits, PortTable, Shared};
 use crate::stats::PortStats;
 use crate::switch_bonds::tick_bonds;
@@ -227,6 +229,13 @@ impl Switch {
         Ok(port.stats.sum())
     }
 
+    /// Counters of the classes that a port's shaper has; none without a shaper.
+    pub fn class_stats(&self, id: PortId) -> Result<Vec<ClassStats>> {
+        let ports = self.shared.ports.load();
+        let port = ports.get(id).ok_or_else(|| Error::NoSuchPort(id.to_string()))?;
+        Ok(port.limits.shaper.as_ref().map_or_else(Vec::new, |s| s.stats()))
+    }
+
     /// The MAC address table.
     pub fn mac_table(&self) -> Vec<MacRow> {
         self.shared.macs.rows(self.shared.clock.now())
@@ -281,6 +290,7 @@ impl Switch {
                 n += f.run_queue(entry, queue);
             }
         }
+        n += f.release().0;
         drop(f);
         housekeep(&self.shared);
         n
@@ -315,12 +325,22 @@ impl Switch {
         let mut groups = SecurityGroups::clone(&self.shared.security.load());
         groups.members = members(&table);
         self.shared.security.store(Arc::new(groups));
-        self.shared.ports.store(Arc::new(table));
+        let old = self.shared.ports.swap(Arc::new(table));
         self.shared.invalidate();
         if let Some(m) = &self.manual {
             m.lock().refresh();
         }
         self.barrier();
+        // No worker fills the old shapers any more.
+        let ports = self.shared.ports.load();
+        for (port, shaper) in old.iter().filter_map(|p| Some((p, p.limits.shaper.as_ref()?))) {
+            let same = |new: &Arc<Shaper>| Arc::ptr_eq(new, shaper);
+            if let Some(entry) = ports.get(port.id).filter(|e| Arc::ptr_eq(&e.port, &port.port))
+                && !entry.limits.shaper.as_ref().is_some_and(same)
+            {
+                hand_over(entry, shaper, self.shared.workers);
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::bond::{Bond, BondConfig};
 use crate::clock::Nanos;
-use crate::config::{PortKind, SwitchConfig};
+use crate::config::{PortKind, SHAPED_BOND, SwitchConfig};
 use crate::error::{Error, Result};
 use crate::packet::Packet;
 use crate::packet::key::mac_bytes;
@@ -30,6 +30,9 @@ impl Switch {
                 if bonds.iter().any(|b| b.id == *m || b.config.members.contains(m)) {
                     return Err(Error::Invalid(format!("Port {m} belongs to a bond already")));
                 }
+            }
+            if config.shaping.is_some() {
+                return Err(Error::config("shaping", SHAPED_BOND));
             }
         }
         let id = self.add_port(name, BondPort, config)?;

@@ -95,6 +95,33 @@ fn active_backup_fails_over_and_announces() {
 }
 
 #[test]
+fn frames_go_in_turn_or_by_addresses() {
+    let uses = |mode, frames: &[Vec<u8>]| {
+        let pair = bonded(3, mode, false);
+        let (_, a) = port(&pair[0].0, "a", PortConfig::default());
+        let (_, b) = port(&pair[1].0, "b", PortConfig::default());
+        run(&pair, 1);
+        for f in frames {
+            a.send(f);
+        }
+        run(&pair, 1);
+        assert_eq!(drain(&b).len(), frames.len());
+        assert!(drain(&a).is_empty(), "nothing comes back");
+        let mut sent: Vec<u64> =
+            pair[0].1.iter().map(|m| pair[0].0.port_stats(*m).unwrap().tx_packets).collect();
+        sent.sort_unstable();
+        sent
+    };
+    let one_flow: Vec<_> = (0..30).map(|_| udp(1, 2, 5, 6)).collect();
+    let one_pair: Vec<_> = (0..30).map(|n| udp(1, 2, n, 6)).collect();
+    let pairs: Vec<_> = (0..90).map(|n| udp(1, 2 + n, 5, 6)).collect();
+    assert_eq!(uses(BondMode::RoundRobin, &one_flow), [10, 10, 10]);
+    assert_eq!(uses(BondMode::BalanceMac, &one_pair), [0, 0, 30]);
+    assert_eq!(uses(BondMode::BalanceSource, &pairs), [0, 0, 90]);
+    assert!(uses(BondMode::BalanceMac, &pairs)[0] > 10);
+}
+
+#[test]
 fn captures_are_readable_and_metrics_complete() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let s = switch();

@@ -35,6 +35,8 @@ fn a_running_switch_answers() {
     assert_eq!((&ports["total"], &ports["rows"][1]["name"]), (&2.into(), &"b".into()));
     let text = table(View::Ports, &ports);
     assert!(text.starts_with("id  name  kind      link") && text.lines().count() == 3, "{text}");
+    let metrics = ask(&path, &Request::Metrics).unwrap();
+    assert!(metrics.as_str().unwrap().contains("nacre_switch_port_up{port=\"b\"} 1"), "{metrics}");
     let macs = show(View::Macs).unwrap();
     assert_eq!(macs["rows"][0]["mac"], "02:00:00:00:00:02");
     assert_eq!((&macs["rows"][0]["name"], &macs["rows"][0]["static"]), (&"b".into(), &true.into()));
@@ -118,6 +120,36 @@ fn rules_and_fixed_addresses_come_and_go_with_the_configuration() {
     assert!(s.mac_table().is_empty());
     s.apply(&config("", "")).unwrap();
     assert_eq!(rules(), ["0:any normal"]);
+}
+
+#[test]
+fn captures_go_on_in_the_next_file_or_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ring, single) = (dir.path().join("ring"), dir.path().join("single"));
+    let s = common::switch();
+    let text = format!(
+        r#"{{"ports":{{"ring":{{"kind":{{"capture":{{"file":{ring:?},"limit_bytes":131072,"files":3}}}}}},
+                      "single":{{"kind":{{"capture":{{"file":{single:?},"limit_bytes":131072,"files":1}}}}}}}}}}"#
+    );
+    s.apply(&SwitchConfig::parse(&text).unwrap()).unwrap();
+    let (_, a) = port(&s, "a", PortConfig::default());
+    let mut long = udp(1, 2, 5, 6);
+    long.resize(9000, 1);
+    // Fourteen fit into a file.
+    for _ in 0..66 {
+        assert!(a.send(&long));
+    }
+    s.settle(9);
+    let rows = |name: &str| {
+        let out = std::process::Command::new("tshark").arg("-r").arg(dir.path().join(name)).output();
+        let out = out.expect("tshark is missing: install the Debian package tshark");
+        assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).lines().count()
+    };
+    assert_eq!(["ring", "ring.1", "ring.2", "single"].map(rows), [10, 14, 14, 14]);
+    assert!(!dir.path().join("ring.3").exists() && !dir.path().join("single.1").exists());
+    let dropped = |name| s.port_stats(s.port_id(name).unwrap()).unwrap().tx_dropped;
+    assert_eq!((dropped("ring"), dropped("single")), (0, 52));
 }
 
 #[test]

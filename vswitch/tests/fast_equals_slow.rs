@@ -10,7 +10,7 @@ use common::{arp, drain, mac, tcp, udp};
 use proptest::prelude::*;
 use vswitch::packet::key::Field;
 use vswitch::pipeline::{Action, ConntrackAction, FlowFilter, FlowSpec, Instructions, Match};
-use vswitch::{Binding, Endpoint, MacAddr, PortConfig, Switch, VlanMode, VlanSet, ct_state};
+use vswitch::{Binding, Endpoint, MacAddr, Marking, PortConfig, Switch, VlanMode, VlanSet, ct_state};
 
 const PORTS: usize = 4;
 const RULES: usize = 6;
@@ -34,6 +34,7 @@ fn config() -> impl Strategy<Value = PortConfig> {
         source_guard: b[3] && b[2],
         dhcp_guard: b[4],
         security_groups: if b[5] && b[0] { vec!["g".into()] } else { Vec::new() },
+        marking: Marking { dscp: (b[1] && b[5]).then_some(who * 9), pcp: (b[3] && b[5]).then_some(who) },
         ..PortConfig::default()
     })
 }

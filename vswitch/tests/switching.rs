@@ -2,11 +2,12 @@
 #![expect(clippy::unwrap_used, reason = "a test ends where a step fails")]
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::time::Duration;
 
 use vswitch::{
-    Clock, Endpoint, OffloadCaps, PortConfig, PortId, StreamMode, StreamPort, Switch, VlanMode, VlanSet,
+    Clock, DatagramPort, Endpoint, OffloadCaps, PortConfig, PortId, StreamMode, StreamPort, Switch, VlanMode,
+    VlanSet,
 };
 
 fn switch() -> Switch {
@@ -178,6 +179,60 @@ fn stream_ports_frame_with_a_length_and_survive_their_peer() {
     let mut got = [0; 204];
     peer.read_exact(&mut got).unwrap();
     assert_eq!(got[4..], frame(9, 7, None));
+}
+
+#[test]
+fn datagram_ports_carry_a_frame_a_datagram() {
+    let dir = tempfile::tempdir().unwrap();
+    let [fixed, open, peer, other] = ["fixed", "open", "peer", "other"].map(|n| dir.path().join(n));
+    // A socket file that nobody serves is replaced, one that is served is not.
+    drop(UnixDatagram::bind(&fixed).unwrap());
+    let s = switch();
+    let port_of = |path, peer| s.add_port("p", DatagramPort::new(path, peer).unwrap(), PortConfig::default());
+    let id = port_of(&fixed, Some(peer.as_path())).unwrap();
+    assert!(DatagramPort::new(&fixed, None).is_err());
+    let (_, e) = port(&s, "e", VlanMode::default());
+    let link = || s.ports().into_iter().find(|p| p.id == id).unwrap().link_up;
+    assert!(!link());
+    e.send(&frame(9, 7, None));
+    s.poll();
+    for round in 0..2 {
+        // The peer comes, and comes back.
+        let _ = std::fs::remove_file(&peer);
+        let socket = UnixDatagram::bind(&peer).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let mut long = frame(9, 7, None);
+        long.resize(9014, round);
+        e.send(&long);
+        s.poll();
+        assert!(link());
+        let mut got = vec![0; 70_000];
+        assert_eq!(socket.recv(&mut got).unwrap(), 9014);
+        assert_eq!(got[..9014], long);
+        socket.send_to(&frame(7, 9, None), &fixed).unwrap();
+        s.settle(5);
+        assert_eq!(e.recv(), Some(frame(7, 9, None)));
+        // Nobody else is heard.
+        let stranger = UnixDatagram::unbound().unwrap();
+        stranger.send_to(&frame(7, 9, None), &fixed).unwrap();
+        s.settle(5);
+        assert_eq!(e.recv(), None);
+        drop(socket);
+        e.send(&frame(9, 7, None));
+        s.poll();
+        assert!(!link());
+    }
+    s.remove_port(id).unwrap();
+    assert!(!fixed.exists());
+    // Without a configured peer the last sender is the peer.
+    port_of(&open, None).unwrap();
+    let socket = UnixDatagram::bind(&other).unwrap();
+    socket.send_to(&frame(7, 9, None), &open).unwrap();
+    s.settle(5);
+    assert_eq!(e.recv(), Some(frame(7, 9, None)));
+    e.send(&frame(9, 7, None));
+    s.poll();
+    assert_eq!(socket.recv(&mut [0; 2000]).unwrap(), 200);
 }
 
 #[test]

@@ -5,7 +5,6 @@ mod apply;
 mod flow;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,13 +20,18 @@ use crate::bond::BondMode;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::port::{
-    BondPort, CapturePort, NetdevPort, PORT_MAX, PatchPanel, Port, PortId, StreamMode, StreamPort,
-    VhostUserOptions, VhostUserPort,
+    BondPort, CapturePort, DatagramPort, NetdevPort, PORT_MAX, PatchPanel, Port, PortId, StreamMode,
+    StreamPort, VhostUserOptions, VhostUserPort,
 };
 use crate::port_config::{PortConfig, VLAN_MAX, VlanMode};
 use crate::security::{Remote, SecurityGroup};
 use crate::service::{GatewayConfig, GatewayPort};
 use crate::telemetry::TelemetryConfig;
+
+/// Smallest limit of a capture's file: the largest frame fits.
+const CAPTURE_MIN: u64 = 128 << 10;
+/// Most files of a capture.
+const CAPTURE_FILES_MAX: u32 = 1000;
 
 /// A whole switch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -107,6 +111,10 @@ fn snap() -> u32 {
     65_535
 }
 
+fn capture_files() -> u32 {
+    10
+}
+
 fn one() -> usize {
     1
 }
@@ -134,6 +142,14 @@ pub enum PortKind {
         #[serde(default)]
         mode: StreamMode,
     },
+    /// Unix datagrams, one frame each, as of QEMU's `-netdev dgram`.
+    UnixDatagram {
+        /// The switch's socket.
+        socket: PathBuf,
+        /// The peer's socket; absent: whoever sent last.
+        #[serde(default)]
+        peer: Option<PathBuf>,
+    },
     /// Tap interface.
     Tap {
         /// Name of the interface.
@@ -159,6 +175,13 @@ pub enum PortKind {
         /// Most bytes of each frame that are kept.
         #[serde(default = "snap")]
         snap: u32,
+        /// Most bytes of the file; absent: no limit. A full file is renamed, with `.1` behind its name, and a new one
+        /// begun.
+        #[serde(default)]
+        limit_bytes: Option<u64>,
+        /// How many files are kept, the one being written included. With one the capture ends when it is full.
+        #[serde(default = "capture_files")]
+        files: u32,
     },
     /// DHCP server and gateway address.
     Gateway(GatewayConfig),
@@ -188,16 +211,15 @@ impl PortKind {
                 Arc::new(VhostUserPort::new(&o)?)
             }
             PortKind::UnixStream { socket, mode } => Arc::new(StreamPort::new(socket, *mode)?),
+            PortKind::UnixDatagram { socket, peer } => Arc::new(DatagramPort::new(socket, peer.as_deref())?),
             PortKind::Tap { interface, queues } => Arc::new(NetdevPort::tap(interface, *queues)?),
             PortKind::Uplink { interface } => Arc::new(NetdevPort::uplink(interface)?),
             PortKind::Bond { .. } => Arc::new(BondPort),
             PortKind::Patch { cable } => Arc::new(panel.plug(cable)?),
-            PortKind::Capture { file, snap } => {
-                let fail = |e| Error::io(format!("write the capture {}", file.display()), e);
-                Arc::new(
-                    CapturePort::new(File::create(file).map_err(fail)?, *snap, clock.clone())
-                        .map_err(fail)?,
-                )
+            PortKind::Capture { file, snap, limit_bytes, files } => {
+                let limit = limit_bytes.unwrap_or(u64::MAX);
+                let port = CapturePort::files(file, *snap, clock.clone(), limit, *files);
+                Arc::new(port.map_err(|e| Error::io(format!("write the capture {}", file.display()), e))?)
             }
             PortKind::Gateway(g) => Arc::new(GatewayPort::new(g.clone(), clock.clone())?),
         })
@@ -269,6 +291,19 @@ impl SwitchConfig {
             }
             if let PortKind::Bond { members, .. } = &p.kind {
                 self.check_members(name, &format!("{path}.kind.bond.members"), members)?;
+                if self.port_config(p).shaping.is_some() {
+                    return Err(Error::config(path, SHAPED_BOND));
+                }
+            }
+            if let PortKind::Capture { limit_bytes, files, .. } = &p.kind {
+                let wrong =
+                    |field: &str, reason| Err(Error::config(format!("{path}.kind.capture.{field}"), reason));
+                if limit_bytes.is_some_and(|l| l < CAPTURE_MIN) {
+                    return wrong("limit_bytes", format!("use {CAPTURE_MIN} or more"));
+                }
+                if !(1..=CAPTURE_FILES_MAX).contains(files) {
+                    return wrong("files", format!("use 1 to {CAPTURE_FILES_MAX}"));
+                }
             }
             if let PortKind::Gateway(g) = &p.kind {
                 g.check(&format!("{path}.kind.gateway."))?;
@@ -381,7 +416,15 @@ impl SwitchConfig {
                 return Err(Error::config(format!("{path}.{name}"), "a rate of zero would stop the port"));
             }
         }
-        Ok(())
+        for (name, value, limit) in [("dscp", c.marking.dscp, 64), ("pcp", c.marking.pcp, 8)] {
+            if value.is_some_and(|v| v >= limit) {
+                return Err(Error::config(
+                    format!("{path}.marking.{name}"),
+                    format!("use 0 to {}", limit - 1),
+                ));
+            }
+        }
+        c.shaping.as_ref().map_or(Ok(()), |s| s.check(&format!("{path}.shaping")))
     }
 
     /// The properties of a port: its own or its group's.
@@ -390,6 +433,9 @@ impl SwitchConfig {
         port.config.as_ref().or(group).cloned().unwrap_or_default()
     }
 }
+
+/// Why a bond is refused.
+pub(crate) const SHAPED_BOND: &str = "what leaves a bond is shaped by its members; give them the shaping";
 
 fn check_vlan(path: &str, vlan: u16) -> Result<()> {
     if vlan > VLAN_MAX {
@@ -423,6 +469,8 @@ mod tests {
             (r#"{"flows":[{"match":{"vlan":5000}}]}"#, "flows[0].match.vlan"),
             (r#"{"flows":[{"match":{"ip_src":"10.0.0.1","ip_dst":"::1"}}]}"#, "flows[0].match.ip_dst"),
             (r#"{"flows":[{},{}]}"#, "flows[1].match"),
+            (r#"{"port_groups":{"g":{"marking":{"dscp":64}}}}"#, "port_groups.g.marking.dscp"),
+            (r#"{"port_groups":{"g":{"shaping":{"kbps":0}}}}"#, "port_groups.g.shaping.kbps"),
             (r#"{"flows":[{"actions":[{"set_dscp":64}]}]}"#, "flows[0].actions[0]"),
             (r#"{"telemetry":{"sflow":{"collectors":[]}}}"#, "telemetry.sflow.collectors"),
             (

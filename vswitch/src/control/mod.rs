@@ -51,6 +51,8 @@ pub enum Request {
         #[serde(default = "limit")]
         limit: usize,
     },
+    /// All counters: the answer is a page in Prometheus' text format.
+    Metrics,
     /// What would happen to a frame: the answer is a list of lines.
     Trace {
         /// Name of the port that the frame comes in by.

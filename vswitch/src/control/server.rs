@@ -89,6 +89,7 @@ fn answer(switch: &Switch, line: &str) -> Result<Value> {
         .map_err(|e| Error::Invalid(format!("The request cannot be understood: {e}")))?;
     match request {
         Request::Show { what, limit } => view::rows(switch, what, limit),
+        Request::Metrics => Ok(json!(switch.prometheus())),
         Request::Trace { port, frame } => {
             let id = switch.port_id(&port).ok_or(Error::NoSuchPort(port))?;
             Ok(json!(switch.trace(id, &hexadecimal(&frame)?)?))

@@ -47,17 +47,10 @@ impl Executor<'_> {
         for op in ops {
             match op {
                 Op::Output { port, vlan, limit } => {
-                    if self.limited(limit.as_deref(), at) {
-                        self.count_limited(*port);
-                        continue;
-                    }
-                    // A port that gets one packet twice must not find one change of its tag undone by the other.
-                    let twice = *vlan != VlanOp::None
-                        && self.out.get(*port as usize).is_some_and(|q| q.index.last() == Some(&(at as u16)));
-                    let send = if twice { self.burst.duplicate(at) } else { Some(at) };
-                    let Some(send) = send else { return };
-                    enqueue(self.out, self.active, *port, send as u16, *vlan);
-                    shared = true;
+                    shared |= self.output(*port, *vlan, limit.as_deref(), at);
+                }
+                Op::OutputInTurn { turns, vlan, limit } => {
+                    shared |= self.output(turns.take(), *vlan, limit.as_deref(), at);
                 }
                 Op::Edit(e) => {
                     if std::mem::take(&mut shared) {
@@ -105,14 +98,26 @@ impl Executor<'_> {
         }
     }
 
-    fn limited(&self, meter: Option<&Meter>, at: usize) -> bool {
-        meter.is_some_and(|m| !m.allow(self.burst.packets()[at].len(), self.now))
+    /// Puts a packet into a port's queue; says whether it waits there itself, not as a copy.
+    fn output(&mut self, port: PortId, vlan: VlanOp, limit: Option<&Meter>, at: usize) -> bool {
+        if self.limited(limit, at) {
+            if let Some(e) = self.ports.get(port) {
+                e.stats.of(self.worker).tx_limited.add(1);
+            }
+            return false;
+        }
+        // A port that gets one packet twice must not find one change of its tag undone by the other.
+        let twice = vlan != VlanOp::None
+            && self.out.get(port as usize).is_some_and(|q| q.index.last() == Some(&(at as u16)));
+        let send = if twice { self.burst.duplicate(at) } else { Some(at) };
+        if let Some(send) = send {
+            enqueue(self.out, self.active, port, send as u16, vlan);
+        }
+        send == Some(at)
     }
 
-    fn count_limited(&self, port: PortId) {
-        if let Some(e) = self.ports.get(port) {
-            e.stats.of(self.worker).tx_limited.add(1);
-        }
+    fn limited(&self, meter: Option<&Meter>, at: usize) -> bool {
+        meter.is_some_and(|m| !m.allow(self.burst.packets()[at].len(), self.now))
     }
 
     /// Changes a packet; `false`: it must be dropped.

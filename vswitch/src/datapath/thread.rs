@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::worker::Forwarder;
+use crate::clock::{MILLISECOND, Nanos};
 use crate::error::{Error, Result};
 use crate::port::Port;
 use crate::shared::{PortEntry, Shared};
@@ -105,6 +106,8 @@ struct Loop {
     epoll: Epoll,
     queues: Vec<Queue>,
     awake: usize,
+    /// Milliseconds slept without an event.
+    slept: i32,
 }
 
 impl Loop {
@@ -118,6 +121,7 @@ impl Loop {
             epoll: Epoll::new()?,
             queues: Vec::new(),
             awake: 0,
+            slept: 0,
         })
     }
 
@@ -130,13 +134,31 @@ impl Loop {
             }
             self.answer();
             self.round();
+            let (_, due) = self.forwarder.release();
             rounds = rounds.saturating_add(1);
             if self.awake == 0 {
-                self.wait(SLEEP_MS)?;
+                self.sleep(due)?;
             } else if rounds >= ROUNDS_PER_EVENT_CHECK && self.awake < self.queues.len() {
                 rounds = 0;
                 self.wait(0)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until a queue has something to receive, or a shaper may have something to send.
+    fn sleep(&mut self, due: Option<Nanos>) -> std::io::Result<()> {
+        // A shaper's bucket holds several milliseconds' worth, so waking up late costs no throughput.
+        let due = due.map_or(u64::MAX, |at| at.saturating_sub(self.forwarder.now()) / MILLISECOND);
+        let rest = SLEEP_MS - self.slept;
+        let timeout = i32::try_from(due).map_or(rest, |due| rest.min(due.saturating_add(1)));
+        let n = self.wait(timeout)?;
+        self.slept += timeout;
+        if n == 0 && self.slept >= SLEEP_MS {
+            self.queues.iter_mut().for_each(|q| wake(q, &mut self.awake));
+        }
+        if n > 0 || self.slept >= SLEEP_MS {
+            self.slept = 0;
         }
         Ok(())
     }
@@ -201,19 +223,15 @@ impl Loop {
     }
 
     /// Looks for sleeping queues with work, waiting up to `timeout_ms`.
-    fn wait(&mut self, timeout_ms: i32) -> std::io::Result<()> {
+    fn wait(&mut self, timeout_ms: i32) -> std::io::Result<usize> {
         let (queues, awake, control) = (&mut self.queues, &mut self.awake, &self.control);
-        let n = self.epoll.wait(timeout_ms, |token| {
+        self.epoll.wait(timeout_ms, |token| {
             if token == CONTROL_TOKEN {
                 control.wake.clear();
             } else if let Some(q) = queues.get_mut(token as usize) {
                 wake(q, awake);
             }
-        })?;
-        if n == 0 && timeout_ms > 0 {
-            queues.iter_mut().for_each(|q| wake(q, awake));
-        }
-        Ok(())
+        })
     }
 }
 

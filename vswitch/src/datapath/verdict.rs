@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::clock::Nanos;
 use crate::conntrack::{Conn, CtDependency};
@@ -32,6 +32,24 @@ pub enum Edit {
     DecTtl,
 }
 
+/// Ports that frames leave by in turn.
+#[derive(Clone, Debug)]
+pub struct Turns {
+    /// The port that they stand for.
+    pub bond: PortId,
+    /// The ports, at least one.
+    pub members: Vec<PortId>,
+    /// Frames sent so far, whichever flow they belong to.
+    pub turn: Arc<AtomicUsize>,
+}
+
+impl Turns {
+    /// The port of the next frame.
+    pub fn take(&self) -> PortId {
+        self.members[self.turn.fetch_add(1, Ordering::Relaxed) % self.members.len()]
+    }
+}
+
 /// One step of a decision.
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -42,6 +60,15 @@ pub enum Op {
         /// What happens to the outer tag on this way out only.
         vlan: VlanOp,
         /// Rate limit of this way out.
+        limit: Option<Arc<Meter>>,
+    },
+    /// Send the packet, as it is now, out of one port after the other.
+    OutputInTurn {
+        /// The ports.
+        turns: Turns,
+        /// As above.
+        vlan: VlanOp,
+        /// As above.
         limit: Option<Arc<Meter>>,
     },
     /// Change the packet for the steps that follow.
@@ -176,6 +203,7 @@ impl Verdict {
         fn ports(ops: &[Op]) -> (u32, PortId) {
             ops.iter().fold((0, 0), |(n, last), op| match op {
                 Op::Output { port, .. } => (n + 1, *port),
+                Op::OutputInTurn { turns, .. } => (n + 1, turns.bond),
                 Op::Copy(inner) => {
                     let (m, port) = ports(inner);
                     (n + m, if m > 0 { port } else { last })

@@ -6,14 +6,14 @@ use std::sync::atomic::Ordering;
 use super::cache::{CacheKey, FlowCache};
 use super::execute::{Executor, OutQueue, enqueue};
 use super::translate::Translation;
+use super::transmit::{self, Scratch};
 use super::verdict::{DropReason, Op, Verdict};
 use crate::clock::{MILLISECOND, Nanos, SECOND};
 use crate::packet::key::{self, CACHE_WORDS, Field, FlowKey};
-use crate::packet::offload::{self, OffloadCaps};
 use crate::packet::vlan::VlanOp;
 use crate::packet::{BURST, Burst, Packet};
 use crate::pipeline::Action;
-use crate::port::{Batch, PortId};
+use crate::port::PortId;
 use crate::shared::{PortEntry, PortTable, Shared};
 use crate::stats::{WorkerStats, size_class};
 use crate::telemetry::Output;
@@ -54,7 +54,9 @@ pub(crate) struct Forwarder {
     keys: Box<[FlowKey; BURST]>,
     out: Vec<OutQueue>,
     active: Vec<PortId>,
-    finished: Vec<Packet>,
+    scratch: Scratch,
+    /// Ports whose shapers this worker looks at: its share of them, and those where it left packets.
+    shaped: Vec<PortId>,
     undo: Vec<(u16, VlanOp)>,
     samplers: Vec<Sampler>,
     /// Whether flows are metered: their records want the flags of every packet.
@@ -75,7 +77,8 @@ impl Forwarder {
             keys: Box::new([FlowKey::default(); BURST]),
             out: Vec::new(),
             active: Vec::new(),
-            finished: Vec::new(),
+            scratch: Scratch::default(),
+            shaped: Vec::new(),
             undo: Vec::new(),
             samplers: Vec::new(),
             metered: false,
@@ -85,6 +88,11 @@ impl Forwarder {
     /// The ports as this worker sees them.
     pub fn ports(&self) -> &Arc<PortTable> {
         &self.ports
+    }
+
+    /// The present time.
+    pub fn now(&self) -> Nanos {
+        self.shared.clock.now()
     }
 
     /// Takes notice of configuration changes; says whether there was one.
@@ -109,6 +117,8 @@ impl Forwarder {
         self.generation = generation;
         self.ports = self.shared.ports.load_full();
         self.out.resize_with(self.ports.end(), OutQueue::default);
+        let mine = |p: &&Arc<PortEntry>| p.limits.shaper.is_some() && self.owns(p.id);
+        self.shaped = self.ports.iter().filter(mine).map(|p| p.id).collect();
         self.samplers = self.shared.telemetry.samplers();
         self.metered = self.shared.telemetry.config().meters_all();
         true
@@ -332,6 +342,36 @@ impl Forwarder {
         self.burst.clear();
     }
 
+    /// Whether this worker looks after the shaper of a port whoever fills it.
+    fn owns(&self, port: PortId) -> bool {
+        port as usize % self.shared.workers == self.id
+    }
+
+    /// Sends what shapers let out by now; returns the number of packets, and when to call again at the latest.
+    #[inline]
+    pub fn release(&mut self) -> (usize, Option<Nanos>) {
+        if self.shaped.is_empty() { (0, None) } else { self.release_shaped() }
+    }
+
+    #[cold]
+    fn release_shaped(&mut self) -> (usize, Option<Nanos>) {
+        let (mut n, mut first) = (0, None);
+        let mut shaped = std::mem::take(&mut self.shaped);
+        shaped.retain(|port| {
+            let Some(entry) = self.ports.get(*port) else { return false };
+            let Some(shaper) = &entry.limits.shaper else { return false };
+            if shaper.is_waiting() {
+                let now = self.shared.clock.now();
+                let (sent, next) = transmit::release(entry, shaper, self.id, now, &mut self.scratch);
+                n += sent;
+                first = first.into_iter().chain(next).min();
+            }
+            self.owns(*port) || shaper.is_waiting()
+        });
+        self.shaped = shaped;
+        (n, first)
+    }
+
     /// Sends everything that was enqueued.
     fn flush(&mut self) {
         while let Some(port) = self.active.pop() {
@@ -346,9 +386,6 @@ impl Forwarder {
     }
 
     fn send(&mut self, entry: &PortEntry, q: &OutQueue) {
-        let stats = entry.stats.of(self.id);
-        let caps = entry.port.offloads();
-        let queue = self.id % entry.port.tx_queues().max(1);
         self.undo.clear();
         for (&i, &tag) in q.index.iter().zip(&q.tags) {
             if tag != VlanOp::None {
@@ -358,24 +395,16 @@ impl Forwarder {
             }
         }
         let packets = self.burst.packets();
-        // Runs of packets that can go as they are; between them, packets that need work first.
-        let mut start = 0;
-        for (at, &i) in q.index.iter().enumerate() {
-            let p = &packets[usize::from(i)];
-            let too_long =
-                entry.config.mtu.is_some_and(|m| !p.offload.is_gso() && offload::payload_len(p) > m.into());
-            if p.offload.fits(caps) && !too_long {
-                continue;
-            }
-            transmit(entry, queue, stats, &Batch::select(packets, &q.index[start..at]));
-            start = at + 1;
-            if too_long {
-                stats.tx_too_long.add(1);
-            } else {
-                finish_and_transmit(entry, queue, stats, p, caps, &mut self.finished);
+        match &entry.limits.shaper {
+            None => transmit::send(entry, self.id, packets, &q.index, &mut self.scratch),
+            Some(shaper) => {
+                let now = self.shared.clock.now();
+                transmit::shape(entry, shaper, self.id, packets, &q.index, now, &mut self.scratch);
+                if shaper.is_waiting() && !self.shaped.contains(&entry.id) {
+                    self.shaped.push(entry.id);
+                }
             }
         }
-        transmit(entry, queue, stats, &Batch::select(packets, &q.index[start..]));
         for (i, op) in self.undo.drain(..) {
             op.apply(self.burst.packet_mut(usize::from(i)));
         }
@@ -404,36 +433,4 @@ fn count_received(stats: &WorkerStats, p: &Packet, key: &FlowKey) -> u64 {
         if dst == key::BROADCAST_MAC { stats.rx_broadcast.add(1) } else { stats.rx_multicast.add(1) }
     }
     len as u64
-}
-
-fn transmit(entry: &PortEntry, queue: usize, stats: &WorkerStats, batch: &Batch<'_>) {
-    let n = batch.len();
-    if n == 0 {
-        return;
-    }
-    let sent = entry.port.transmit(queue, batch).min(n);
-    let bytes: usize = (0..sent).map(|i| batch.get(i).len()).sum();
-    stats.tx_packets.add(sent as u64);
-    stats.tx_bytes.add(bytes as u64);
-    if sent < n {
-        stats.tx_dropped.add((n - sent) as u64);
-    }
-}
-
-#[cold]
-fn finish_and_transmit(
-    entry: &PortEntry,
-    queue: usize,
-    stats: &WorkerStats,
-    p: &Packet,
-    caps: OffloadCaps,
-    finished: &mut Vec<Packet>,
-) {
-    finished.clear();
-    if !offload::finish(p, caps, finished) {
-        return stats.tx_dropped.add(1);
-    }
-    for part in finished.chunks(BURST) {
-        transmit(entry, queue, stats, &Batch::all(part));
-    }
 }

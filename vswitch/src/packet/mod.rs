@@ -194,6 +194,20 @@ impl Packet {
         v
     }
 
+    /// A copy that owns all of its bytes.
+    pub(crate) fn detached(&self) -> Self {
+        let mut owned = Vec::new();
+        self.copy_from(self.head().len(), &mut owned);
+        Self {
+            head: self.head,
+            start: self.start,
+            end: self.end,
+            owned,
+            guest: GuestTail::default(),
+            offload: self.offload,
+        }
+    }
+
     /// Makes this packet a copy of `other`; a tail in guest memory is shared, not copied, so both must belong to
     /// the same burst.
     pub(crate) fn clone_from_same_burst(&mut self, other: &Packet) {

@@ -2,6 +2,7 @@
 
 mod bond_port;
 mod capture;
+mod datagram;
 mod endpoint;
 mod netdev;
 mod patch;
@@ -11,7 +12,8 @@ mod vhost;
 use std::os::fd::RawFd;
 
 pub(crate) use bond_port::BondPort;
-pub use capture::CapturePort;
+pub use capture::{CapturePort, NextWriter};
+pub use datagram::DatagramPort;
 pub use endpoint::{Endpoint, EndpointPort};
 pub use netdev::NetdevPort;
 pub use patch::{PatchPanel, PatchPort};

@@ -112,18 +112,23 @@ impl StreamPort {
 
 /// Binds a listening socket; a socket file that nobody serves is removed first.
 pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
+    claim(path, |p| UnixStream::connect(p).map(drop))?;
+    UnixListener::bind(path).map_err(|e| Error::io(format!("listen on {}", path.display()), e))
+}
+
+/// Removes a socket file that nobody serves, which `connect` finds out. Any other file is left alone and an error.
+pub(super) fn claim(path: &Path, connect: impl FnOnce(&Path) -> io::Result<()>) -> Result<()> {
     let fail = |e| Error::io(format!("listen on {}", path.display()), e);
     match fs::symlink_metadata(path) {
         Ok(m) if m.file_type().is_socket() => {
-            if !UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
+            if !connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
                 return Err(Error::SocketInUse(path.to_path_buf()));
             }
-            fs::remove_file(path).map_err(fail)?;
+            fs::remove_file(path).map_err(fail)
         }
-        Ok(_) => return Err(fail(ErrorKind::AlreadyExists.into())),
-        Err(_) => {}
+        Ok(_) => Err(fail(ErrorKind::AlreadyExists.into())),
+        Err(_) => Ok(()),
     }
-    UnixListener::bind(path).map_err(fail)
 }
 
 /// A listening socket whose rights are the owner's alone, for those who may change or see everything. Accepting does

@@ -86,6 +86,12 @@ enum Question {
         #[arg(long, default_value_t = 50)]
         limit: usize,
     },
+    /// Print all counters as a page in Prometheus' text format.
+    Metrics {
+        /// Socket of the running switch.
+        #[arg(long, value_name = "SOCKET")]
+        control: PathBuf,
+    },
     /// Explain what would happen to a frame, without sending it.
     Trace {
         /// The frame in hexadecimal, from the destination address on.
@@ -127,6 +133,9 @@ fn ask(question: Question) -> Result<()> {
             } else {
                 print!("{}", control::table(what.into(), &answer));
             }
+        }
+        Question::Metrics { control } => {
+            print!("{}", control::ask(&control, &Request::Metrics)?.as_str().unwrap_or_default());
         }
         Question::Trace { frame, port, control } => {
             let answer = control::ask(&control, &Request::Trace { port, frame })?;

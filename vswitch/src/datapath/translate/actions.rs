@@ -154,7 +154,7 @@ impl Translation<'_> {
         self.ops.push(Op::Edit(e));
     }
 
-    fn set_field(&mut self, field: Field, value: u128, mask: u128) {
+    pub(super) fn set_field(&mut self, field: Field, value: u128, mask: u128) {
         let old = self.key.get(field);
         let vlan = field == Field::Vlan;
         if vlan {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::bond::BondMode;
 use crate::clock::Nanos;
 use crate::conntrack::Tracked;
-use crate::datapath::verdict::{DropReason, Op, Verdict};
+use crate::datapath::verdict::{DropReason, Op, Turns, Verdict};
 use crate::lacp::{ETH_SLOW, SLOW_PROTOCOLS};
 use crate::packet::key::{Field, FlowKey};
 use crate::packet::vlan::VlanOp;
@@ -123,12 +123,17 @@ impl<'a> Translation<'a> {
             self.ops.push(Op::Meter(m.clone()));
         }
         self.storm_control(entry);
+        let unmarked = self.ops.len();
+        self.mark_priorities(entry);
         let before = self.ops.len();
         self.table(0);
         let set = std::mem::take(&mut self.action_set);
         self.actions(&ordered(set), 0);
-        if self.ops.len() == before && self.verdict.drop.is_none() {
-            self.drop_for(DropReason::Pipeline);
+        if self.ops.len() == before {
+            self.ops.truncate(unmarked);
+            if self.verdict.drop.is_none() {
+                self.drop_for(DropReason::Pipeline);
+            }
         }
     }
 
@@ -154,21 +159,30 @@ impl<'a> Translation<'a> {
         self.ports.get(bond.id).cloned()
     }
 
-    /// The port that frames for `out` leave by: of a bond, one of its members.
-    fn physical(&mut self, out: &PortEntry) -> Option<PortId> {
+    /// The port that frames for `out` leave by: of a bond, one of its members, or all in turn.
+    fn physical(&mut self, out: &PortEntry) -> Option<Way> {
         let bonds = self.shared.bonds.load();
-        let Some(bond) = bonds.iter().find(|b| b.id == out.id) else { return Some(out.id) };
+        let Some(bond) = bonds.iter().find(|b| b.id == out.id) else { return Some(Way::One(out.id)) };
         let hash = match bond.config.mode {
+            BondMode::RoundRobin => {
+                let members = bond.enabled(self.ports);
+                return (!members.is_empty())
+                    .then(|| Way::Turns(Turns { bond: out.id, members, turn: bond.turn.clone() }));
+            }
             BondMode::ActiveBackup => 0,
+            BondMode::BalanceMac => {
+                self.mask.mark(Field::EthSrc);
+                self.mask.mark(Field::EthDst);
+                mixed(self.key.get64(Field::EthSrc) ^ self.key.get64(Field::EthDst))
+            }
             BondMode::BalanceSource => {
                 self.mask.mark(Field::EthSrc);
                 self.mask.mark(Field::Vlan);
-                let mixed = self.key.get64(Field::EthSrc) ^ self.key.get64(Field::Vlan) << 48;
-                mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32
+                mixed(self.key.get64(Field::EthSrc) ^ self.key.get64(Field::Vlan) << 48)
             }
             BondMode::BalanceFlow => self.flow_hash(),
         };
-        bond.choose(self.ports, hash)
+        bond.choose(self.ports, hash).map(Way::One)
     }
 
     /// The port that the packet came in by.
@@ -196,15 +210,30 @@ impl<'a> Translation<'a> {
         if !self.may_leave(out, vlan) {
             return false;
         }
-        let Some(port) = self.physical(out) else {
+        let Some(way) = self.physical(out) else {
             self.note(|| format!("bond {} has no member in use", out.id));
             return false;
         };
         self.mirror_out(out.id);
         self.note(|| format!("output to port {} ({}), tag: {op:?}", out.id, out.name));
-        self.ops.push(Op::Output { port, vlan: op, limit: out.limits.egress.clone() });
+        let (vlan, limit) = (op, out.limits.egress.clone());
+        self.ops.push(match way {
+            Way::One(port) => Op::Output { port, vlan, limit },
+            Way::Turns(turns) => Op::OutputInTurn { turns, vlan, limit },
+        });
         true
     }
+}
+
+/// Where frames for a port leave.
+enum Way {
+    One(PortId),
+    Turns(Turns),
+}
+
+/// Spreads the differences between addresses over a hash.
+fn mixed(addresses: u64) -> u64 {
+    addresses.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32
 }
 
 /// The order in which OpenFlow executes an action set: the last action of each kind, outputs at the end.

@@ -40,6 +40,11 @@ impl Translation<'_> {
         self.mask.mark(Field::Vlan);
         let tci = self.key.get64(Field::Vlan) as u16;
         let (vlan, tag) = ingress_vlan(&entry.config.vlan, tci)?;
+        let tci = match tag {
+            Tag::Present | Tag::Priority => tci,
+            // The priority of the tag that the frame gets where it leaves tagged.
+            Tag::Absent | Tag::Service => u16::from(entry.config.marking.pcp.unwrap_or(0)) << 13,
+        };
         Some(VlanState { vlan, tag, tci })
     }
 
@@ -182,7 +187,7 @@ fn egress_vlan(mode: &VlanMode, state: VlanState) -> VlanOp {
         (Tag::Present, false) => VlanOp::Pop,
         (Tag::Present, true) | (Tag::Absent | Tag::Service, false) => VlanOp::None,
         (Tag::Absent, true) => VlanOp::Push { tpid: TPID_C, tci },
-        (Tag::Service, true) => VlanOp::Push { tpid: TPID_S, tci: vlan },
+        (Tag::Service, true) => VlanOp::Push { tpid: TPID_S, tci },
         // A priority tag without VLAN stays only where VLAN 0 is native.
         (Tag::Priority, false) if vlan == 0 => VlanOp::None,
         (Tag::Priority, false) => VlanOp::Pop,

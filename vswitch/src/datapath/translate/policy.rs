@@ -6,8 +6,9 @@ use crate::datapath::verdict::{DropReason, Op};
 use crate::packet::key::{
     BROADCAST_MAC, ETH_ARP, ETH_IPV4, ETH_IPV6, FRAG_LATER, Field, ICMPV6, UDP, is_group_mac, quoted_packet,
 };
-use crate::packet::vlan::VlanOp;
+use crate::packet::vlan::{PRESENT, VlanOp};
 use crate::port::PortId;
+use crate::port_config::VlanMode;
 use crate::security::Direction;
 use crate::shared::PortEntry;
 
@@ -121,6 +122,25 @@ impl Translation<'_> {
         if let Some(m) = meter {
             self.note(|| "storm control".into());
             self.ops.push(Op::Meter(m.clone()));
+        }
+    }
+
+    /// Writes the priorities that the port gives to what comes in.
+    pub(super) fn mark_priorities(&mut self, entry: &PortEntry) {
+        let m = entry.config.marking;
+        if let Some(dscp) = m.dscp
+            && matches!(self.ethertype(), ETH_IPV4 | ETH_IPV6)
+        {
+            self.note(|| format!("marked with code point {dscp}"));
+            self.set_field(Field::IpTos, u128::from(dscp) << 2, 0xfc);
+        }
+        // The tag of a frame that is to be tunnelled is its sender's.
+        if let Some(pcp) = m.pcp
+            && !matches!(entry.config.vlan, VlanMode::Tunnel(_))
+            && self.read(Field::Vlan) & u64::from(PRESENT) != 0
+        {
+            self.note(|| format!("marked with priority {pcp}"));
+            self.set_field(Field::Vlan, u128::from(pcp) << 13, 0xe000);
         }
     }
 
