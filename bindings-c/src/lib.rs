@@ -11,6 +11,20 @@
 //! - Nothing here ends the process, installs signal handlers or loggers, or lets a Rust panic cross the border.
 //! - Objects may be used from several threads at once.
 //!
+//! A program in C:
+//!
+//! ```c
+//! #include <nacre.h>
+//!
+//! struct nacre_vm *vm = NULL;
+//! enum nacre_stop_reason reason;
+//! struct nacre_vm_options options = {.struct_size = sizeof options, .kernel = "vmlinuz", .memory = 256u << 20};
+//! enum nacre_status status = nacre_vm_build(&options, &vm, NULL);
+//! if (!status) status = nacre_vm_start(vm, NULL);
+//! if (!status) status = nacre_vm_wait(vm, -1, &reason, NULL, NULL);
+//! nacre_vm_free(vm, NULL);
+//! ```
+//!
 //! `include/nacre.h` is generated from this crate; see `CONTRIBUTING.md`.
 
 #![expect(non_camel_case_types, reason = "the names are those of the C header")]

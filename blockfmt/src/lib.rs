@@ -25,6 +25,15 @@
 //! # Ok(()) }
 //! ```
 //!
+//! # Specifications
+//!
+//! [qcow2](https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/qcow2.rst), versions 2 and 3; Microsoft's
+//! "Virtual Hard Disk Image Format Specification" (VHD, 2006) and
+//! [MS-VHDX](https://learn.microsoft.com/openspecs/windows_protocols/ms-vhdx); the
+//! [LUKS1 on-disk format](https://gitlab.com/cryptsetup/cryptsetup/-/wikis/Specification), version 1.2.3; the
+//! [NBD protocol](https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md). Which bytes of a file are locked,
+//! and what each means, is as in QEMU's `block/file-posix.c`.
+//!
 //! # Adding a format
 //!
 //! A format is a module under `src/format/` with a type that implements [`Layer`]. Add a variant to

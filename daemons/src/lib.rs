@@ -1,4 +1,19 @@
-//! What Nacre's programs share.
+//! Nacre's programs, and here what they share.
+//!
+//! - `nacre`: runs a virtual machine on this terminal (`run`), works on disks (`disk`), says which accelerators work
+//!   (`accel`), and talks to a cluster's agents (`cluster`).
+//! - `nacre-switch`: a virtual switch with its ports, flow rules and policies.
+//! - `nacre-blk`: exports virtual disks over NBD and vhost-user-blk, and changes them at run time over an API.
+//! - `nacre-node`: a host's agent in a cluster.
+//!
+//! Each explains itself, with examples, by `--help`. They parse arguments and wire the crates together; a program that
+//! wants the same in its own process takes the crates: see `nacre-engine`.
+//!
+//! ```
+//! // As `nacre-blk` starts: its messages go to standard error, what the environment asks for.
+//! daemons::log_to_stderr("NACRE_LOG", tracing_subscriber::filter::LevelFilter::WARN);
+//! tracing::warn!("about to listen");
+//! ```
 #![forbid(unsafe_code)]
 
 use tracing_subscriber::filter::{LevelFilter, Targets};

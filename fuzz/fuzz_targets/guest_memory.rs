@@ -1,6 +1,7 @@
 //! Any access to any range of guest memory is answered, and reads what was last written.
 #![no_main]
 
+use fuzz::reached;
 use libfuzzer_sys::fuzz_target;
 use vmm_core::memory::{GuestMemory, MemoryRegion, RegionOptions};
 
@@ -18,6 +19,12 @@ fuzz_target!(|ops: Vec<(u64, u16, u8)>| {
         let data = vec![value; len];
         let inside = (0..len as u64).all(|i| address.checked_add(i).is_some_and(ram));
         assert_eq!(memory.write(address, &data).is_ok(), inside || len == 0);
+        if inside && (0x2000..0x3000).contains(&address) && address + len as u64 > 0x3000 {
+            reached("across");
+        }
+        if !inside && len > 0 {
+            reached("refused");
+        }
         if inside && len > 0 {
             model[address as usize..address as usize + len].fill(value);
         }

@@ -71,6 +71,13 @@
 //! (`block::native`); what that cannot do the interpreter does. Neither results nor the number of executed instructions
 //! depend on it.
 //!
+//! # Specifications
+//!
+//! The [Intel 64 and IA-32 Architectures Software Developer's Manual](https://www.intel.com/sdm), volumes 2
+//! (instructions) and 3 (system programming); where the two makers differ, a model of
+//! [AMD's Architecture Programmer's Manual](https://docs.amd.com/v/u/en-US/40332-PUB_4.05). The paravirtual clock is
+//! that of Linux' [KVM documentation](https://docs.kernel.org/virt/kvm/x86/msr.html).
+//!
 //! # Limits
 //!
 //! Virtual-8086 mode and task gates are not implemented; neither is anything that CPUID does not announce.
