@@ -283,7 +283,8 @@ fn hostile_images_are_refused_and_repaired() {
         let error = OpenOptions::new(Format::Vhdx).open(&path).expect_err(what);
         assert!(matches!(error, Error::Unsupported { .. } | Error::Corrupt { .. }), "{what}: {error}");
     };
-    refused("identifier", &|b| b[0] = 0);
+    write(&|b| b[0] = 0);
+    assert!(matches!(OpenOptions::new(Format::Vhdx).open(&path), Err(Error::WrongFormat { .. })));
     refused("version", &|b| header(b, 66, &[9]));
     refused("log version", &|b| header(b, 48, &[1; 17]));
     refused("log offset", &|b| header(b, 72, &[0; 8]));

@@ -1,5 +1,6 @@
 //! The formats.
 
+mod blocks;
 pub mod check;
 pub mod luks;
 pub mod qcow2;
@@ -8,7 +9,7 @@ pub mod vhd;
 pub mod vhdx;
 
 use crate::disk::CreateOptions;
-use crate::{Error, Gather, Layer, Result, Secret, Storage};
+use crate::{Error, Layer, Result, Secret, Storage};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -112,30 +113,4 @@ pub(crate) fn create_layer(
         Format::Vhdx => vhdx::create(&storage, options),
         Format::Luks => luks::create(&storage, options),
     }
-}
-
-/// Largest sector of a format with sectors, in bytes.
-const MAX_SECTOR: usize = 4096;
-
-/// Zeros a range in a format whose sectors are complete in an image or absent: whole sectors with `zero`, which
-/// takes offset and length, and the parts of sectors at the edges with `write`.
-fn zero_sectors(
-    sector: u64,
-    offset: u64,
-    len: u64,
-    zero: impl FnOnce(u64, u64) -> Result<()>,
-    write: impl Fn(Gather<'_>, u64) -> Result<()>,
-) -> Result<()> {
-    let end = offset + len;
-    let (start, stop) = (offset.next_multiple_of(sector).min(end), end / sector * sector);
-    let edges = if start < stop {
-        zero(start, stop - start)?;
-        [(offset, start), (stop, end)]
-    } else {
-        [(offset, start), (start, end)] // at most two sectors, both in part
-    };
-    for (from, to) in edges.into_iter().filter(|(from, to)| from < to) {
-        write(Gather::new(&[0; MAX_SECTOR][..(to - from) as usize]), from)?;
-    }
-    Ok(())
 }

@@ -1,5 +1,6 @@
-//! A virtio device of one's own: an entropy device whose bytes follow from a seed, so that a guest's run can be
-//! repeated. The guest's stock driver reads it as /dev/hwrng: `custom_device IMAGES SEED`.
+//! A virtio device of one's own: an entropy device whose bytes follow from a seed. Each buffer gets the same ones, since
+//! the guest's kernel draws some for itself at moments of its own. The guest's stock driver reads the device as
+//! /dev/hwrng: `custom_device IMAGES SEED`.
 
 use std::sync::Arc;
 
@@ -11,7 +12,6 @@ use nacre_engine::vmm_core::devices::virtio::{
 use nacre_engine::vmm_core::machine::{StopReason, Vm};
 
 /// The generator: an xorshift of 64 bits.
-#[derive(Clone)]
 struct Numbers(u64);
 
 impl Numbers {
@@ -51,13 +51,13 @@ impl VirtioDevice for SeededEntropy {
 
     /// The driver is ready: one worker thread serves queue 0.
     fn activate(&self, _: Activation<'_>) -> Result<Vec<HandlerSpec>, DeviceError> {
-        let handler = Requests { numbers: Numbers(self.seed), chain: Chain::default() };
+        let handler = Requests { seed: self.seed, chain: Chain::default() };
         Ok(vec![HandlerSpec::new([0], handler)])
     }
 }
 
 struct Requests {
-    numbers: Numbers,
+    seed: u64,
     chain: Chain,
 }
 
@@ -69,8 +69,9 @@ impl QueueHandler for Requests {
             {
                 // The chain was checked against guest RAM; a writer cannot leave its buffers.
                 let mut writer = self.chain.writer(&worker.memory);
+                let mut numbers = Numbers(self.seed);
                 while writer.remaining() != 0 && writer.written() < 4096 {
-                    writer.write(&[self.numbers.next()])?;
+                    writer.write(&[numbers.next()])?;
                 }
                 queue.push(self.chain.head(), writer.written())?;
                 worker.signal(index)?;

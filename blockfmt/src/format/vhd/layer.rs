@@ -4,6 +4,7 @@ use super::Vhd;
 use super::footer::{Kind, MAX_SIZE, SECTOR, put, timestamp_of_nanos};
 use super::meta::UNUSED;
 use super::parent;
+use crate::format::blocks::Blocks;
 use crate::{
     BackingRef, Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Source, Storage,
 };

@@ -3,16 +3,26 @@
 use super::Vhd;
 use super::footer::SECTOR;
 use super::meta::{Bits, UNUSED};
-use crate::format::zero_sectors;
-use crate::{Below, Error, Extent, Gather, Result, Scatter, Source};
+use crate::format::blocks::{Blocks, Geometry};
+use crate::ranges::RangeLocks;
+use crate::{Error, Extent, Result, Source, Storage};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-/// Unit in which parents are copied, in bytes.
-const COPY_CHUNK: u64 = 1 << 20;
+impl Blocks for Vhd {
+    fn file(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
 
-impl Vhd {
-    /// Where bytes are, for at most the rest of their block.
-    pub(super) fn lookup(&self, offset: u64, len: u64) -> Result<Extent> {
+    fn geometry(&self) -> Geometry {
+        Geometry { block: self.p.block, sector: SECTOR, size: self.virtual_size() }
+    }
+
+    fn locks(&self) -> &RangeLocks {
+        &self.ranges
+    }
+
+    fn lookup(&self, offset: u64, len: u64) -> Result<Extent> {
         let (block, within) = ((offset / self.p.block) as u32, offset % self.p.block);
         let len = len.min(self.p.block - within);
         let below = self.differencing();
@@ -27,69 +37,10 @@ impl Vhd {
         })
     }
 
-    /// Splits a range at the borders of blocks.
-    fn for_blocks(&self, offset: u64, len: u64, mut f: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
-        let mut at = offset;
-        while at < offset + len {
-            let n = (self.p.block - at % self.p.block).min(offset + len - at);
-            f(at, n)?;
-            at += n;
-        }
-        Ok(())
+    fn shows_parent(&self, _offset: u64) -> Result<bool> {
+        Ok(self.differencing())
     }
 
-    fn lock_block(&self, offset: u64) -> crate::ranges::RangeGuard<'_> {
-        let block = offset / self.p.block;
-        self.ranges.lock(block..block + 1)
-    }
-
-    /// Writes guest bytes.
-    pub(super) fn write_guest(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
-        self.for_blocks(offset, src.len() as u64, |at, len| {
-            let part = src.slice((at - offset) as usize, len as usize);
-            let mut done = 0;
-            let mut guard = None;
-            while done < len {
-                let extent = self.lookup(at + done, len - done)?;
-                let piece = part.slice(done as usize, extent.len as usize);
-                match extent.source {
-                    Source::Data { offset: host, .. } => {
-                        self.storage.writev(piece, host).map_err(|e| self.io("write", e))?;
-                    }
-                    // Look again under the lock before the block changes.
-                    _ if guard.is_none() => {
-                        guard = Some(self.lock_block(at));
-                        continue;
-                    }
-                    _ => self.write_absent(piece, at + done, below)?,
-                }
-                done += extent.len;
-            }
-            Ok(())
-        })?;
-        self.flush_if_crowded()
-    }
-
-    /// Writes into sectors that the image does not hold. The caller has locked the block.
-    fn write_absent(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
-        let end = offset + src.len() as u64;
-        let (from, to) = (offset / SECTOR * SECTOR, end.next_multiple_of(SECTOR));
-        // Sectors are complete in this file or not at all: the edges come from the parent.
-        let mut head = vec![0; (offset - from) as usize];
-        let mut tail = vec![0; (to - end) as usize];
-        if self.differencing() {
-            below.read(Scatter::new(&mut head), from)?;
-            below.read(Scatter::new(&mut tail), end)?;
-        }
-        self.fill(from, to - from, |host| {
-            src.with_edges(&head, &tail, |whole| {
-                self.storage.writev(whole, host).map_err(|e| self.io("write", e))
-            })
-        })
-    }
-
-    /// Fills absent sectors of one block with `write`, which is told where they are in the file, and
-    /// marks them as present. The caller has locked the block.
     fn fill(&self, from: u64, len: u64, write: impl FnOnce(u64) -> Result<()>) -> Result<()> {
         let (block, within) = ((from / self.p.block) as u32, from % self.p.block);
         let entry = self.meta.read().bat[block as usize];
@@ -141,6 +92,21 @@ impl Vhd {
         Ok(())
     }
 
+    fn begin(&self, _contents: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn relieve(&self) -> Result<()> {
+        let crowded = self.meta.read().crowded(self.p.bitmap as usize);
+        if crowded { self.flush_all() } else { Ok(()) }
+    }
+
+    fn zero_block(&self, _offset: u64) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+impl Vhd {
     /// Reserves space for a block at the end of the file; returns its start and the end of stale bytes in it.
     fn reserve(&self) -> Result<(u64, u64)> {
         let span = self.p.bitmap + self.p.block;
@@ -155,80 +121,6 @@ impl Vhd {
         meta.end = start + span;
         meta.footer_dirty = true;
         Ok((start, stale))
-    }
-
-    /// Copies what the image does not hold from `below`.
-    pub(super) fn populate_guest(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
-        let end = (offset + len).next_multiple_of(SECTOR).min(self.virtual_size());
-        let start = offset / SECTOR * SECTOR;
-        let mut buf = Vec::new();
-        self.for_blocks(start, end - start, |at, len| {
-            let _guard = self.lock_block(at);
-            let mut done = 0;
-            while done < len {
-                let extent = self.lookup(at + done, (len - done).min(COPY_CHUNK))?;
-                if matches!(extent.source, Source::Below) {
-                    buf.resize(extent.len as usize, 0);
-                    below.read(Scatter::new(&mut buf), at + done)?;
-                    self.write_absent(Gather::new(&buf), at + done, Below::new(&[]))?;
-                }
-                done += extent.len;
-            }
-            Ok(())
-        })?;
-        self.flush_if_crowded()
-    }
-
-    /// Makes guest bytes zero. In a differencing disk zeros hide every ancestor, so they are allocated
-    /// unless everything below reads as zeros.
-    pub(super) fn zero_guest(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
-        self.for_blocks(offset, len, |at, len| {
-            let mut guard = None;
-            let mut done = 0;
-            while done < len {
-                let (from, extent) = (at + done, self.lookup(at + done, len - done)?);
-                match extent.source {
-                    Source::Data { offset: host, .. } => self.storage.zero(host, extent.len, unmap)?,
-                    Source::Below => {
-                        if guard.is_none() {
-                            guard = Some(self.lock_block(at));
-                            continue;
-                        }
-                        if below.is_empty() || !below.is_zero(from, extent.len)? {
-                            self.zero_absent(from, extent.len, unmap, below)?;
-                        }
-                    }
-                    _ => {}
-                }
-                done += extent.len;
-            }
-            Ok(())
-        })?;
-        self.flush_if_crowded()
-    }
-
-    /// Zeros in sectors that the image does not hold. The caller has locked the block.
-    fn zero_absent(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
-        let zero = |at, len| self.fill(at, len, |host| self.storage.zero(host, len, unmap));
-        zero_sectors(SECTOR, offset, len, zero, |zeros, at| self.write_absent(zeros, at, below))
-    }
-
-    /// Gives the space of what the image holds back to the host.
-    pub(super) fn discard_guest(&self, offset: u64, len: u64) -> Result<()> {
-        let mut done = 0;
-        while done < len {
-            let extent = self.lookup(offset + done, len - done)?;
-            if let Source::Data { offset: host, .. } = extent.source {
-                self.storage.discard(host, extent.len).map_err(|e| self.io("discard", e))?;
-            }
-            done += extent.len;
-        }
-        Ok(())
-    }
-
-    fn flush_if_crowded(&self) -> Result<()> {
-        let crowded = self.meta.read().crowded(self.p.bitmap as usize);
-        if crowded { self.flush_all() } else { Ok(()) }
     }
 
     /// Brings everything to disk in the order that a crash cannot hurt.

@@ -3,6 +3,7 @@
 use super::Vhdx;
 use super::metadata::Metadata;
 use super::parent;
+use crate::format::blocks::Blocks;
 use crate::format::check::{CheckReport, Repair};
 use crate::{
     BackingRef, Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Source, Storage,
@@ -122,7 +123,8 @@ impl Layer for Vhdx {
 
     fn discard(&self, offset: u64, len: u64, _below: Below<'_>) -> Result<()> {
         self.check_writable()?;
-        self.discard_guest(offset, len)
+        // A fixed disk keeps its space.
+        if self.p.fixed { Ok(()) } else { self.discard_guest(offset, len) }
     }
 
     fn flush(&self) -> Result<()> {

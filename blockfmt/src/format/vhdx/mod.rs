@@ -205,15 +205,6 @@ impl Vhdx {
         }
     }
 
-    /// Called before the file changes, as [`Vhdx::begin_repair`]. Entries of the table that contradict others
-    /// could lead a write anywhere, so an image that was opened to be repaired takes none before.
-    fn begin(&self, data: bool) -> Result<()> {
-        if self.damaged.load(Ordering::Acquire) {
-            return Err(Error::corrupt(&self.name, "its block allocation table is damaged; repair it first"));
-        }
-        self.begin_repair(data)
-    }
-
     /// Takes the log into use and marks the file, and with `data` the disk, as different from what it was.
     fn begin_repair(&self, data: bool) -> Result<()> {
         let wanted = if data { DATA_CHANGED } else { METADATA_CHANGED };

@@ -4,6 +4,7 @@ use super::bat::{Entry, state};
 use super::header::{MIB, PAGE, REGION_TABLES, Region};
 use super::metadata::{MAX_SIZE, Metadata};
 use super::{Journal, Meta, Vhdx, pages, parent};
+use crate::format::blocks::Blocks;
 use crate::{BackingRef, Below, Error, Result};
 use std::sync::atomic::Ordering;
 

@@ -3,15 +3,26 @@
 use super::bat::{BITMAP_BLOCK, Entry, state};
 use super::header::{MIB, PAGE};
 use super::{Meta, Vhdx, pages};
-use crate::format::zero_sectors;
-use crate::{Below, Extent, Gather, Result, Scatter, Source};
+use crate::format::blocks::{Blocks, Geometry};
+use crate::ranges::RangeLocks;
+use crate::{Extent, Result, Source, Storage};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-/// Unit in which parents are copied, in bytes.
-const COPY_CHUNK: u64 = 1 << 20;
+impl Blocks for Vhdx {
+    fn file(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
 
-impl Vhdx {
-    /// Where bytes are, for at most the rest of their block.
-    pub(super) fn lookup(&self, offset: u64, len: u64) -> Result<Extent> {
+    fn geometry(&self) -> Geometry {
+        Geometry { block: self.p.block, sector: self.p.sector, size: self.virtual_size() }
+    }
+
+    fn locks(&self) -> &RangeLocks {
+        &self.ranges
+    }
+
+    fn lookup(&self, offset: u64, len: u64) -> Result<Extent> {
         let (block, within) = (offset / self.p.block, offset % self.p.block);
         let len = len.min(self.p.block - within);
         let absent = match self.is_differencing() {
@@ -43,79 +54,12 @@ impl Vhdx {
         })
     }
 
-    /// Splits a range at the borders of blocks.
-    fn for_blocks(&self, offset: u64, len: u64, mut f: impl FnMut(u64, u64) -> Result<()>) -> Result<()> {
-        let mut at = offset;
-        while at < offset + len {
-            let n = (self.p.block - at % self.p.block).min(offset + len - at);
-            f(at, n)?;
-            if self.meta.read().pages.crowded() {
-                self.flush_all()?;
-            }
-            at += n;
-        }
-        Ok(())
-    }
-
-    fn lock_block(&self, offset: u64) -> crate::ranges::RangeGuard<'_> {
-        let block = offset / self.p.block;
-        self.ranges.lock(block..block + 1)
-    }
-
-    /// Writes guest bytes.
-    pub(super) fn write_guest(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
-        self.begin(true)?;
-        self.for_blocks(offset, src.len() as u64, |at, len| {
-            let part = src.slice((at - offset) as usize, len as usize);
-            let mut done = 0;
-            let mut guard = None;
-            while done < len {
-                let extent = self.lookup(at + done, len - done)?;
-                let piece = part.slice(done as usize, extent.len as usize);
-                match extent.source {
-                    Source::Data { offset: host, .. } => {
-                        self.storage.writev(piece, host).map_err(|e| self.io("write", e))?;
-                    }
-                    // Look again under the lock before the block changes.
-                    _ if guard.is_none() => {
-                        guard = Some(self.lock_block(at));
-                        continue;
-                    }
-                    _ => self.write_absent(piece, at + done, below)?,
-                }
-                done += extent.len;
-            }
-            Ok(())
-        })
-    }
-
-    /// Writes into sectors that the image does not hold. The caller has locked the block.
-    fn write_absent(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
-        let end = offset + src.len() as u64;
-        let (from, to) = (offset / self.p.sector * self.p.sector, end.next_multiple_of(self.p.sector));
-        // Sectors are complete in this file or not at all: the edges come from the parent.
-        let mut head = vec![0; (offset - from) as usize];
-        let mut tail = vec![0; (to - end) as usize];
-        if self.reads_below(offset)? {
-            below.read(Scatter::new(&mut head), from)?;
-            below.read(Scatter::new(&mut tail), end)?;
-        }
-        self.fill(from, to - from, |host| {
-            src.with_edges(&head, &tail, |whole| {
-                self.storage.writev(whole, host).map_err(|e| self.io("write", e))
-            })
-        })
-    }
-
-    /// Whether sectors of this block that are absent show the parent's.
-    fn reads_below(&self, offset: u64) -> Result<bool> {
+    fn shows_parent(&self, offset: u64) -> Result<bool> {
         let entry = self.with_pages(|meta| meta.payload(&self.p, offset / self.p.block))?;
         let open = matches!(entry.state(), state::NOT_PRESENT | state::PARTIAL);
         Ok(open && self.is_differencing())
     }
 
-    /// Fills absent sectors of one block with `write`, which is told where they are in the file, and
-    /// marks them as present. The caller has locked the block.
     fn fill(&self, from: u64, len: u64, write: impl FnOnce(u64) -> Result<()>) -> Result<()> {
         let (block, within) = (from / self.p.block, from % self.p.block);
         let entry = self.with_pages(|meta| meta.payload(&self.p, block))?;
@@ -140,6 +84,37 @@ impl Vhdx {
         meta.pages.change(&self.storage, at, &entry.0.to_le_bytes())
     }
 
+    /// Entries of the table that contradict others could lead a write anywhere, so an image that was opened to be
+    /// repaired takes none before.
+    fn begin(&self, contents: bool) -> Result<()> {
+        if self.damaged.load(Ordering::Acquire) {
+            return Err(crate::Error::corrupt(
+                &self.name,
+                "its block allocation table is damaged; repair it first",
+            ));
+        }
+        self.begin_repair(contents)
+    }
+
+    fn relieve(&self) -> Result<()> {
+        let crowded = self.meta.read().pages.crowded();
+        if crowded { self.flush_all() } else { Ok(()) }
+    }
+
+    fn zero_block(&self, offset: u64) -> Result<bool> {
+        let block = offset / self.p.block;
+        let entry = self.with_pages(|meta| meta.payload(&self.p, block))?;
+        if entry.state() != state::NOT_PRESENT {
+            return Ok(false);
+        }
+        let mut meta = self.meta.write();
+        let at = meta.payload_at(&self.p, block);
+        meta.pages.change(&self.storage, at, &Entry::new(state::ZERO, 0).0.to_le_bytes())?;
+        Ok(true)
+    }
+}
+
+impl Vhdx {
     /// Reserves space at the end of the file, zeroed, lets `write` fill it, and takes it back if that fails.
     fn with_new_space(&self, span: u64, write: impl FnOnce(u64) -> Result<()>) -> Result<u64> {
         let (start, stale) = self.reserve(span)?;
@@ -241,89 +216,6 @@ impl Vhdx {
         let at = meta.payload_at(&self.p, block);
         let entry = Entry::new(state::PRESENT, entry.offset());
         meta.pages.change(&self.storage, at, &entry.0.to_le_bytes())
-    }
-
-    /// Copies what the image does not hold from `below`.
-    pub(super) fn populate_guest(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
-        self.begin(false)?;
-        let end = (offset + len).next_multiple_of(self.p.sector).min(self.virtual_size());
-        let start = offset / self.p.sector * self.p.sector;
-        let mut buf = Vec::new();
-        self.for_blocks(start, end - start, |at, len| {
-            let _guard = self.lock_block(at);
-            let mut done = 0;
-            while done < len {
-                let extent = self.lookup(at + done, (len - done).min(COPY_CHUNK))?;
-                if matches!(extent.source, Source::Below) {
-                    buf.resize(extent.len as usize, 0);
-                    below.read(Scatter::new(&mut buf), at + done)?;
-                    self.write_absent(Gather::new(&buf), at + done, Below::new(&[]))?;
-                }
-                done += extent.len;
-            }
-            Ok(())
-        })
-    }
-
-    /// Makes guest bytes zero. In a differencing disk zeros hide every ancestor: whole blocks take no space
-    /// for that, parts of blocks do, unless everything below reads as zeros.
-    pub(super) fn zero_guest(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
-        self.begin(true)?;
-        self.for_blocks(offset, len, |at, len| {
-            let mut guard = None;
-            let mut done = 0;
-            while done < len {
-                let (from, extent) = (at + done, self.lookup(at + done, len - done)?);
-                match extent.source {
-                    Source::Data { offset: host, .. } => self.storage.zero(host, extent.len, unmap)?,
-                    Source::Below => {
-                        if guard.is_none() {
-                            guard = Some(self.lock_block(at));
-                            continue;
-                        }
-                        if below.is_empty() || !below.is_zero(from, extent.len)? {
-                            self.zero_absent(from, extent.len, unmap, below)?;
-                        }
-                    }
-                    _ => {}
-                }
-                done += extent.len;
-            }
-            Ok(())
-        })
-    }
-
-    /// Zeros in sectors that the image does not hold. The caller has locked the block.
-    fn zero_absent(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
-        let end = offset + len;
-        let block = offset / self.p.block;
-        let covers =
-            offset.is_multiple_of(self.p.block) && (len == self.p.block || end == self.virtual_size());
-        let entry = self.with_pages(|meta| meta.payload(&self.p, block))?;
-        if covers && entry.state() == state::NOT_PRESENT {
-            let mut meta = self.meta.write();
-            let at = meta.payload_at(&self.p, block);
-            return meta.pages.change(&self.storage, at, &Entry::new(state::ZERO, 0).0.to_le_bytes());
-        }
-        let zero = |at, len| self.fill(at, len, |host| self.storage.zero(host, len, unmap));
-        zero_sectors(self.p.sector, offset, len, zero, |zeros, at| self.write_absent(zeros, at, below))
-    }
-
-    /// Gives the space of what the image holds back to the host, unless it is a fixed disk's.
-    pub(super) fn discard_guest(&self, offset: u64, len: u64) -> Result<()> {
-        if self.p.fixed {
-            return Ok(());
-        }
-        self.begin(true)?;
-        let mut done = 0;
-        while done < len {
-            let extent = self.lookup(offset + done, len - done)?;
-            if let Source::Data { offset: host, .. } = extent.source {
-                self.storage.discard(host, extent.len).map_err(|e| self.io("discard", e))?;
-            }
-            done += extent.len;
-        }
-        Ok(())
     }
 
     /// Gives every block of a range space. For fixed disks that grow.
