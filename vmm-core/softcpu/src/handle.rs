@@ -1,6 +1,6 @@
 //! How other threads talk to a processor.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +23,9 @@ pub(crate) const SIPI: u32 = 1 << 4;
 pub struct CpuHandle {
     events: AtomicU32,
     sipi_vector: AtomicU8,
+    /// NMIs that the processor has not taken yet.
+    nmis: AtomicU32,
+    unimplemented: AtomicU64,
     sleeping: AtomicBool,
     lock: Mutex<()>,
     wake: Condvar,
@@ -40,8 +43,10 @@ impl CpuHandle {
         self.post(INTERRUPT);
     }
 
-    /// Delivers a non-maskable interrupt.
+    /// Delivers a non-maskable interrupt. Two of them that find the processor between two looks at its events are two,
+    /// as they would be if it had looked; more are not.
     pub fn nmi(&self) {
+        self.nmis.fetch_add(1, Ordering::Relaxed);
         self.post(NMI);
     }
 
@@ -55,6 +60,15 @@ impl CpuHandle {
     pub fn sipi(&self, vector: u8) {
         self.sipi_vector.store(vector, Ordering::Relaxed);
         self.post(SIPI);
+    }
+
+    /// How often the guest tried to execute an instruction that this crate does not implement.
+    pub fn unimplemented(&self) -> u64 {
+        self.unimplemented.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_unimplemented(&self) {
+        self.unimplemented.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn post(&self, event: u32) {
@@ -76,6 +90,11 @@ impl CpuHandle {
     /// Takes the events in `mask`.
     pub(crate) fn take(&self, mask: u32) -> u32 {
         self.events.fetch_and(!mask, Ordering::SeqCst) & mask
+    }
+
+    /// Takes the NMIs that were delivered.
+    pub(crate) fn take_nmis(&self) -> u32 {
+        self.nmis.swap(0, Ordering::Relaxed)
     }
 
     pub(crate) fn sipi_vector(&self) -> u8 {

@@ -4,6 +4,8 @@
 
 #[path = "difftest/check.rs"]
 mod check;
+#[path = "difftest/coverage.rs"]
+mod coverage;
 #[path = "difftest/mod.rs"]
 mod difftest;
 

@@ -336,4 +336,8 @@ pub trait VcpuHandle: Send + Sync {
     fn kick(&self);
     /// Raises a non-maskable interrupt.
     fn nmi(&self);
+    /// How often the guest tried to execute an instruction that exists, but not in this accelerator: it got `#UD`.
+    fn unimplemented(&self) -> u64 {
+        0
+    }
 }

@@ -17,8 +17,8 @@ use crate::boot::{self, BootSource};
 use crate::bus::{Bus, BusDevice};
 use crate::devices::legacy::{
     AcpiPm, DebugConsole, DebugExit, FW_CFG, FwCfg, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink,
-    Pvpanic, Rtc, Serial, SerialOutput, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE, TEST_SCRATCH,
-    TEST_SCRATCH_BYTES, TestIrqs, TestScratch,
+    Pvpanic, Rtc, Serial, SerialOutput, TEST_FLUSH, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE,
+    TEST_SCRATCH, TEST_SCRATCH_BYTES, TestFlush, TestIrqs, TestScratch,
 };
 use crate::devices::virtio::VirtioDevice;
 use crate::lifecycle::Lifecycle;
@@ -166,6 +166,7 @@ impl VmBuilder {
         }
         if config.test_devices {
             insert(TEST_SCRATCH.into(), 4, Arc::new(TestScratch::new(4)))?;
+            insert(TEST_FLUSH.into(), 4, Arc::new(TestFlush::new(memory.clone())))?;
             if !config.debug_ports {
                 // The debug console has one of these ports.
                 insert(TEST_SCRATCH_BYTES.into(), 4, Arc::new(TestScratch::new(4)))?;

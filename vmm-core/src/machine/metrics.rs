@@ -64,6 +64,13 @@ metrics! {
 }
 
 metrics! {
+    /// The vCPUs together.
+    CpuMetrics:
+    /// Instructions that the software CPU does not implement; the guest got an exception.
+    unimplemented_instructions,
+}
+
+metrics! {
     /// A disk.
     DiskMetrics:
     /// Reads completed.
@@ -108,6 +115,8 @@ metrics! {
 /// All counters of a machine at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Metrics {
+    /// The vCPUs.
+    pub cpu: CpuMetrics,
     /// Accesses to devices. What an accelerator answers by itself is not counted.
     pub bus: BusMetrics,
     /// Disks, by name.
@@ -137,6 +146,7 @@ impl Sources {
             )
         };
         Metrics {
+            cpu: CpuMetrics::default(),
             bus: load!(BusMetrics, self.bus, mmio_reads mmio_writes port_reads port_writes),
             disks: self.disks.iter().map(|(name, d)| (name.clone(), disk(d))).collect(),
             nets: self.nets.iter().map(|(name, n)| (name.clone(), net(n))).collect(),
@@ -150,8 +160,10 @@ impl Metrics {
     pub fn prometheus(&self, vm: &str) -> String {
         let vm = escape(vm);
         let mut text = String::new();
-        let bus = self.bus.each().into_iter().map(|c| (format!("vm=\"{vm}\""), c));
-        write_all(&mut text, "nacre_bus", bus.collect());
+        for (prefix, counters) in [("nacre_cpu", self.cpu.each()), ("nacre_bus", self.bus.each())] {
+            let samples = counters.into_iter().map(|c| (format!("vm=\"{vm}\""), c));
+            write_all(&mut text, prefix, samples.collect());
+        }
         let labels = |kind: &str, name: &str| format!("vm=\"{vm}\",{kind}=\"{}\"", escape(name));
         let mut disks = Vec::new();
         for (name, disk) in &self.disks {

@@ -44,7 +44,7 @@ pub use self::events::{Events, StopReason, VmEvent};
 pub use self::gdb::GdbError;
 use self::gdb::GdbServer;
 use self::metrics::Sources;
-pub use self::metrics::{BusMetrics, DiskMetrics, Metrics, NetMetrics};
+pub use self::metrics::{BusMetrics, CpuMetrics, DiskMetrics, Metrics, NetMetrics};
 use self::vcpu::Control;
 use crate::accel::{self, AccelError, AccelKind};
 use crate::acpi::AcpiError;
@@ -247,7 +247,7 @@ impl Vm {
 
     /// What the machine has counted since it was built.
     pub fn metrics(&self) -> Metrics {
-        self.sources.read()
+        Metrics { cpu: self.control.cpu_metrics(), ..self.sources.read() }
     }
 
     /// The memory balloon, when there is one.

@@ -10,6 +10,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::events::{Events, StopReason, VmEvent};
+use super::metrics::CpuMetrics;
 use crate::accel::{DebugExit, SystemEvent, Vcpu, VcpuExit, VcpuHandle};
 use crate::devices::legacy::PowerEvent;
 
@@ -187,6 +188,11 @@ impl Control {
                 }
             }
         }
+    }
+
+    /// What the vCPUs have counted.
+    pub(super) fn cpu_metrics(&self) -> CpuMetrics {
+        CpuMetrics { unimplemented_instructions: self.handles.lock().iter().map(|h| h.unimplemented()).sum() }
     }
 
     fn kick(&self) {

@@ -142,6 +142,15 @@ impl GuestMemory {
         true
     }
 
+    /// Drops the host's mapping of the page that `address` is in, if it is RAM; its content stays. The next access maps
+    /// it anew.
+    pub(crate) fn unmap_page(&self, address: u64) {
+        let Ok(page) = self.slice(address & !(PAGE_SIZE - 1), PAGE_SIZE as usize) else { return };
+        // SAFETY: the page lies inside a live mapping of shared memory, whose content is in the file. A refusal (a page of
+        // another size) leaves it mapped, which is allowed at any time.
+        unsafe { libc::madvise(page.ptr.cast(), PAGE_SIZE as usize, libc::MADV_DONTNEED) };
+    }
+
     fn pieces(
         &self,
         address: u64,

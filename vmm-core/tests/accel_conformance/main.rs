@@ -15,6 +15,7 @@ mod memory;
 mod running;
 mod smp;
 mod state;
+mod system;
 
 /// Makes tests of cases, each with the accelerator that `$target` opens.
 macro_rules! tests {
@@ -58,4 +59,11 @@ mod kvm {
 
 mod soft {
     conformance!(Some(crate::harness::soft()));
+    // What is not asked of every accelerator: a KVM that is software fails at much of the kernel code in here.
+    tests! {
+        Some(crate::harness::soft());
+        system: ipis_reach_whom_they_address an_nmi_by_ipi tsc_deadlines_fire_in_x2apic_mode
+            a_tlb_shoot_down_by_ipi eight_cpus_count_together two_hundred_and_fifty_five_cpus
+            a_halted_machine_uses_no_time a_state_with_all_of_efer;
+    }
 }

@@ -207,6 +207,34 @@ fn test_guests_find_their_devices() {
     }
 }
 
+/// An instruction that the software CPU does not have raises #UD, and the machine's metrics count it.
+#[test]
+fn unimplemented_instructions_are_counted() {
+    const IDT: u32 = 0x20_0000;
+    let kernel = guest::kernel(|a| {
+        // The handler: add dword ptr [esp], 4; iretd.
+        a.mov(dword_ptr(IDT + 0x200), 0x0424_0483)?;
+        a.mov(byte_ptr(IDT + 0x204), 0xcf)?;
+        // A gate for #UD, in the code segment of the PVH entry.
+        a.mov(dword_ptr(IDT + 8 * 6), 0x10 << 16 | 0x200)?;
+        a.mov(dword_ptr(IDT + 8 * 6 + 4), IDT | 0x8e00)?;
+        a.mov(dword_ptr(IDT + 0x100), 0x37)?;
+        a.mov(dword_ptr(IDT + 0x102), IDT)?;
+        a.lidt(dword_ptr(IDT + 0x100))?;
+        for _ in 0..3 {
+            a.db(&[0xc5, 0xfc, 0x58, 0xc0])?; // vaddps ymm0, ymm0, ymm0
+        }
+        power_off(a)
+    });
+    let vm = Vm::builder(config(kernel.path(), AccelChoice::Soft)).build().unwrap();
+    vm.start().unwrap();
+    assert_eq!(vm.wait(), StopReason::PowerOff);
+    let metrics = vm.metrics();
+    assert_eq!(metrics.cpu.unimplemented_instructions, 3);
+    let text = metrics.prometheus("v");
+    assert!(text.contains("nacre_cpu_unimplemented_instructions_total{vm=\"v\"} 3\n"), "{text}");
+}
+
 /// The start information of the PVH ABI reaches the guest: it prints the first byte of its command line.
 #[test]
 fn the_command_line_reaches_the_guest() {

@@ -66,7 +66,7 @@ impl Cpu {
         match leaf {
             0 => [0x16, VENDOR[0], VENDOR[2], VENDOR[1]],
             1 => {
-                let apic = u32::from(self.apic_page.is_some() || self.local.mmio_page().is_none()) * APIC;
+                let apic = if self.apic_enabled { APIC } else { 0 };
                 let ecx = self.config.model.ecx();
                 let htt = u32::from(count > 1) << 28;
                 [SIGNATURE, id << 24 | count.min(255) << 16 | 8 << 8, ecx, EDX | apic | htt]

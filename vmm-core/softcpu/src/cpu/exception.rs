@@ -10,20 +10,21 @@ use crate::state::Segment;
 /// Where an event comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// An exception; its error code has EXT clear.
-    Exception,
-    /// An external interrupt or NMI: error codes of nested exceptions have EXT set.
-    External,
+    /// An exception, an interrupt or an NMI: exceptions while delivering it have EXT set in their error code.
+    Event,
     /// INT n, INT3, INTO: the gate's DPL is checked.
     Software,
 }
+
+/// The bit of an error code that says so.
+const EXT: u32 = 1;
 
 const GATE_TASK: u8 = 5;
 
 impl Cpu {
     /// Delivers an external interrupt or NMI.
     pub(super) fn deliver_external(&mut self, vector: u8) -> Option<Exit> {
-        match self.interrupt(vector, None, Source::External) {
+        match self.interrupt(vector, None, Source::Event) {
             Ok(()) => None,
             Err(Fault) => self.deliver_nested(None),
         }
@@ -40,18 +41,9 @@ impl Cpu {
     /// An exception occurred while delivering another event.
     fn deliver_nested(&mut self, mut first: Option<u8>) -> Option<Exit> {
         loop {
-            let (mut vector, mut error) = match self.pending.take() {
-                Some(Exception::Vector { vector, error }) => (vector, error),
-                Some(Exception::Restart) => {
-                    // Pushing the frame overwrote decoded code, which is invalidated now: once more.
-                    self.restarting = true;
-                    let again = first;
-                    match again {
-                        Some(v) => (v, None),
-                        None => return None,
-                    }
-                }
-                _ => return self.triple_fault(),
+            // Delivery starts nothing over: all of it is an instruction that runs alone.
+            let Some(Exception::Vector { mut vector, mut error }) = self.pending.take() else {
+                return self.triple_fault();
             };
             if let Some(first) = first {
                 if first == vector::DF {
@@ -80,7 +72,7 @@ impl Cpu {
         if !trap {
             self.flags |= RF;
         }
-        let result = self.interrupt(vector, error, Source::Exception);
+        let result = self.interrupt(vector, error, Source::Event);
         if result.is_err() {
             self.flags = flags;
         }
@@ -98,6 +90,16 @@ impl Cpu {
             self.interrupt_real(vector)
         };
         self.restarting = restarting && result.is_err();
+        match &mut self.pending {
+            Some(Exception::Vector { vector, error: Some(error) })
+                if result.is_err() && source == Source::Event && *vector != vector::PF =>
+            {
+                *error |= EXT;
+            }
+            _ => {}
+        }
+        // The handler's first instruction comes before any trap of the instruction that led to it.
+        self.step &= result.is_err();
         result
     }
 
@@ -122,29 +124,23 @@ impl Cpu {
     }
 
     /// `#GP` and the like about an IDT entry.
-    fn idt_error(&mut self, vector: u8, entry: u8, source: Source) -> Fault {
-        let ext = u32::from(source != Source::Software);
-        self.raise(vector, Some(u32::from(entry) << 3 | 2 | ext))
-    }
-
-    fn selector_error(&mut self, vector: u8, selector: u16, source: Source) -> Fault {
-        let ext = u32::from(source != Source::Software);
-        self.raise(vector, Some(u32::from(selector & 0xfffc) | ext))
+    fn idt_error(&mut self, vector: u8, entry: u8) -> Fault {
+        self.raise(vector, Some(u32::from(entry) << 3 | 2))
     }
 
     /// Checks the code segment of a gate; returns it and the new privilege level.
-    fn gate_code_segment(&mut self, selector: u16, source: Source) -> Result<(Segment, u8), Fault> {
+    fn gate_code_segment(&mut self, selector: u16) -> Result<(Segment, u8), Fault> {
         if selector & 0xfffc == 0 {
-            return Err(self.selector_error(vector::GP, 0, source));
+            return Err(self.gp());
         }
         let descriptor = self.descriptor(selector, vector::GP)?;
         let a = descriptor.attributes();
         let wrong_mode = self.long_mode() && (!a.long() || a.big());
         if !a.is_code() || a.dpl() > self.cpl || wrong_mode {
-            return Err(self.selector_error(vector::GP, selector, source));
+            return Err(self.selector_fault(vector::GP, selector));
         }
         if !a.present() {
-            return Err(self.selector_error(vector::NP, selector, source));
+            return Err(self.selector_fault(vector::NP, selector));
         }
         let cpl = if a.conforming_or_down() { self.cpl } else { a.dpl() };
         let segment = self.mark_accessed(selector, descriptor)?.segment(selector & !3 | u16::from(cpl));
@@ -154,7 +150,7 @@ impl Cpu {
     fn interrupt_protected(&mut self, vector: u8, error: Option<u32>, source: Source) -> Result<(), Fault> {
         let slot = u64::from(vector) * 8;
         if slot + 7 > u64::from(self.idtr.limit) {
-            return Err(self.idt_error(vector::GP, vector, source));
+            return Err(self.idt_error(vector::GP, vector));
         }
         let gate = Descriptor(self.sys_read(self.idtr.base + slot, 8)?);
         let a = gate.attributes();
@@ -164,14 +160,14 @@ impl Cpu {
             if kind == GATE_TASK {
                 tracing::warn!(vector, "Task gates are not implemented");
             }
-            return Err(self.idt_error(vector::GP, vector, source));
+            return Err(self.idt_error(vector::GP, vector));
         }
         if !a.present() {
-            return Err(self.idt_error(vector::NP, vector, source));
+            return Err(self.idt_error(vector::NP, vector));
         }
         let size = if kind & 8 != 0 { 4 } else { 2 };
         let offset = if size == 4 { gate.gate_offset() } else { gate.gate_offset() & 0xffff };
-        let (code, cpl) = self.gate_code_segment(gate.gate_selector(), source)?;
+        let (code, cpl) = self.gate_code_segment(gate.gate_selector())?;
         if offset > u64::from(code.limit) {
             return Err(self.gp());
         }
@@ -205,19 +201,19 @@ impl Cpu {
     fn interrupt_long(&mut self, vector: u8, error: Option<u32>, source: Source) -> Result<(), Fault> {
         let slot = u64::from(vector) * 16;
         if slot + 15 > u64::from(self.idtr.limit) {
-            return Err(self.idt_error(vector::GP, vector, source));
+            return Err(self.idt_error(vector::GP, vector));
         }
         let gate = Descriptor(self.sys_read(self.idtr.base.wrapping_add(slot), 8)?);
         let high = self.sys_read(self.idtr.base.wrapping_add(slot + 8), 8)?;
         let a = gate.attributes();
         let known = !a.is_code_or_data() && matches!(a.kind(), 14 | 15);
         if !known || source == Source::Software && a.dpl() < self.cpl {
-            return Err(self.idt_error(vector::GP, vector, source));
+            return Err(self.idt_error(vector::GP, vector));
         }
         if !a.present() {
-            return Err(self.idt_error(vector::NP, vector, source));
+            return Err(self.idt_error(vector::NP, vector));
         }
-        let (code, cpl) = self.gate_code_segment(gate.gate_selector(), source)?;
+        let (code, cpl) = self.gate_code_segment(gate.gate_selector())?;
         let target = gate.gate_offset() | high << 32;
         if !canonical(target) {
             return Err(self.gp());

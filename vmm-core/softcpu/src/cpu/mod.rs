@@ -9,6 +9,7 @@ mod run;
 pub(crate) mod segment;
 mod transfer;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::block::cache::BlockCache;
@@ -116,7 +117,7 @@ pub struct Cpu {
     pub(crate) table: *const Entry,
     /// Data accesses are compared with breakpoints.
     pub(crate) watching: bool,
-    /// Data breakpoints (bits of DR6) that the current instruction hit.
+    /// Data and I/O breakpoints (bits of DR6) that the current instruction hit.
     pub(crate) data_hits: u64,
     /// The debugger's watchpoint that the current instruction hit.
     pub(crate) watched: Option<u64>,
@@ -161,7 +162,10 @@ pub struct Cpu {
     /// Debug traps of the instruction that loaded SS wait for the next one.
     pub(crate) traps_held: bool,
     pub(crate) nmi_blocked: bool,
-    pub(crate) nmi_pending: bool,
+    /// Non-maskable interrupts that wait.
+    pub(crate) nmis: u32,
+    /// A single-step trap follows the current instruction.
+    pub(crate) step: bool,
 
     /// Set with `Err(Fault)`.
     pub(crate) pending: Option<Exception>,
@@ -189,9 +193,12 @@ pub struct Cpu {
     deadline: Option<u64>,
     /// Guest-physical address of the xAPIC page.
     pub(crate) apic_page: Option<u64>,
+    /// The local APIC is enabled, in either mode.
+    pub(crate) apic_enabled: bool,
     /// PAUSE instructions executed.
     pub(crate) pauses: u32,
-    unimplemented: u64,
+    /// Which instructions the log has a line of already.
+    logged: HashSet<iced_x86::Code>,
     random: u64,
     debug: DebugControl,
     pub(crate) config: CpuConfig,
@@ -266,7 +273,8 @@ impl Cpu {
             shadow: false,
             traps_held: false,
             nmi_blocked: false,
-            nmi_pending: false,
+            nmis: 0,
+            step: false,
             pending: None,
             pending_cr2: 0,
             non_canonical: false,
@@ -279,9 +287,10 @@ impl Cpu {
             skipped: 0,
             next_poll: 0,
             deadline: None,
-            apic_page: local.mmio_page(),
+            apic_page: None,
+            apic_enabled: false,
             pauses: 0,
-            unimplemented: 0,
+            logged: HashSet::new(),
             random: config.seed.unwrap_or(0),
             debug: DebugControl::default(),
             map: memory.snapshot(),
@@ -327,11 +336,6 @@ impl Cpu {
         0
     }
 
-    /// How often the guest tried to execute an instruction that this crate does not implement.
-    pub fn unimplemented(&self) -> u64 {
-        self.unimplemented
-    }
-
     /// Sets what the debugger wants to stop at.
     pub fn set_debug(&mut self, debug: DebugControl) {
         self.debug = debug;
@@ -363,7 +367,7 @@ impl Cpu {
             mp_state: self.mp_state,
             interrupt_shadow: self.shadow,
             nmi_blocked: self.nmi_blocked,
-            nmi_pending: self.nmi_pending,
+            nmi_pending: self.nmis > 0,
             pdptes: self.pdptes,
         }
     }
@@ -392,14 +396,23 @@ impl Cpu {
         self.mp_state = state.mp_state;
         self.shadow = state.interrupt_shadow;
         self.nmi_blocked = state.nmi_blocked;
-        self.nmi_pending = state.nmi_pending;
+        self.nmis = state.nmi_pending.into();
+        self.step = false;
+        self.data_hits = 0;
         self.pdptes = state.pdptes;
         self.pending = None;
         self.cpl = if self.cr0 & CR0_PE == 0 { 0 } else { self.segs[seg::SS].attributes.dpl() };
-        self.apic_page = self.local.mmio_page();
-        self.flush_tlb();
+        self.follow_apic_base();
         self.update_mode();
         self.local_changed();
+    }
+
+    /// The local APIC may have moved, or may have been switched on or off.
+    pub(crate) fn follow_apic_base(&mut self) {
+        self.apic_page = self.local.mmio_page();
+        self.apic_enabled =
+            self.local.read_msr(msr::APIC_BASE, 0).is_ok_and(|base| base & msr::APIC_ENABLED != 0);
+        self.flush_tlb();
     }
 
     /// Reads a general-purpose register (0 is RAX, 15 is R15).
@@ -463,9 +476,13 @@ impl Cpu {
         self.debug.trap_int3
     }
 
-    /// Counts an instruction that is not implemented, and logs it.
+    /// Counts an instruction that is not implemented, and logs the first one of its kind: the guest must not be able
+    /// to fill the log.
     pub(crate) fn count_unimplemented(&mut self, instruction: &iced_x86::Instruction) {
-        self.unimplemented += 1;
+        self.handle.count_unimplemented();
+        if !self.logged.insert(instruction.code()) {
+            return;
+        }
         let mut bytes = [0u8; 15];
         let start = self.block_start.wrapping_add(instruction.ip());
         for (i, byte) in bytes.iter_mut().take(instruction.len()).enumerate() {

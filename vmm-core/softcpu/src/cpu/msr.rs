@@ -4,6 +4,9 @@ use super::segment::canonical;
 use super::{Cpu, EFER_LMA, EFER_LME, EFER_SCE, Fault, seg};
 use crate::mmu::walk::{CR0_PG, EFER_NXE};
 
+pub(super) const APIC_BASE: u32 = 0x1b;
+/// IA32_APIC_BASE: the APIC is enabled.
+pub(super) const APIC_ENABLED: u64 = 1 << 11;
 const EFER_AUTO_IBRS: u64 = 1 << 21;
 const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
@@ -16,7 +19,7 @@ impl Cpu {
         let tsc = self.tsc_now();
         Ok(match msr {
             0x10 => tsc,
-            0x1b | 0x6e0 | 0x800..=0x8ff => {
+            APIC_BASE | 0x6e0 | 0x800..=0x8ff => {
                 let value = self.local.read_msr(msr, tsc);
                 return value.map_err(|_| self.gp());
             }
@@ -24,7 +27,6 @@ impl Cpu {
             0x3a => 1,
             0x3b | 0xfe | 0x179 | 0x17a => 0,
             0x8b => 0x0b00_0000,
-            0x48 => self.msrs.spec_ctrl,
             0x174 => self.msrs.sysenter_cs,
             0x175 => self.msrs.sysenter_esp,
             0x176 => self.msrs.sysenter_eip,
@@ -58,20 +60,18 @@ impl Cpu {
         let address = |cpu: &mut Self| if canonical(value) { Ok(value) } else { Err(cpu.gp()) };
         match msr {
             0x10 => self.set_tsc(value),
-            0x1b | 0x6e0 | 0x800..=0x8ff => {
+            APIC_BASE | 0x6e0 | 0x800..=0x8ff => {
                 let tsc = self.tsc_now();
                 let result = self.local.write_msr(msr, value, tsc);
-                if msr == 0x1b {
-                    self.apic_page = self.local.mmio_page();
-                    self.flush_tlb();
+                if msr == APIC_BASE {
+                    self.follow_apic_base();
                 }
                 self.local_changed();
                 return result.map_err(|_| self.gp());
             }
             0x3b if value == 0 => {}
-            // PRED_CMD, and microcode updates: nothing to do.
-            0x49 | 0x8b | 0x79 => {}
-            0x48 => self.msrs.spec_ctrl = value,
+            // Microcode updates: nothing to do.
+            0x8b | 0x79 => {}
             0x174 => self.msrs.sysenter_cs = value,
             0x175 => self.msrs.sysenter_esp = address(self)?,
             0x176 => self.msrs.sysenter_eip = address(self)?,

@@ -1,7 +1,7 @@
 //! The run loop: events, interrupts, and blocks in between.
 
 use super::flags::{IF, TF};
-use super::{Cpu, Exception, mode, vector};
+use super::{CR4_DE, Cpu, Exception, mode, vector};
 use crate::block::op::execute;
 use crate::config::CpuConfig;
 use crate::exit::{Budget, DebugEvent, Exit, Watchpoint};
@@ -14,6 +14,20 @@ const SLICE: u64 = 4096;
 const DR7_ENABLED: u64 = 0xff;
 /// DR6: single step.
 const DR6_BS: u64 = 1 << 14;
+/// What a breakpoint waits for (R/W fields of DR7).
+const BREAK_EXECUTE: u64 = 0;
+const BREAK_WRITE: u64 = 1;
+const BREAK_IO: u64 = 2;
+const BREAK_ACCESS: u64 = 3;
+
+/// One of DR0 to DR3.
+struct Breakpoint {
+    /// Its bit in DR6.
+    hit: u64,
+    kind: u64,
+    address: u64,
+    len: u64,
+}
 
 impl Cpu {
     /// Executes guest code until there is a reason to stop.
@@ -49,7 +63,7 @@ impl Cpu {
                 || traced
                 || self.dr[7] & DR7_ENABLED != 0;
             if !alone {
-                if let Some(exit) = self.run_slice(allowed, false) {
+                if let Some(exit) = self.run_slice(allowed, false).or_else(|| self.debug_traps()) {
                     return exit;
                 }
             } else {
@@ -57,7 +71,7 @@ impl Cpu {
                     return Exit::Debug(DebugEvent::Breakpoint(self.linear_rip()));
                 }
                 let before = self.executed;
-                if let Some(exit) = self.run_alone() {
+                if let Some(exit) = self.run_alone().or_else(|| self.debug_traps()) {
                     return exit;
                 }
                 if let Some(address) = self.watched.take() {
@@ -100,14 +114,15 @@ impl Cpu {
 
     /// Executes one instruction with everything that can only happen around single instructions.
     fn run_alone(&mut self) -> Option<Exit> {
-        if self.instruction_breakpoint() {
+        if let hits @ 1.. = self.instruction_breakpoints() {
+            self.hit_breakpoints(hits);
             // The only #DB that is a fault: the handler returns with RF set, or it would fire again.
             self.flags |= super::flags::RF;
             self.raise(vector::DB, None);
             return self.deliver_pending();
         }
         self.flags &= !super::flags::RF;
-        let trap = self.flags & TF != 0;
+        self.step = self.flags & TF != 0;
         let shadow = std::mem::take(&mut self.shadow);
         self.traps_held = false;
         self.mode |= mode::SINGLE;
@@ -115,22 +130,36 @@ impl Cpu {
         let before = self.executed;
         let exit = self.run_slice(1, true);
         self.restarting = self.restarting && self.executed == before;
-        if self.executed == before && shadow && self.mp_state == MpState::Running && exit.is_none() {
-            // The instruction faulted: its handler runs without the shadow.
-            self.shadow = false;
+        if self.executed == before {
+            self.step = false;
+            if shadow && self.mp_state == MpState::Running && exit.is_none() {
+                // The instruction faulted: its handler runs without the shadow.
+                self.shadow = false;
+            }
         }
         self.update_mode();
-        if self.traps_held && exit.is_none() {
+        exit
+    }
+
+    /// Raises the `#DB` that is due after the instructions that were executed.
+    fn debug_traps(&mut self) -> Option<Exit> {
+        if self.traps_held || !self.step && self.data_hits == 0 {
             return None;
         }
         let hits = std::mem::take(&mut self.data_hits);
-        let step = trap && self.executed != before && self.flags & TF != 0;
-        if exit.is_none() && (step || hits != 0) {
-            self.dr[6] |= hits | if step { DR6_BS } else { 0 };
-            self.raise(vector::DB, None);
-            return self.deliver_pending();
+        self.hit_breakpoints(hits);
+        if std::mem::take(&mut self.step) {
+            self.dr[6] |= DR6_BS;
         }
-        exit
+        // HLT was executed, but does not last.
+        self.mp_state = MpState::Running;
+        self.raise(vector::DB, None);
+        self.deliver_pending()
+    }
+
+    /// Says in DR6 which breakpoints were hit.
+    pub(crate) fn hit_breakpoints(&mut self, hits: u64) {
+        self.dr[6] = self.dr[6] & !0xf | hits;
     }
 
     /// SS was loaded: neither interrupts nor debug traps before the next instruction has executed.
@@ -154,16 +183,22 @@ impl Cpu {
 
     /// Whether data accesses have to be compared with breakpoints.
     pub(crate) fn watches_data(&self) -> bool {
-        let enabled = (0..4).any(|n| self.data_breakpoint(n).is_some());
-        enabled || !self.debug.watchpoints.is_empty()
+        !self.debug.watchpoints.is_empty()
+            || self.breakpoints().any(|b| matches!(b.kind, BREAK_WRITE | BREAK_ACCESS))
     }
 
-    /// The data breakpoint in one of DR0 to DR3: address, length, and whether reads count.
-    fn data_breakpoint(&self, n: usize) -> Option<(u64, u64, bool)> {
-        let enabled = self.dr[7] >> (2 * n) & 3 != 0;
-        let kind = self.dr[7] >> (16 + 4 * n) & 3;
-        let len = [1, 2, 8, 4][(self.dr[7] >> (18 + 4 * n) & 3) as usize];
-        (enabled && kind & 1 != 0).then(|| (self.dr[n] & !(len - 1), len, kind == 3))
+    /// The breakpoints that DR7 enables.
+    fn breakpoints(&self) -> impl Iterator<Item = Breakpoint> {
+        let dr7 = self.dr[7];
+        self.dr.into_iter().take(4).enumerate().filter_map(move |(n, address)| {
+            let len = [1, 2, 8, 4][(dr7 >> (18 + 4 * n) & 3) as usize];
+            (dr7 >> (2 * n) & 3 != 0).then(|| Breakpoint {
+                hit: 1 << n,
+                kind: dr7 >> (16 + 4 * n) & 3,
+                address: address & !(len - 1),
+                len,
+            })
+        })
     }
 
     /// Compares a data access with the breakpoints of the guest and of the debugger.
@@ -171,36 +206,34 @@ impl Cpu {
     pub(crate) fn watch(&mut self, address: u64, size: u64, write: bool) {
         let touches =
             |at: u64, len: u64| address < at.saturating_add(len) && at < address.saturating_add(size);
-        for n in 0..4 {
-            if let Some((at, len, reads)) = self.data_breakpoint(n)
-                && (write || reads)
-                && touches(at, len)
-            {
-                self.data_hits |= 1 << n;
-            }
-        }
+        let counts = |kind| kind == BREAK_ACCESS || write && kind == BREAK_WRITE;
+        let hits = self.breakpoints().filter(|b| counts(b.kind) && touches(b.address, b.len));
+        self.data_hits |= hits.fold(0, |hits, b| hits | b.hit);
         let hit = |w: &&Watchpoint| (if write { w.write } else { w.read }) && touches(w.address, w.len);
         if let Some(hit) = self.debug.watchpoints.iter().find(hit) {
             self.watched = Some(hit.address);
         }
     }
 
-    /// Whether DR0 to DR3 ask for a fault before this instruction; sets DR6.
-    fn instruction_breakpoint(&mut self) -> bool {
+    /// Compares a port access with the guest's I/O breakpoints.
+    pub(crate) fn watch_port(&mut self, port: u16, size: u64) {
+        if self.dr[7] & DR7_ENABLED == 0 || self.cr4 & CR4_DE == 0 {
+            return;
+        }
+        let port = u64::from(port);
+        let touches =
+            |b: &Breakpoint| b.kind == BREAK_IO && port < b.address + b.len && b.address < port + size;
+        self.data_hits |= self.breakpoints().filter(touches).fold(0, |hits, b| hits | b.hit);
+    }
+
+    /// The breakpoints that ask for a fault before this instruction, as bits of DR6.
+    fn instruction_breakpoints(&self) -> u64 {
         if self.dr[7] & DR7_ENABLED == 0 || self.flags & super::flags::RF != 0 {
-            return false;
+            return 0;
         }
         let rip = self.linear_rip();
-        let mut hit = false;
-        for n in 0..4 {
-            let enabled = self.dr[7] >> (2 * n) & 3 != 0;
-            let kind = self.dr[7] >> (16 + 4 * n) & 15;
-            if enabled && kind == 0 && self.dr[n as usize] == rip {
-                self.dr[6] |= 1 << n;
-                hit = true;
-            }
-        }
-        hit
+        let here = |b: &Breakpoint| b.kind == BREAK_EXECUTE && b.len == 1 && b.address == rip;
+        self.breakpoints().filter(here).fold(0, |hits, b| hits | b.hit)
     }
 
     /// Follows what other threads did to the memory.
@@ -331,7 +364,11 @@ impl Cpu {
             if events & SIPI != 0 && self.mp_state == MpState::WaitForSipi {
                 self.start_up(self.handle.sipi_vector());
             }
-            self.nmi_pending |= events & NMI != 0;
+            if events & NMI != 0 {
+                // One can wait while another is being handled, two while none is.
+                let most = if self.nmi_blocked { 1 } else { 2 };
+                self.nmis = self.nmis.saturating_add(self.handle.take_nmis()).min(most);
+            }
             self.ask_local |= events & INTERRUPT != 0;
             if events & KICK != 0 {
                 return Some(Exit::Kicked);
@@ -343,7 +380,7 @@ impl Cpu {
             MpState::Shutdown => return Some(Exit::TripleFault),
             MpState::WaitForSipi => return self.idle(wait),
             MpState::Halted => {
-                let mut wake = self.nmi_pending && !self.nmi_blocked;
+                let mut wake = self.nmis > 0 && !self.nmi_blocked;
                 if self.flags & IF != 0 && self.ask_local {
                     self.ask_local = self.local.pending();
                     wake |= self.ask_local;
@@ -357,8 +394,8 @@ impl Cpu {
         if self.shadow || self.restarting {
             return None;
         }
-        if self.nmi_pending && !self.nmi_blocked {
-            self.nmi_pending = false;
+        if self.nmis > 0 && !self.nmi_blocked {
+            self.nmis -= 1;
             self.nmi_blocked = true;
             return self.deliver_external(vector::NMI);
         }
@@ -448,6 +485,7 @@ impl Cpu {
         }
         state.tsc = self.tsc_now();
         self.handle.take(INTERRUPT | NMI | INIT | SIPI);
+        self.handle.take_nmis();
         self.local.init();
         self.set_state(&state);
     }

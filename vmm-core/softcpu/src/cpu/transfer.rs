@@ -63,7 +63,7 @@ impl Cpu {
         if fine { Ok(()) } else { Err(self.gp()) }
     }
 
-    fn selector_fault(&mut self, vector: u8, selector: u16) -> Fault {
+    pub(super) fn selector_fault(&mut self, vector: u8, selector: u16) -> Fault {
         self.raise(vector, Some(u32::from(selector & 0xfffc)))
     }
 
@@ -385,7 +385,7 @@ impl Cpu {
         }
     }
 
-    /// SYSCALL.
+    /// SYSCALL. For it and SYSRET it is the new value of TF that counts, for all other instructions the old one.
     pub(crate) fn syscall(&mut self) -> Result<(), Fault> {
         if self.efer & EFER_SCE == 0 {
             return Err(self.ud());
@@ -407,6 +407,7 @@ impl Cpu {
         }
         self.segs[seg::SS] = flat_stack(cs.wrapping_add(8), 0);
         self.cpl = 0;
+        self.step = self.flags & TF != 0;
         self.update_mode();
         Ok(())
     }
@@ -431,6 +432,7 @@ impl Cpu {
         self.segs[seg::CS] = flat_code(selector, 3, wide);
         self.segs[seg::SS] = flat_stack(base.wrapping_add(8) | 3, 3);
         self.cpl = 3;
+        self.step = self.flags & TF != 0;
         self.set_rip(target);
         self.update_mode();
         Ok(())

@@ -7,6 +7,7 @@ use crate::cpu::{Cpu, Fault};
 
 impl Cpu {
     pub(crate) fn port_read(&mut self, port: u16, size: u64) -> u64 {
+        self.watch_port(port, size);
         let (bus, index) = (self.bus.clone(), self.config.index);
         let mut data = [0xff; 8];
         self.outside(|| bus.io_read(index, port, &mut data[..size as usize]));
@@ -14,6 +15,7 @@ impl Cpu {
     }
 
     pub(crate) fn port_write(&mut self, port: u16, size: u64, value: u64) {
+        self.watch_port(port, size);
         let (bus, index) = (self.bus.clone(), self.config.index);
         self.outside(|| bus.io_write(index, port, &value.to_le_bytes()[..size as usize]));
     }

@@ -4,7 +4,7 @@ use iced_x86::{Instruction, OpKind, Register};
 
 use super::operand::segment_number;
 use super::width::Width;
-use crate::cpu::flags::{DF, Kind};
+use crate::cpu::flags::{DF, Kind, TF};
 use crate::cpu::{Cpu, Fault, seg};
 use crate::mmu::walk::Access;
 use crate::mmu::{Target, host};
@@ -154,12 +154,14 @@ fn repeat(
     mut element: impl FnMut(&mut Cpu, &Shape) -> Result<bool, Fault>,
 ) -> Result<(), Fault> {
     let mut bytes = 0;
+    // Single steps stop after each element.
+    let stepping = cpu.flags & TF != 0;
     loop {
         let count = shape.count(cpu);
         if count == 0 {
             return Ok(());
         }
-        let done = if count > 2 { bulk(cpu, &shape, count)? } else { 0 };
+        let done = if count > 2 && !stepping { bulk(cpu, &shape, count)? } else { 0 };
         let mut stop = false;
         if done == 0 {
             stop = element(cpu, &shape)?;
@@ -172,8 +174,8 @@ fn repeat(
         if shape.repeat == Repeat::Once || stop {
             return Ok(());
         }
-        if bytes >= MAX_BYTES || done == 0 && cpu.flags & crate::cpu::flags::TF != 0 || cpu.handle.peek() != 0
-        {
+        let trap = stepping || cpu.data_hits != 0 || cpu.watched.is_some();
+        if trap || bytes >= MAX_BYTES || cpu.handle.peek() != 0 {
             if shape.count(cpu) != 0 {
                 cpu.repeat_again(instruction);
             }

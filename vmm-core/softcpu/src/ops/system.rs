@@ -65,9 +65,25 @@ pub(crate) fn int3(cpu: &mut Cpu, instruction: &Instruction) -> Result<(), Fault
     software_interrupt(cpu, instruction, vector::BP)
 }
 
-/// INT1 (ICEBP): a trap without a check of the gate's DPL.
+/// INT1 (ICEBP): a trap without a check of the gate's DPL. One that a load of SS held back is taken with it.
 pub(crate) fn int1(cpu: &mut Cpu, _: &Instruction) -> Result<(), Fault> {
-    cpu.interrupt(vector::DB, None, crate::cpu::exception::Source::External)
+    cpu.interrupt(vector::DB, None, crate::cpu::exception::Source::Event)?;
+    if let hits @ 1.. = std::mem::take(&mut cpu.data_hits) {
+        cpu.hit_breakpoints(hits);
+    }
+    Ok(())
+}
+
+/// VMCALL and VMMCALL: KVM's interface for guests, of which CPUID announces no call.
+pub(crate) fn hypercall(cpu: &mut Cpu, _: &Instruction) -> Result<(), Fault> {
+    const KVM_ENOSYS: i64 = 1000;
+    const KVM_EPERM: i64 = 1;
+    if !cpu.config.kvm_leaves {
+        return Err(cpu.ud());
+    }
+    let error = if cpu.cpl == 0 { -KVM_ENOSYS } else { -KVM_EPERM };
+    cpu.regs[0] = error as u64 & if cpu.code64 { u64::MAX } else { 0xffff_ffff };
+    Ok(())
 }
 
 pub(crate) fn ud(cpu: &mut Cpu, _: &Instruction) -> Result<(), Fault> {

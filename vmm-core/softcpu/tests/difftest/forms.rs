@@ -32,33 +32,38 @@ pub struct Form {
 /// All forms that can run here and in the guest, optionally of one mnemonic only.
 pub fn all(mode: Mode, only: Option<&str>) -> Vec<Form> {
     let mut forms: BTreeMap<(Code, bool), Form> = BTreeMap::new();
-    for map in 0..4 {
-        for opcode in 0..=255u8 {
-            if map == 0 && is_prefix(mode, opcode) || map == 1 && matches!(opcode, 0x38 | 0x3a) {
-                continue;
-            }
-            for (operand_size, repeat, wide) in prefixes(mode) {
-                for modrm in modrm_bytes(mode, map, opcode) {
-                    let template = Template { operand_size, repeat, wide, map, opcode, modrm };
-                    let Some(instruction) = decode(mode, INSTRUCTION, &template.plain()) else { continue };
-                    let name = format!("{:?}", instruction.mnemonic()).to_lowercase();
-                    if is_testable(&instruction) && only.is_none_or(|only| only == name) {
-                        let memory = modrm.is_some_and(|modrm| modrm < 0xc0);
-                        let form = forms
-                            .entry((instruction.code(), memory))
-                            .or_insert_with(|| Form { example: instruction, templates: Vec::new() });
-                        form.templates.push(template);
-                    }
-                }
-            }
+    for (template, instruction) in templates(mode) {
+        let name = format!("{:?}", instruction.mnemonic()).to_lowercase();
+        if is_testable(&instruction) && only.is_none_or(|only| only == name) {
+            let memory = template.modrm.is_some_and(|modrm| modrm < 0xc0);
+            let form = forms
+                .entry((instruction.code(), memory))
+                .or_insert_with(|| Form { example: instruction, templates: Vec::new() });
+            form.templates.push(template);
         }
     }
     forms.into_values().collect()
 }
 
+/// Everything that decodes in the opcode maps of one to three bytes.
+pub fn templates(mode: Mode) -> impl Iterator<Item = (Template, Instruction)> {
+    let opcodes = (0..4).flat_map(|map| (0..=255u8).map(move |opcode| (map, opcode)));
+    let instructions = opcodes.filter(move |&(map, opcode)| {
+        !(map == 0 && is_prefix(mode, opcode) || map == 1 && matches!(opcode, 0x38 | 0x3a))
+    });
+    instructions.flat_map(move |(map, opcode)| {
+        prefixes(mode).flat_map(move |(operand_size, repeat, wide)| {
+            modrm_bytes(mode, map, opcode).into_iter().filter_map(move |modrm| {
+                let template = Template { operand_size, repeat, wide, map, opcode, modrm };
+                Some((template, decode(mode, INSTRUCTION, &template.plain())?))
+            })
+        })
+    })
+}
+
 impl Template {
     /// The shortest encoding, followed by zeros for displacement and immediate.
-    fn plain(&self) -> Vec<u8> {
+    pub fn plain(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(16);
         if self.operand_size {
             bytes.push(0x66);
@@ -167,12 +172,15 @@ pub fn is_testable(instruction: &Instruction) -> bool {
         ) && instruction.encoding() == EncodingKind::Legacy
     });
     let on_request = instruction.cpuid_features().iter().all(|feature| match feature {
+        F::MOVBE => is_x86_feature_detected!("movbe"),
+        F::CLFLUSHOPT => host_function_7_ebx() >> 23 & 1 != 0,
+        F::CLWB => host_function_7_ebx() >> 24 & 1 != 0,
         F::AES => is_x86_feature_detected!("aes"),
         F::PCLMULQDQ => is_x86_feature_detected!("pclmulqdq"),
         F::SHA => is_x86_feature_detected!("sha"),
         _ => false,
     });
-    let to_segment = instruction.op_count() > 0
+    let to_segment = matches!(instruction.mnemonic(), M::Mov | M::Pop)
         && instruction.op_kind(0) == OpKind::Register
         && instruction.op0_register().is_segment_register();
     let excluded = matches!(
@@ -185,7 +193,11 @@ pub fn is_testable(instruction: &Instruction) -> bool {
             // They show the host's time, load or identity.
             | M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Cpuid
             // Hypervisors under the host get its return address wrong.
-            | M::Int1 // The host knows them, the guest's processor does not. | M::Monitor | M::Mwait | M::Xgetbv | M::Xsetbv
+            | M::Int1
+            // They are the hypervisor's under the host.
+            | M::Vmcall | M::Vmmcall
+            // The host knows them, the guest's processor does not.
+            | M::Monitor | M::Mwait | M::Xgetbv | M::Xsetbv
     );
     let far = instruction.is_jmp_far()
         || instruction.is_call_far()
@@ -194,6 +206,11 @@ pub fn is_testable(instruction: &Instruction) -> bool {
     // AMD processors read four bytes, Intel's two.
     let vendor = instruction.code() == Code::Movsxd_r16_rm16;
     (announced || on_request) && !vendor && !to_segment && !excluded && !far
+}
+
+/// Features that the standard library does not tell.
+fn host_function_7_ebx() -> u32 {
+    std::arch::x86_64::__cpuid_count(7, 0).ebx
 }
 
 /// Whether runs must load and compare x87 and SSE state.

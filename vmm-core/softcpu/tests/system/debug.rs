@@ -121,7 +121,7 @@ fn watchpoints_stop_after_the_access() {
     assert_eq!(rig.cpu.run(Budget::UNLIMITED), Exit::Debug(DebugEvent::Watchpoint(WINDOW_RAM + 0x21)));
     rig.cpu.set_debug(DebugControl::default());
     assert_eq!(rig.run().gpr[1], 0);
-    assert_eq!(rig.cpu.unimplemented(), 0);
+    assert_eq!(rig.cpu.handle().unimplemented(), 0);
 }
 
 #[test]

@@ -246,5 +246,114 @@ fn an_unknown_instruction_is_counted() {
     rig.cpu.set_state(&Rig::long_mode());
     rig.run();
     assert_eq!(rig.frame().map(|f| (f.vector, f.rip)), Some((6, CODE)));
-    assert_eq!(rig.cpu.unimplemented(), 1);
+    assert_eq!(rig.cpu.handle().unimplemented(), 1);
+}
+
+/// How delivering an exception can fail.
+#[derive(Debug, Clone, Copy)]
+enum Obstacle {
+    /// The gate is not present: `#NP`.
+    Absent,
+    /// The gate is no gate: `#GP`.
+    NoGate,
+    /// The stack is not mapped: `#PF`.
+    Unmapped,
+    /// The stack's address is not canonical: `#SS`.
+    WildStack,
+}
+
+/// A second exception while the first is delivered: both in turn, or a double fault (APM volume 2, table 8-4).
+#[test]
+fn two_exceptions_make_a_double_fault_or_follow_each_other() {
+    // Vector, whether it is contributory, whether it is a page fault.
+    type Cause = (u8, fn(&mut CodeAssembler));
+    let causes: [Cause; 5] = [
+        (0, |a| a.div(rcx).unwrap()),
+        (6, |a| a.ud2().unwrap()),
+        (12, |a| a.mov(rax, qword_ptr(rbp)).unwrap()),
+        (13, |a| a.mov(rax, qword_ptr(rdx)).unwrap()),
+        (14, |a| a.mov(rax, qword_ptr(rbx)).unwrap()),
+    ];
+    let contributory = |vector: u8| matches!(vector, 0 | 10..=13);
+    let mut rig = Rig::new();
+    rig.window(0, 0);
+    let mut s = Rig::long_mode();
+    (s.gpr[2], s.gpr[3], s.gpr[5]) = (NON_CANONICAL, WINDOW, NON_CANONICAL);
+    for (first, cause) in causes {
+        for obstacle in [Obstacle::Absent, Obstacle::NoGate, Obstacle::Unmapped, Obstacle::WildStack] {
+            let vector = u64::from(first);
+            let (kind, ist) = match obstacle {
+                Obstacle::Absent => (0x0e, 0),
+                Obstacle::NoGate => (0x8c, 0),
+                Obstacle::Unmapped | Obstacle::WildStack => (0x8e, 2),
+            };
+            rig.put(
+                TSS + 44,
+                if matches!(obstacle, Obstacle::Unmapped) { WINDOW + 0x1000 } else { NON_CANONICAL },
+            );
+            rig.gate(vector, HANDLERS + 16 * vector, kind, ist);
+            // The second exception and its error code: EXT is set, as an exception is being delivered.
+            let (second, error) = match obstacle {
+                Obstacle::Absent => (11, vector << 3 | 3),
+                Obstacle::NoGate => (13, vector << 3 | 3),
+                Obstacle::Unmapped => (14, 2),
+                Obstacle::WildStack => (12, 1),
+            };
+            let double = contributory(first) && contributory(second)
+                || first == 14 && (contributory(second) || second == 14);
+            let same_gate = first == second;
+            let found = rig.fault(&s, cause).map(|f| (f.0, f.1));
+            let what = format!("{first}, {obstacle:?}");
+            if double {
+                assert_eq!(found, Some((8, Some(0))), "{what}");
+            } else if !same_gate {
+                assert_eq!(found, Some((second, Some(error))), "{what}");
+            }
+            rig.gate(vector, HANDLERS + 16 * vector, 0x8e, 0);
+        }
+    }
+}
+
+/// Two NMIs that arrive together are two, as they are when one arrives while the other is being handled; more are not.
+#[test]
+fn nmis_that_arrive_together_are_two() {
+    let mut rig = Rig::new();
+    let handler = assemble(HANDLERS + 0x20, |a| {
+        a.inc(rdi).unwrap();
+        a.iretq().unwrap();
+    });
+    rig.memory.write(HANDLERS + 0x20, &handler).unwrap();
+    for _ in 0..3 {
+        rig.cpu.handle().nmi();
+    }
+    let end = rig.execute(&Rig::long_mode(), |a| {
+        for _ in 0..5 {
+            a.nop().unwrap();
+        }
+        a.hlt().unwrap();
+    });
+    assert_eq!((end.gpr[7], end.nmi_pending, end.nmi_blocked), (2, false, false));
+}
+
+/// An NMI ends HLT whatever IF says; an interrupt only if IF is set.
+#[test]
+fn an_nmi_ends_hlt_without_if() {
+    let mut rig = Rig::new();
+    let handler = assemble(HANDLERS + 0x20, |a| {
+        a.inc(rdi).unwrap();
+        a.iretq().unwrap();
+    });
+    rig.memory.write(HANDLERS + 0x20, &handler).unwrap();
+    rig.execute(&Rig::long_mode(), |a| {
+        a.hlt().unwrap();
+        a.inc(rsi).unwrap();
+        a.hlt().unwrap();
+    });
+    rig.queue.vectors.lock().unwrap().push_back(0x30);
+    rig.cpu.handle().interrupt();
+    assert_eq!(rig.cpu.run(Budget::instructions(100)), Exit::Halted);
+    assert_eq!(rig.cpu.state().gpr[6], 0, "the interrupt waits");
+    rig.cpu.handle().nmi();
+    let end = rig.run();
+    assert_eq!((end.gpr[7], end.gpr[6]), (1, 1));
 }

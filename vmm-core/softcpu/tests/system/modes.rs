@@ -3,7 +3,7 @@
 use iced_x86::code_asm::*;
 
 use super::rig::*;
-use softcpu::{Budget, CpuState, Exit, MpState};
+use softcpu::{Budget, CpuConfig, CpuState, Exit, MpState};
 
 fn assemble_16(at: u64, write: impl FnOnce(&mut CodeAssembler)) -> Vec<u8> {
     let mut a = CodeAssembler::new(16).unwrap();
@@ -148,4 +148,64 @@ fn a_start_up_ipi_starts_a_waiting_processor() {
     handle.sipi(0x34);
     let end = rig.run();
     assert_eq!((end.gpr[0], end.segments[1].selector), (0x1234, 0x3400));
+}
+
+/// INIT takes a running processor out of whatever it does; a start-up IPI is for processors that wait for one.
+#[test]
+fn init_stops_a_running_processor() {
+    let mut rig = Rig::with_config(CpuConfig {
+        index: 1,
+        apic_id: 1,
+        bootstrap: false,
+        ..CpuConfig::new(std::sync::Arc::new(softcpu::Clock::host(1_000_000)))
+    });
+    rig.memory.write(0x3_4000, &[0xb8, 0x34, 0x12, 0xf4]).unwrap();
+    rig.code(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.inc(rax).unwrap();
+        a.jmp(again).unwrap();
+    });
+    let mut s = Rig::long_mode();
+    s.msrs.lstar = 0x1234;
+    s.dr[7] = 0x402;
+    rig.cpu.set_state(&s);
+    let handle = rig.cpu.handle();
+    rig.cpu.run(Budget::instructions(1000));
+    handle.sipi(0x34);
+    rig.cpu.run(Budget::instructions(1000));
+    let still = rig.cpu.state();
+    assert_eq!((still.mp_state, still.segments[1].selector), (MpState::Running, KERNEL_CODE), "ignored");
+    assert!(still.gpr[0] > 900);
+    handle.init();
+    assert_eq!(rig.cpu.run(Budget::instructions(10)), Exit::Halted);
+    let after = rig.cpu.state();
+    assert_eq!(after.mp_state, MpState::WaitForSipi);
+    assert_eq!((after.cr0 & 0x8000_0001, after.msrs.efer, after.gpr[0], after.dr[7]), (0, 0, 0, 0x400));
+    assert_eq!(after.msrs.lstar, 0x1234, "INIT leaves model-specific registers alone");
+    // Not even an NMI wakes it, and a second INIT only takes that back.
+    for event in [softcpu::CpuHandle::nmi, softcpu::CpuHandle::init] {
+        event(&handle);
+        assert_eq!(rig.cpu.run(Budget::instructions(10)), Exit::Halted);
+        assert_eq!(rig.cpu.state().mp_state, MpState::WaitForSipi);
+    }
+    handle.sipi(0x34);
+    rig.cpu.run(Budget { wait: false, instructions: 2 });
+    let end = rig.cpu.state();
+    assert_eq!((end.gpr[0], end.segments[1].selector), (0x1234, 0x3400));
+}
+
+/// A processor in shutdown reacts to INIT.
+#[test]
+fn init_ends_a_shutdown() {
+    let mut rig = Rig::new();
+    let mut s = Rig::long_mode();
+    s.idtr.limit = 0;
+    rig.code(|a| a.ud2().unwrap());
+    rig.cpu.set_state(&s);
+    assert_eq!(rig.cpu.run(Budget::UNLIMITED), Exit::TripleFault);
+    rig.cpu.handle().init();
+    rig.cpu.run(Budget::instructions(0));
+    let after = rig.cpu.state();
+    assert_eq!((after.mp_state, after.rip, after.segments[1].base), (MpState::Running, 0xfff0, 0xffff_0000));
 }

@@ -164,12 +164,9 @@ pub fn flat(selector: u16, attributes: u16) -> Segment {
     Segment { selector, attributes: SegmentAttributes(attributes), limit: 0xffff_ffff, base: 0 }
 }
 
-/// With `NACRE_TRANSLATE_AFTER` blocks are translated after that many entries (feature `native`): 0 for at once.
-pub fn translating(mut config: CpuConfig) -> CpuConfig {
-    if let Ok(text) = std::env::var("NACRE_TRANSLATE_AFTER") {
-        config.translate_after = Some(text.parse().expect("NACRE_TRANSLATE_AFTER is not a number"));
-    }
-    config
+/// The same processor in the mode of execution that this test program is about.
+pub fn translating(config: CpuConfig) -> CpuConfig {
+    CpuConfig { translate_after: crate::TRANSLATE_AFTER, ..config }
 }
 
 impl Rig {
@@ -178,10 +175,15 @@ impl Rig {
     }
 
     pub fn with_clock(clock: Arc<Clock>, seed: Option<u64>) -> Self {
-        Self::with_config(translating(CpuConfig { seed, ..CpuConfig::new(clock) }))
+        Self::with_config(CpuConfig { seed, ..CpuConfig::new(clock) })
     }
 
     pub fn with_config(config: CpuConfig) -> Self {
+        Self::exactly(translating(config))
+    }
+
+    /// A processor of exactly this configuration.
+    pub fn exactly(config: CpuConfig) -> Self {
         let ram = Ram::new();
         let memory = Arc::new(GuestMemory::new());
         // SAFETY: the mapping lives as long as the rig, which drops its processor first.

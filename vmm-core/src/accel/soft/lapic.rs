@@ -21,7 +21,10 @@ const BASE_BSP: u64 = 1 << 8;
 const BASE_X2APIC: u64 = 1 << 10;
 /// IA32_APIC_BASE: enabled.
 const BASE_ENABLE: u64 = 1 << 11;
+/// Where messages are addressed to, and the register page lies after a reset.
 const BASE_ADDRESS: u64 = 0xfee0_0000;
+/// IA32_APIC_BASE: the address of the register page, as wide as guest-physical addresses of the processor.
+const BASE_PAGE: u64 = 0x3fff_ffff_f000;
 
 /// Spurious-interrupt vector register: software enable.
 const SVR_ENABLE: u32 = 1 << 8;

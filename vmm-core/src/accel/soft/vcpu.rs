@@ -58,8 +58,8 @@ fn check(state: &CpuState) -> Result<(), AccelError> {
     const PG: u64 = 1 << 31;
     const LME: u64 = 1 << 8;
     const LMA: u64 = 1 << 10;
-    /// SCE, LME, LMA, NXE.
-    const EFER: u64 = 0xd01;
+    /// SCE, LME, LMA, NXE, AutoIBRS.
+    const EFER: u64 = 0x20_0d01;
     let (cr0, efer) = (state.cr0, state.msrs.efer);
     let what = if cr0 & (PE | PG) == PG || cr0 & (NW | CD) == NW || cr0 >> 32 != 0 {
         format!("CR0 {cr0:#x}")
@@ -163,5 +163,9 @@ impl VcpuHandle for Handle {
 
     fn nmi(&self) {
         self.0.nmi();
+    }
+
+    fn unimplemented(&self) -> u64 {
+        self.0.unimplemented()
     }
 }

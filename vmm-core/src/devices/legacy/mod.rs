@@ -17,8 +17,8 @@ pub use reset::I8042;
 pub use rtc::Rtc;
 pub use serial::{Serial, SerialOutput};
 pub use testdev::{
-    FW_CFG, FwCfg, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE, TEST_SCRATCH, TEST_SCRATCH_BYTES,
-    TestIrqs, TestScratch,
+    FW_CFG, FwCfg, TEST_FLUSH, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE, TEST_SCRATCH,
+    TEST_SCRATCH_BYTES, TestFlush, TestIrqs, TestScratch,
 };
 
 /// What the guest asks of the machine through a device.

@@ -6,9 +6,12 @@ use parking_lot::Mutex;
 
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
+use crate::memory::GuestMemory;
 
 /// First port of the scratch register that is accessed in any size.
 pub const TEST_SCRATCH: u16 = 0xe0;
+/// Port that makes the host map a page anew.
+pub const TEST_FLUSH: u16 = 0xe4;
 /// First port of the scratch register of four separate bytes.
 pub const TEST_SCRATCH_BYTES: u16 = 0xe8;
 /// Port of the first interrupt line.
@@ -47,6 +50,31 @@ impl BusDevice for TestScratch {
         let mut bytes = self.bytes.lock();
         if let Some(found) = bytes.get_mut(offset as usize..).and_then(|rest| rest.get_mut(..data.len())) {
             found.copy_from_slice(data);
+        }
+    }
+}
+
+/// Takes the guest-physical address of a page that the host shall map anew: an accelerator that copies the host's page
+/// tables must then handle accesses of its own (to descriptor tables, stacks) to a page that it does not know.
+pub struct TestFlush {
+    memory: GuestMemory,
+}
+
+impl TestFlush {
+    /// A port for this RAM.
+    pub fn new(memory: GuestMemory) -> Self {
+        Self { memory }
+    }
+}
+
+impl BusDevice for TestFlush {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (0, &[a, b, c, d]) = (offset, data) {
+            self.memory.unmap_page(u32::from_le_bytes([a, b, c, d]).into());
         }
     }
 }
@@ -148,6 +176,22 @@ mod tests {
         scratch.write(3, &[1, 2]);
         assert_eq!(read(&scratch, 3, 2), 0xffff, "beyond the end is nothing");
         assert_eq!(read(&scratch, 3, 1), 0x12);
+    }
+
+    #[test]
+    fn a_flushed_page_keeps_its_content() {
+        let memory = GuestMemory::flat(0x4000).unwrap();
+        for page in 0..4u64 {
+            memory.write_obj(page * 0x1000, &(page + 1)).unwrap();
+        }
+        let flush = TestFlush::new(memory.clone());
+        // The second page, one beyond the end, and a word that is no address.
+        flush.write(0, &0x1234u32.to_le_bytes());
+        flush.write(0, &0xffff_f000u32.to_le_bytes());
+        flush.write(0, &[1, 2]);
+        for page in 0..4u64 {
+            assert_eq!(memory.read_obj::<u64>(page * 0x1000).unwrap(), page + 1);
+        }
     }
 
     struct Line(Arc<AtomicU32>, u32);

@@ -101,7 +101,7 @@ pub struct Args {
     /// Offer the debug console (port 0xE9) and debug-exit (port 0xF4) ports to test guests.
     #[arg(long)]
     debug_ports: bool,
-    /// Offer what programs of kvm-unit-tests use: debug-exit, scratch and interrupt ports, fw_cfg, scratch memory.
+    /// Offer what programs of kvm-unit-tests use: debug-exit, scratch, page-flush and interrupt ports, fw_cfg, scratch memory.
     #[arg(long)]
     test_devices: bool,
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use softcpu::{Clock, Local, MsrFault};
 
 use super::{
-    Apics, BASE_ADDRESS, BASE_BSP, BASE_ENABLE, BASE_X2APIC, Delivery, Destination, Lapic, Message, Vectors,
+    Apics, BASE_BSP, BASE_ENABLE, BASE_PAGE, BASE_X2APIC, Delivery, Destination, Lapic, Message, Vectors,
 };
 
 // Registers, by their number in x2APIC mode (the offset in the xAPIC page divided by 16).
@@ -311,15 +311,14 @@ impl LocalApic {
         let illegal = mode == BASE_X2APIC
             || mode == BASE_ENABLE && old & BASE_X2APIC != 0
             || mode == BASE_ENABLE | BASE_X2APIC && old & BASE_ENABLE == 0
-            || value & !(mode | BASE_BSP | 0xf_ffff_f000) != 0;
-        // The register page does not move: no system does that.
-        if illegal || value & 0xf_ffff_f000 != BASE_ADDRESS {
+            || value & !(mode | BASE_BSP | BASE_PAGE) != 0;
+        if illegal {
             return Err(MsrFault);
         }
         if mode == 0 && old & BASE_ENABLE != 0 {
             self.reset();
         }
-        self.shared.base.store(BASE_ADDRESS | mode | old & BASE_BSP, Ordering::SeqCst);
+        self.shared.base.store(value & BASE_PAGE | mode | old & BASE_BSP, Ordering::SeqCst);
         Ok(())
     }
 
@@ -388,6 +387,7 @@ impl Local for LocalApic {
                         self.icr = value & 0xffff_ffff_000c_cfff;
                         self.send_ipi();
                     }
+                    SELF_IPI if value >> 8 != 0 => return Err(MsrFault),
                     SELF_IPI => self.shared.accept(&Message {
                         destination: Destination { id: 0, logical: false, wide: true },
                         delivery: Delivery::Fixed,
@@ -412,7 +412,8 @@ impl Local for LocalApic {
     }
 
     fn mmio_page(&self) -> Option<u64> {
-        (self.shared.enabled() && !self.shared.x2apic()).then_some(BASE_ADDRESS)
+        let base = self.shared.base.load(Ordering::Relaxed);
+        (base & (BASE_ENABLE | BASE_X2APIC) == BASE_ENABLE).then_some(base & BASE_PAGE)
     }
 
     fn mmio_read(&mut self, offset: u32, data: &mut [u8], tsc: u64) {

@@ -200,6 +200,73 @@ fn mode_changes_follow_the_state_machine() {
     assert_eq!(locals[1].read_msr(0x1b, 0), Ok(0xfee0_0800));
 }
 
+/// Which registers exist in x2APIC mode, for what (Intel SDM volume 3, table 11-6), and that their upper half does not.
+#[test]
+fn x2apic_registers_are_checked() {
+    let (_apics, mut locals) = machine(1);
+    let apic = &mut locals[0];
+    for register in 0..0x100 {
+        assert!(apic.read_msr(0x800 + register, 0).is_err(), "{register:#x} in xAPIC mode");
+        assert!(apic.write_msr(0x800 + register, 0, 0).is_err(), "{register:#x} in xAPIC mode");
+    }
+    to_x2apic(apic);
+    for register in 0..0x100u32 {
+        let (read, write) = match register {
+            0x02 | 0x03 | 0x0a | 0x0d | 0x10..=0x27 | 0x39 => (true, false),
+            0x08 | 0x0f | 0x28 | 0x30 | 0x32..=0x38 | 0x3e => (true, true),
+            0x0b | 0x3f => (false, true),
+            _ => (false, false),
+        };
+        assert_eq!(apic.read_msr(0x800 + register, 0).is_ok(), read, "reading {register:#x}");
+        assert_eq!(apic.write_msr(0x800 + register, 0, 0).is_ok(), write, "writing {register:#x}");
+        if register != 0x30 {
+            assert!(apic.write_msr(0x800 + register, 1 << 32, 0).is_err(), "upper half of {register:#x}");
+        }
+    }
+    for reserved in [0x100, 0xff00, 0xff00_0000] {
+        assert!(apic.write_msr(0x83f, reserved, 0).is_err(), "self IPI {reserved:#x}");
+    }
+}
+
+/// The register page moves with the base address; address bits that the processor does not have are refused.
+#[test]
+fn the_register_page_can_be_moved() {
+    let (_apics, mut locals) = machine(1);
+    let apic = &mut locals[0];
+    let base = apic.read_msr(0x1b, 0).unwrap();
+    apic.write_msr(0x1b, 0xfed4_0900, 0).unwrap();
+    assert_eq!((apic.mmio_page(), apic.read_msr(0x1b, 0)), (Some(0xfed4_0000), Ok(0xfed4_0900)));
+    assert!(apic.write_msr(0x1b, base | 1 << 46, 0).is_err());
+    assert!(apic.write_msr(0x1b, base | 1, 0).is_err());
+    let saved = apic.save(0);
+    apic.write_msr(0x1b, base, 0).unwrap();
+    assert_eq!(apic.mmio_page(), Some(0xfee0_0000));
+    apic.load(&saved, None, 0).unwrap();
+    assert_eq!(apic.mmio_page(), Some(0xfed4_0000));
+}
+
+/// A timer that is switched between one-shot and periodic mode counts on from where it is.
+#[test]
+fn a_change_of_the_timers_mode_does_not_restart_it() {
+    let (_apics, mut locals) = machine(1);
+    let apic = &mut locals[0];
+    const COUNT: u32 = 1_000_000;
+    let mode = |apic: &mut LocalApic, mode: u32| write(apic, 0x320, mode << 17 | 0x50);
+    write(apic, 0x3e0, 0b1011);
+    mode(apic, 0);
+    apic.mmio_write(0x380, &COUNT.to_le_bytes(), 0);
+    mode(apic, 1);
+    assert_eq!((read_at(apic, 0x380, 600_000), read_at(apic, 0x390, 600_000)), (COUNT, 400_000));
+    apic.timer(1_000_000);
+    assert_eq!(read_at(apic, 0x390, 1_100_000), 900_000, "it starts over");
+    mode(apic, 0);
+    assert_eq!(read_at(apic, 0x390, 1_600_000), 400_000);
+    apic.timer(2_000_000);
+    assert_eq!(read_at(apic, 0x390, 2_500_000), 0);
+    mode(apic, 1);
+    assert_eq!((read_at(apic, 0x390, 2_600_000), apic.deadline()), (0, None), "it stays at zero");
+}
+
 #[test]
 fn msi_addresses_are_decoded() {
     let msi = |address, data| Message::from_msi(Msi { address, data, requester: 0 });

@@ -41,7 +41,7 @@ impl LocalApic {
         let get = |n: u32| registers[n as usize];
         let bits = |n: u32| &registers[n as usize..n as usize + 8];
         let mode = state.base & (BASE_ENABLE | BASE_X2APIC);
-        if mode == BASE_X2APIC || state.base & !(mode | BASE_BSP) != BASE_ADDRESS {
+        if mode == BASE_X2APIC || state.base & !(mode | BASE_BSP | BASE_PAGE) != 0 {
             return Err(invalid("the base of the local APIC"));
         }
         let taken = match pending {

@@ -1,17 +1,20 @@
 //! Behaviour that takes more than one instruction: paging, exceptions, modes, self-modifying code, several
 //! processors, debugging.
 
-#![expect(clippy::unwrap_used, reason = "what fails in a helper fails the test")]
-
 mod debug;
 mod exceptions;
 mod features;
+mod fpu;
 mod litmus;
 mod memory;
 mod modes;
 mod paging;
-mod rig;
+mod patching;
+mod protected;
+pub mod rig;
+mod segments;
 mod smp;
+mod tables;
+mod time;
 mod transfers;
-#[cfg(feature = "native")]
-mod translation;
+mod traps;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use iced_x86::code_asm::*;
 
-use super::rig::*;
+use crate::system::rig::*;
 use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, CpuState, Exit};
 
 fn rig(translate_after: Option<u32>) -> Rig {
     let clock = Arc::new(Clock::deterministic(1_000_000));
-    Rig::with_config(CpuConfig { translate_after, seed: Some(1), ..CpuConfig::new(clock) })
+    Rig::exactly(CpuConfig { translate_after, seed: Some(1), ..CpuConfig::new(clock) })
 }
 
 /// Calls, stack, memory, flags across accesses, SSE, an instruction for the interpreter, and RDTSC, which shows the
