@@ -155,7 +155,11 @@ impl Loop {
         let n = self.wait(timeout)?;
         self.slept += timeout;
         if n == 0 && self.slept >= SLEEP_MS {
-            self.queues.iter_mut().for_each(|q| wake(q, &mut self.awake));
+            // One look each: polling them all for long would cost an idle switch with many ports much of a core.
+            for q in &mut self.queues {
+                wake(q, &mut self.awake);
+                q.idle = q.idle_limit;
+            }
         }
         if n > 0 || self.slept >= SLEEP_MS {
             self.slept = 0;
