@@ -128,8 +128,9 @@ def nacre(binary, work, core, policy):
 
 
 @contextlib.contextmanager
-def ovs(work, huge, core, other, policy):
-    """Open vSwitch with two vhost-user server ports."""
+def open_vswitch(work, *settings):
+    """An Open vSwitch of our own with an empty bridge in its userspace datapath; yields its process number, directory
+    and environment, and how to call its tools."""
     run = work / "ovs"
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
@@ -148,14 +149,29 @@ def ovs(work, huge, core, other, policy):
         wait_for(run / "db.sock", server)
         vsctl = ("ovs-vsctl", f"--db={db}", "--no-wait")
         call(*vsctl, "init")
-        call(*vsctl, "set", "Open_vSwitch", ".", "other_config:dpdk-init=true", "other_config:dpdk-socket-mem=256",
-             f"other_config:dpdk-lcore-mask={1 << other:#x}", f"other_config:pmd-cpu-mask={1 << core:#x}",
-             f"other_config:dpdk-extra=--no-pci --file-prefix=nacre-ovs --huge-dir={huge}")
+        call(*vsctl, "set", "Open_vSwitch", ".", *settings)
         switchd = subprocess.Popen([OVS_SWITCHD, db], env=env, stdout=log, stderr=log, start_new_session=True)
         vsctl = ("ovs-vsctl", f"--db={db}", "--timeout=60")
         call(*vsctl, "add-br", BRIDGE, "--", "set", "bridge", BRIDGE, "datapath_type=netdev")
+        yield switchd, run, env, lambda *args: call(*(vsctl if args[0] != "ovs-ofctl" else ()), *args)
+    finally:
+        for p in filter(None, (switchd, server)):
+            stop(p)
+        log.close()
+        # Open vSwitch leaves its interfaces behind.
+        for link in ("ovs-netdev", BRIDGE):
+            subprocess.run(["ip", "link", "del", link], stderr=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def ovs(work, huge, core, other, policy):
+    """Open vSwitch with two vhost-user server ports."""
+    settings = ("other_config:dpdk-init=true", "other_config:dpdk-socket-mem=256",
+                f"other_config:dpdk-lcore-mask={1 << other:#x}", f"other_config:pmd-cpu-mask={1 << core:#x}",
+                f"other_config:dpdk-extra=--no-pci --file-prefix=nacre-ovs --huge-dir={huge}")
+    with open_vswitch(work, *settings) as (switchd, run, env, call):
         for i in (0, 1):
-            call(*vsctl, "add-port", BRIDGE, f"vu{i}", "--", "set", "Interface", f"vu{i}", "type=dpdkvhostuser",
+            call("add-port", BRIDGE, f"vu{i}", "--", "set", "Interface", f"vu{i}", "type=dpdkvhostuser",
                  f"ofport_request={i + 1}")
         flows = {
             "learning": ["actions=NORMAL"],
@@ -171,13 +187,6 @@ def ovs(work, huge, core, other, policy):
             set_rules(BRIDGE, env)
         wait_for(run / "vu1", switchd)
         yield switchd.pid, [run / "vu0", run / "vu1"]
-    finally:
-        for p in filter(None, (switchd, server)):
-            stop(p)
-        log.close()
-        # Open vSwitch leaves its interfaces behind.
-        for link in ("ovs-netdev", BRIDGE):
-            subprocess.run(["ip", "link", "del", link], stderr=subprocess.DEVNULL)
 
 
 class Testpmd:
