@@ -79,7 +79,7 @@ pub(crate) fn failure(error: blockfmt::Error) -> Failure {
         E::ReadOnly | E::NotAllowed { .. } | E::WrongSecret(_) | E::SecretNeeded(_) => NACRE_PERMISSION,
         E::Unsupported { .. } => NACRE_UNSUPPORTED,
         E::Corrupt { .. } | E::WrongFormat { .. } | E::ParentChanged(_) => NACRE_CORRUPT,
-        E::Locked { .. } => NACRE_BUSY,
+        E::Locked { .. } | E::NoLease { .. } | E::Busy(_) => NACRE_BUSY,
         E::Exists { .. } => NACRE_EXISTS,
         E::NotFound { .. } => NACRE_NOT_FOUND,
         E::Cancelled => NACRE_CANCELLED,

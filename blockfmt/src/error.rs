@@ -74,6 +74,18 @@ pub enum Error {
         /// The permission that conflicts.
         permission: &'static str,
     },
+    /// The cluster does not let this host use an image.
+    #[error("The cluster grants no lease of {}", image.display())]
+    NoLease {
+        /// The image.
+        image: PathBuf,
+        /// What the cluster says.
+        #[source]
+        source: crate::storage::LeaseError,
+    },
+    /// Something else changes the chain of a disk, or copies the disk, at the moment.
+    #[error("A job works on {0}; wait for its end or cancel it")]
+    Busy(String),
     /// An argument that makes no sense.
     #[error("Invalid option: {0}")]
     InvalidOption(String),
@@ -123,6 +135,11 @@ impl Error {
         Error::WrongFormat { name: name.into(), format }
     }
 
+    /// A layer that does not exist.
+    pub(crate) fn no_layer(index: usize) -> Self {
+        Error::NotFound { what: "layer", name: index.to_string() }
+    }
+
     /// A feature that is not implemented.
     pub(crate) fn unsupported(name: impl Into<String>, feature: impl Into<String>) -> Self {
         Error::Unsupported { name: name.into(), feature: feature.into() }
@@ -142,7 +159,8 @@ impl Error {
             Error::Unsupported { .. } => libc::ENOTSUP,
             Error::Corrupt { .. } | Error::ParentChanged(_) => libc::EIO,
             Error::NotAllowed { .. } | Error::WrongSecret(_) | Error::SecretNeeded(_) => libc::EACCES,
-            Error::Locked { .. } => libc::EAGAIN,
+            Error::Locked { .. } | Error::NoLease { .. } => libc::EAGAIN,
+            Error::Busy(_) => libc::EBUSY,
             Error::NotFound { .. } => libc::ENOENT,
             Error::Exists { .. } => libc::EEXIST,
             Error::Cancelled => libc::ECANCELED,

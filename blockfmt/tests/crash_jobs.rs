@@ -8,7 +8,7 @@ mod common;
 use blockfmt::format::LayerOptions;
 use blockfmt::format::qcow2::{Qcow2, Qcow2Options};
 use blockfmt::format::vhd::Vhd;
-use blockfmt::job::{self, ConvertOptions, JobControl, Mirror, MirrorMode};
+use blockfmt::job::{self, ConvertOptions, JobControl, Migration, Mirror, MirrorMode};
 use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{BackingRef, CreateOptions, Disk, Format, Layer, Storage};
 use common::Rng;
@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex};
 
 /// The mark of a job that was acknowledged.
 const DONE: u64 = 1 << 40;
+/// The mark of a disk that continues in "target".
+const REDIRECTED: u64 = 1 << 41;
 
 /// Files of a chain "base" <- "mid" <- "top", and another base and an empty target.
 const NAMES: [&str; 5] = ["base", "mid", "top", "other", "target"];
@@ -116,6 +118,8 @@ struct Scenario {
     busy: bool,
     /// Whether "target" holds the contents of the start when the job is done.
     copies: bool,
+    /// Whether the job makes "target" itself and redirects the disk there.
+    redirects: bool,
     target: Format,
 }
 
@@ -123,7 +127,10 @@ impl Scenario {
     fn check(&self, seed: u64, cluster_size: u64) {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut rng = Rng(seed);
-        let Rig { start, target_format, history } = Rig::new(&mut rng, cluster_size, self.target);
+        let Rig { mut start, target_format, history } = Rig::new(&mut rng, cluster_size, self.target);
+        if self.redirects {
+            start[index("target")] = MemoryStorage::new();
+        }
         let original = history.contents();
         let files = group(&start);
         let disk = Disk::from_layers(layers(&files, "top", target_format).unwrap(), false).unwrap();
@@ -159,7 +166,8 @@ impl Scenario {
                     .filter_map(|(_, e)| if let Event::Mark(m) = e { Some(*m) } else { None })
             };
             let done = marks().any(|m| m == DONE);
-            let mark = marks().find(|m| *m != DONE).unwrap_or(0);
+            let redirected = marks().any(|m| m == REDIRECTED);
+            let mark = marks().find(|m| *m < DONE).unwrap_or(0);
             let images = crash(&start, &events, at, &mut rng);
             let what = format!(
                 "{} with clusters of {cluster_size}, crash {round} at event {at} of {} ({})",
@@ -172,7 +180,8 @@ impl Scenario {
                     std::fs::write(dir.path().join(name), image.to_vec()).unwrap();
                 }
                 for (n, image) in images.iter().enumerate() {
-                    if (NAMES[n] != "target" || self.target == Format::Qcow2)
+                    let exists = if self.redirects { redirected } else { self.target == Format::Qcow2 };
+                    if (NAMES[n] != "target" || exists)
                         && let Some(report) = corruptions(image, dir.path())
                     {
                         panic!("{what}: {}: {report}", NAMES[n]);
@@ -180,7 +189,11 @@ impl Scenario {
                 }
             }
             let survivors = group(&images);
-            let active = if done { self.after } else { "top" };
+            let active = match (done, redirected) {
+                (true, _) => self.after,
+                (false, true) => "target",
+                (false, false) => "top",
+            };
             let open = |name| {
                 Disk::from_layers(layers(&survivors, name, target_format).expect(&what), false).unwrap()
             };
@@ -221,6 +234,7 @@ fn merging() {
         after: "mid",
         busy: true,
         copies: false,
+        redirects: false,
         target: Format::Qcow2,
     };
     plain.check(1, 65536);
@@ -243,6 +257,7 @@ fn pulling() {
         after: "top",
         busy: true,
         copies: false,
+        redirects: false,
         target: Format::Qcow2,
     };
     all.check(11, 65536);
@@ -266,6 +281,32 @@ fn pulling() {
 }
 
 #[test]
+fn redirecting() {
+    let migration = Scenario {
+        name: "migration",
+        run: |files, disk, control| {
+            if disk.layers()[0].storage().name() == "target" {
+                return Migration::resume(disk, None)?.run(control);
+            }
+            let file = files[index("target")].clone();
+            let create = CreateOptions::new(Format::Qcow2, SIZE).backing("top", Format::Qcow2);
+            create.create_on(file.clone())?;
+            let target = Arc::new(Qcow2::open(file, &LayerOptions::default())?);
+            let migration = Migration::start(disk, target, None)?;
+            files[0].mark(REDIRECTED);
+            migration.run(control)
+        },
+        after: "target",
+        busy: true,
+        copies: false,
+        redirects: true,
+        target: Format::Qcow2,
+    };
+    migration.check(41, 65536);
+    migration.check(42, 4096);
+}
+
+#[test]
 fn copying() {
     let mirror = Scenario {
         name: "mirror",
@@ -276,6 +317,7 @@ fn copying() {
         after: "target",
         busy: true,
         copies: false,
+        redirects: false,
         target: Format::Qcow2,
     };
     mirror.check(21, 65536);
@@ -311,6 +353,7 @@ fn copying() {
         after: "top",
         busy: false,
         copies: true,
+        redirects: false,
         target: Format::Qcow2,
     }
     .check(25, 65536);

@@ -4,10 +4,11 @@
 
 mod common;
 
-use blockfmt::disk::{Limits, Throttle};
+use blockfmt::disk::{Limits, Throttle, snapshot_tree};
 use blockfmt::job::{self, JobControl};
 use blockfmt::{CreateOptions, Error, Format, OpenOptions, Registry};
 use common::{Rng, assert_same, exercise};
+use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -102,4 +103,43 @@ fn groups_are_limited_together() {
     }
     assert!(start.elapsed() >= Duration::from_millis(200));
     disks[0].set_throttles(Vec::new());
+}
+
+#[test]
+fn snapshots_are_a_tree() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    CreateOptions::new(Format::Raw, SIZE).create(&at("base")).unwrap();
+    for (name, parent, format) in [
+        ("mid", "base", Format::Raw),
+        ("a", "mid", Format::Qcow2),
+        ("b", "mid", Format::Qcow2),
+        ("c", "base", Format::Raw),
+    ] {
+        CreateOptions::new(Format::Qcow2, SIZE).backing(parent, format).create(&at(name)).unwrap();
+    }
+    let open = |name: &str| OpenOptions::new(Format::Qcow2).open(at(name)).unwrap();
+    let disk = open("b");
+    for name in ["one", "two"] {
+        disk.layers()[0].as_qcow2().unwrap().create_snapshot(name).unwrap();
+    }
+    drop(disk);
+    let disks = [open("a"), open("b"), open("c")];
+    let node = |name: &str, format, snapshots: &[&str], children: &[serde_json::Value]| {
+        json!({ "image": at(name), "format": format, "active": children.is_empty(), "snapshots": snapshots,
+            "children": children })
+    };
+    let leaves = [node("a", "qcow2", &[], &[]), node("b", "qcow2", &["one", "two"], &[])];
+    let tree = node("base", "raw", &[], &[node("mid", "qcow2", &[], &leaves), node("c", "qcow2", &[], &[])]);
+    assert_eq!(serde_json::to_value(snapshot_tree(&disks).unwrap()).unwrap(), json!([tree]));
+}
+
+#[test]
+fn nothing_is_based_on_a_temporary_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    CreateOptions::new(Format::Raw, SIZE).create(&dir.path().join("disk")).unwrap();
+    let disk =
+        OpenOptions::new(Format::Raw).non_persistent(dir.path()).open(dir.path().join("disk")).unwrap();
+    let result = disk.snapshot(&dir.path().join("child"), &CreateOptions::new(Format::Qcow2, 0));
+    assert!(matches!(result, Err(Error::Unsupported { .. })), "{result:?}");
 }

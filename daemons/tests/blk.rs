@@ -115,6 +115,12 @@ impl Daemon {
         text
     }
 
+    /// Ends the daemon as a crash does.
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     /// Ends the daemon with SIGTERM, which must go well.
     fn end(&mut self) {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
@@ -238,11 +244,89 @@ fn disks_are_copied_and_migrated() {
 }
 
 #[test]
+fn a_disk_is_redirected_and_its_migration_survives_a_crash() {
+    let mut d = Daemon::start(false);
+    std::fs::create_dir(d.at("new")).unwrap();
+    let migrate = |rate: u64| {
+        json!({ "command": "migrate", "name": "disk", "path": "new/disk.qcow2", "format": "qcow2",
+            "mode": "redirect", "rate": rate })
+    };
+    d.ok(migrate(1));
+    // The job has hardly begun, but what is written is in the new image only.
+    d.io("disk", &["write -P 6 2M 64k", "read -P 5 1M 64k", "flush"]);
+    assert!(d.api(&migrate(0))["error"].as_str().unwrap().contains("already"));
+    d.kill();
+    assert_eq!(read(&d.at("disk.qcow2"), 2 * MIB), 0);
+    let export = "name=disk,path=new/disk.qcow2,format=qcow2,allow=disk.qcow2";
+    d.child = Daemon::spawn(d.dir.path(), export, Stdio::null());
+    d.io("disk", &["read -P 6 2M 64k", "read -P 5 1M 64k"]);
+    assert_eq!(d.job(migrate(0))["state"], "done");
+    d.io("disk", &["read -P 6 2M 64k", "read -P 5 1M 64k", "write -P 7 3M 64k"]);
+    let taken = d
+        .api(&json!({ "command": "migrate", "name": "disk", "path": "disk.qcow2", "format": "qcow2",
+        "mode": "redirect" }));
+    assert!(taken["error"].as_str().unwrap().contains("Cannot create"), "{taken}");
+    d.end();
+    std::fs::remove_file(d.at("disk.qcow2")).unwrap();
+    let image = d.at("new/disk.qcow2");
+    check(&image);
+    assert_eq!((read(&image, MIB), read(&image, 2 * MIB), read(&image, 3 * MIB)), (5, 6, 7));
+}
+
+#[test]
+fn snapshots_are_listed_rolled_back_to_and_deleted() {
+    let mut d = Daemon::start(false);
+    let take = |path: &str| json!({ "command": "snapshot", "disks": [{ "name": "disk", "path": path }] });
+    d.ok(take("one.qcow2"));
+    d.io("disk", &["write -P 6 1M 64k"]);
+    d.ok(take("two.qcow2"));
+    d.io("disk", &["write -P 7 1M 64k"]);
+    let images = |d: &Daemon| {
+        let tree = d.ok(json!({ "command": "tree" }))["images"].clone();
+        let deeper = |node: &Value| Some(node["children"][0].clone()).filter(Value::is_object);
+        let chain = std::iter::successors(Some(tree[0].clone()), deeper);
+        chain.map(|node| node["image"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(images(&d), ["disk.qcow2", "one.qcow2", "two.qcow2"]);
+    let back = |image: &str, path: &str| json!({ "command": "roll-back", "name": "disk", "image": image, "path": path });
+    assert!(d.api(&back("two.qcow2", "back.qcow2"))["error"].is_string(), "the active image");
+    assert!(!d.at("back.qcow2").exists());
+    d.ok(back("one.qcow2", "back.qcow2"));
+    d.io("disk", &["read -P 6 1M 64k", "write -P 8 2M 64k"]);
+    assert_eq!(images(&d), ["disk.qcow2", "one.qcow2", "back.qcow2"]);
+    let delete = |image: &str| json!({ "command": "delete-snapshot", "name": "disk", "image": image });
+    assert_eq!(d.job(delete("two.qcow2"))["state"], "failed");
+    assert_eq!(d.job(delete("one.qcow2"))["state"], "done");
+    assert_eq!(images(&d).len(), 2);
+    d.io("disk", &["read -P 6 1M 64k", "read -P 5 1088k 64k", "read -P 8 2M 64k"]);
+    d.end();
+    assert_eq!(read(&d.at("disk.qcow2"), MIB), 5, "the other snapshot is what it was");
+}
+
+#[test]
+fn groups_of_disks_are_limited_together() {
+    let mut d = Daemon::start(false);
+    CreateOptions::new(Format::Raw, MIB).create(&d.at("more.raw")).unwrap();
+    d.ok(json!({ "command": "add", "name": "second", "path": "more.raw", "format": "raw" }));
+    let group = |disks: Value, limits: Value| json!({ "command": "throttle", "group": "gold", "disks": disks, "limits": limits });
+    for bad in [group(json!(["disk", "third"]), json!({})), group(json!(["disk"]), json!({ "colour": 1 }))] {
+        assert!(d.api(&bad)["error"].is_string(), "{bad}");
+    }
+    d.ok(group(json!(["disk", "second"]), json!({ "write-operations": 4 })));
+    let start = std::time::Instant::now();
+    d.io("disk", &["write 0 4k", "write 0 4k"]);
+    d.io("second", &["write 0 4k", "write 0 4k"]);
+    assert!(start.elapsed() >= std::time::Duration::from_millis(700), "the fourth write waits for three");
+    d.ok(json!({ "command": "throttle", "group": "gold" }));
+    d.ok(json!({ "command": "remove", "name": "second" }));
+    d.end();
+}
+
+#[test]
 fn a_killed_daemon_starts_again_where_it_was() {
     let mut daemon = Daemon::start(false);
     daemon.ok(json!({ "command": "list" })); // the API's socket appears last
-    daemon.child.kill().unwrap();
-    daemon.child.wait().unwrap();
+    daemon.kill();
     assert!(daemon.at("nbd").exists() && daemon.at("api").exists(), "the killed daemon left its sockets");
     daemon.child = Daemon::spawn(daemon.dir.path(), DISK, Stdio::null());
     UnixStream::connect(daemon.at("nbd")).unwrap();

@@ -63,6 +63,24 @@ impl Bench {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Sends SIGINT to a command, slow enough to be running then, once `file` exists.
+    fn interrupt(&self, args: &str, file: &str) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_nacre"))
+            .args(format!("disk {args}").split(' '))
+            .current_dir(self.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        while !self.path().join(file).exists() {
+            std::thread::yield_now();
+        }
+        // The signal may come before the command expects it; then it ends the process at once.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        self.qemu("qemu-img", &format!("check -f qcow2 {file}"));
+    }
+
     /// Makes "data.raw", 8 MiB with some zeros, and returns its bytes.
     fn data(&self) -> Vec<u8> {
         let mut seed = 1u64;
@@ -184,7 +202,7 @@ fn chains_are_merged_and_moved() {
     std::fs::write(&data, bytes).unwrap();
     b.same_as_data("base.qcow2", "qcow2");
     b.fails("commit -f qcow2 base.qcow2", 1, "no parent");
-    b.fails("stream -f qcow2 --base c1 c2", 1, "not in the chain");
+    b.fails("stream -f qcow2 --base c1 c2", 1, "image of the chain");
 }
 
 #[test]
@@ -278,23 +296,41 @@ fn backups_are_full_and_incremental() {
 fn a_mirror_that_was_cancelled_goes_on() {
     let b = Bench::new();
     b.data();
-    // Slow enough that the signal comes first.
-    let args = "disk mirror -f raw -O qcow2 --rate-limit 1M data.raw copy.qcow2";
-    let mut child = Command::new(env!("CARGO_BIN_EXE_nacre"))
-        .args(args.split(' '))
-        .current_dir(b.path())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    while !b.path().join("copy.qcow2").exists() {
-        std::thread::yield_now();
-    }
-    // The signal may come before the command expects it; then it ends the process at once.
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    b.qemu("qemu-img", "check -f qcow2 copy.qcow2");
+    b.interrupt("mirror -f raw -O qcow2 --rate-limit 1M data.raw copy.qcow2", "copy.qcow2");
     b.fails("mirror -f raw -O qcow2 data.raw copy.qcow2", 1, "Cannot create");
     b.ok("mirror -f raw -O qcow2 --resume data.raw copy.qcow2");
     b.same_as_data("copy.qcow2", "qcow2");
+}
+
+#[test]
+fn snapshots_are_listed_and_deleted_and_disks_move() {
+    let b = Bench::new();
+    b.data();
+    b.ok("convert -f raw -O qcow2 data.raw base.qcow2");
+    b.ok("create -f qcow2 -b base.qcow2 -F qcow2 mid.qcow2");
+    b.ok("clone -f qcow2 mid.qcow2 top.qcow2 other.qcow2");
+    b.ok("snapshot -f qcow2 -c inside other.qcow2");
+    let tree = b.ok("tree -f qcow2 top.qcow2 other.qcow2");
+    assert_eq!(tree, "base.qcow2\n└─ mid.qcow2\n   ├─ top.qcow2 *\n   └─ other.qcow2 * [inside]\n");
+    assert_eq!(b.json("tree --json -f qcow2 top.qcow2")[0]["children"][0]["image"], "mid.qcow2");
+    std::fs::remove_file(b.path().join("other.qcow2")).unwrap();
+    let report = b.json("snapshot --json -f qcow2 --delete-image mid.qcow2 top.qcow2");
+    assert_eq!((&report["unused"], &report["active"]), (&"mid.qcow2".into(), &"top.qcow2".into()));
+    assert_eq!(b.json("info -f qcow2 --json top.qcow2")["backing"]["path"], "base.qcow2");
+    b.same_as_data("top.qcow2", "qcow2");
+    b.fails("snapshot -f qcow2 --delete-image mid.qcow2 top.qcow2", 1, "image of the chain");
+    b.fails("snapshot -f qcow2 --delete-image top.qcow2 top.qcow2", 1, "below the active");
+
+    std::fs::create_dir(b.path().join("new")).unwrap();
+    b.interrupt("migrate -f qcow2 -O qcow2 --rate-limit 1M top.qcow2 new/disk.qcow2", "new/disk.qcow2");
+    b.same_as_data("new/disk.qcow2", "qcow2");
+    b.fails("migrate -f qcow2 -O qcow2 top.qcow2 new/disk.qcow2", 1, "Cannot create");
+    let report = b.json("migrate --json --resume -f qcow2 -O qcow2 top.qcow2 new/disk.qcow2");
+    assert!(report["bytes"].as_u64() > Some(0), "{report}");
+    assert!(b.json("info -f qcow2 --json new/disk.qcow2").get("backing").is_none());
+    b.same_as_data("new/disk.qcow2", "qcow2");
+    b.ok("migrate -f qcow2 -O qcow2 --base base.qcow2 top.qcow2 moved.qcow2");
+    assert_eq!(b.json("info -f qcow2 --json moved.qcow2")["backing"]["path"], "base.qcow2");
+    b.same_as_data("moved.qcow2", "qcow2");
+    b.fails("migrate -f qcow2 -O qcow2 top.qcow2 nbd://localhost/x", 1, "mirror");
 }

@@ -1,12 +1,31 @@
 //! Changing the chain of a disk that is in use.
 
-use super::{CreateOptions, Disk, OpenOptions, OpenPolicy, State};
-use crate::storage::{FileOptions, FileStorage, LockMode};
+use super::{CreateOptions, Disk, State};
+use crate::storage::LockMode;
 use crate::{BackingRef, Error, Layer, Result, Storage};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Keeps others from changing the chain of a disk as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Claim(Disk);
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.0.claimed.store(false, Ordering::Release);
+    }
+}
 
 impl Disk {
+    /// Reserves the chain for a job: layers are known by their numbers, which others must not change meanwhile.
+    pub(crate) fn claim(&self) -> Result<Claim> {
+        match self.0.claimed.swap(true, Ordering::AcqRel) {
+            true => Err(Error::Busy(self.layers()[0].storage().name())),
+            false => Ok(Claim(self.clone())),
+        }
+    }
+
     /// Runs `f` on the layers while no request is in flight; requests wait meanwhile.
     pub(crate) fn while_closed<R>(&self, f: impl FnOnce(&[Arc<dyn Layer>]) -> Result<R>) -> Result<R> {
         let closed = self.0.gate.close();
@@ -31,7 +50,8 @@ impl Disk {
     }
 
     /// Puts an empty layer that names the present one as its parent on top: what was written so far is
-    /// frozen in the present layer, from this instant on.
+    /// frozen in the present layer, from this instant on. The new layer is durable when this returns: after a
+    /// crash the disk is to be opened by it.
     pub fn push_layer(&self, layer: Arc<dyn Layer>) -> Result<()> {
         Disk::push_layers(&[(self.clone(), layer)])
     }
@@ -53,10 +73,12 @@ impl Disk {
                 return Err(Error::InvalidOption("The new layer has another size than the disk".into()));
             }
         }
+        let _claims = order.iter().map(|(disk, _)| disk.claim()).collect::<Result<Vec<_>>>()?;
         let mut gates: Vec<_> = order.iter().map(|(disk, _)| disk.0.gate.close()).collect();
         for (closed, (_, layer)) in gates.iter().zip(&order) {
             closed.get().layers[0].close()?;
             layer.note_parent(&*closed.get().layers[0])?;
+            layer.flush()?;
         }
         for (closed, (_, layer)) in gates.iter_mut().zip(&order) {
             let mut state = State::clone(closed.get());
@@ -69,29 +91,78 @@ impl Disk {
     /// Takes an external snapshot: creates the image `path` on top of the present layer and continues in it.
     /// Format and options are those of `options`; size and parent are set here.
     pub fn snapshot(&self, path: &Path, options: &CreateOptions) -> Result<()> {
-        let layer = self.create_child(path, options)?;
-        self.push_layer(layer)
+        self.with_child_of(0, path, options, |layer| self.push_layer(layer))
     }
 
     /// Creates and opens the image that [`snapshot`](Disk::snapshot) would continue in.
     pub fn create_child(&self, path: &Path, options: &CreateOptions) -> Result<Arc<dyn Layer>> {
-        let top = self.layers().remove(0);
-        let parent = top.storage().name();
+        self.create_child_of(0, path, options)
+    }
+
+    /// Creates and opens an image on top of layer number `index`.
+    fn create_child_of(&self, index: usize, path: &Path, options: &CreateOptions) -> Result<Arc<dyn Layer>> {
+        let layers = self.layers();
+        let layer = layers.get(index).ok_or_else(|| Error::no_layer(index))?;
+        let parent = layer.storage().name();
+        if index == 0 && self.0.options.temporary.is_some() {
+            return Err(Error::unsupported(parent, "a child of a temporary layer"));
+        }
         let create = CreateOptions {
-            size: self.size(),
+            size: layer.size(),
             backing: Some(BackingRef {
                 path: reference(Path::new(&parent), path),
-                format: Some(top.format().name().into()),
+                format: Some(layer.format().name().into()),
             }),
             ..options.clone()
         };
         create.create(path)?;
-        let secrets = create.secret.iter().cloned().collect();
-        let open = OpenOptions::new(create.format)
-            .secrets(secrets)
-            .backing(true)
-            .policy(OpenPolicy::trust_headers());
-        open.open_layer_alone(path)
+        let open = self.0.options.for_layer(create.format);
+        create.secret.iter().cloned().fold(open, |open, secret| open.secret(secret)).open_layer_alone(path)
+    }
+
+    /// Rolls back to the snapshot that layer number `index` keeps: the disk continues in the new image `path` on
+    /// top of it, and the layers above are left, with what they hold. Format and options are those of `options`.
+    ///
+    /// Fails while a job sees the disk's changes. The size becomes that of the layer.
+    pub fn roll_back(&self, index: usize, path: &Path, options: &CreateOptions) -> Result<()> {
+        let _claim = self.claim()?;
+        if self.0.read_only {
+            return Err(Error::ReadOnly);
+        }
+        if index == 0 {
+            return Err(Error::InvalidOption("The active image is no snapshot".into()));
+        }
+        let before = self.size();
+        self.with_child_of(index, path, options, |layer| {
+            let mut closed = self.0.gate.close();
+            let mut state = State::clone(closed.get());
+            state.check_unobserved()?;
+            layer.note_parent(&*state.layers[index])?;
+            layer.flush()?;
+            state.top().close()?;
+            state.layers.splice(..index, [layer]);
+            closed.set(Arc::new(state));
+            Ok(())
+        })?;
+        let after = self.size();
+        if after != before {
+            self.report_size(after);
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with a new image on top of layer number `index`, which is removed again if `f` fails.
+    fn with_child_of(
+        &self,
+        index: usize,
+        path: &Path,
+        options: &CreateOptions,
+        f: impl FnOnce(Arc<dyn Layer>) -> Result<()>,
+    ) -> Result<()> {
+        f(self.create_child_of(index, path, options)?).inspect_err(|_| {
+            // The error is what matters; a file that cannot be removed is left as it is.
+            let _ = std::fs::remove_file(path);
+        })
     }
 
     /// A disk over layers that belong to another one; they are not closed with it.
@@ -116,7 +187,7 @@ impl Disk {
             }
             return Ok(layer);
         }
-        if self.0.shares_bases {
+        if self.0.options.registry.is_some() {
             return Err(Error::unsupported(
                 layer.storage().name(),
                 "writing to a base that other disks share",
@@ -124,13 +195,11 @@ impl Disk {
         }
         let open = || {
             let path = layer.storage().name();
-            let options = FileOptions { lock: LockMode::Write, ..FileOptions::default() };
-            let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(Path::new(&path), options)?);
+            let options = self.0.options.for_layer(layer.format());
+            let storage = Arc::new(options.open_for_writing(Path::new(&path))?);
             if storage.file_id() != layer.storage().file_id() || storage.file_id().is_none() {
                 return Err(Error::ParentChanged(path));
             }
-            let options = OpenOptions::new(layer.format()).policy(OpenPolicy::trust_headers());
-            let options = options.secrets(self.0.secrets.clone());
             options.open_layer(layer.format(), storage, Path::new(&path), false)
         };
         // Our own lock for reading would keep us from writing.

@@ -4,7 +4,8 @@ use crate::format::qcow2::Qcow2Options;
 use crate::format::vhd::VhdOptions;
 use crate::format::vhdx::VhdxOptions;
 use crate::storage::{FileOptions, FileStorage, LockMode};
-use crate::{BackingRef, Format, LuksOptions, Result, Secret, Storage, format};
+use crate::{BackingRef, Error, Format, LuksOptions, Result, Secret, Storage, format};
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -107,7 +108,7 @@ impl CreateOptions {
     pub fn create(&self, path: &Path) -> Result<()> {
         let options = FileOptions { create: true, lock: LockMode::Write, ..FileOptions::default() };
         let storage = Arc::new(FileStorage::open(path, options)?);
-        let result = self.create_files(storage, path, options);
+        let result = self.create_files(storage, path, options).and_then(|()| sync_directory(path));
         if result.is_err() {
             // The error is what matters; a file that cannot be removed is left as it is.
             let _ = std::fs::remove_file(path);
@@ -129,5 +130,15 @@ impl CreateOptions {
     /// Makes an empty storage an image. It cannot have an external data file.
     pub fn create_on(&self, storage: Arc<dyn Storage>) -> Result<()> {
         format::create_layer(storage, None, self)
+    }
+}
+
+/// Makes the name of a new file survive a crash.
+fn sync_directory(path: &Path) -> Result<()> {
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match File::open(directory).and_then(|directory| directory.sync_all()) {
+        // There are file systems that write names in order and know no such request.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        result => result.map_err(|e| Error::io("flush", directory.display().to_string(), e)),
     }
 }

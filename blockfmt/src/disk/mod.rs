@@ -6,17 +6,23 @@ mod open;
 mod policy;
 mod shared;
 mod throttle;
+mod tree;
 
 pub use create::{CreateOptions, Preallocation};
 pub use open::OpenOptions;
 pub use policy::{OpenPolicy, OpenRequest, Role};
 pub use shared::{Registry, RegistryStats};
 pub use throttle::{Limits, Throttle};
+pub use tree::{SnapshotNode, snapshot_tree};
+
+pub(crate) use chain::Claim;
 
 use crate::gate::Gate;
-use crate::{Below, Error, Extent, Gather, Layer, Result, Scatter, Secret, Stored};
+use crate::storage::FileId;
+use crate::{Below, Error, Extent, Format, Gather, Layer, Result, Scatter, Stored};
 use parking_lot::{Mutex, RwLock};
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -68,6 +74,14 @@ impl State {
         Below::new(&self.layers[1..])
     }
 
+    /// Fails if someone has to see every change: what is about to happen is none that can be shown.
+    fn check_unobserved(&self) -> Result<()> {
+        match self.observers.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Busy(self.top().storage().name())),
+        }
+    }
+
     fn change<R>(&self, offset: u64, len: u64, op: impl FnOnce() -> Result<R>) -> Result<R> {
         for observer in &self.observers {
             observer.before_change(Below::new(&self.layers), offset, len)?;
@@ -87,10 +101,10 @@ struct Inner {
     read_only: bool,
     /// Whether the layers belong to this disk.
     close_on_drop: bool,
-    /// Whether layers below the active one may belong to other disks, too.
-    shares_bases: bool,
-    /// Passphrases, to open layers again.
-    secrets: Vec<Secret>,
+    /// How the disk was opened, to open its layers again and others beside them.
+    options: OpenOptions,
+    /// Whether a job counts on the chain to stay as it is.
+    claimed: AtomicBool,
     throttled: AtomicBool,
     throttles: RwLock<Vec<Arc<Throttle>>>,
     resize_callbacks: Mutex<Vec<ResizeCallback>>,
@@ -121,8 +135,8 @@ impl Disk {
             gate: Gate::new(state),
             read_only,
             close_on_drop: true,
-            shares_bases: false,
-            secrets: Vec::new(),
+            options: OpenOptions::new(Format::Raw),
+            claimed: AtomicBool::new(false),
             throttled: AtomicBool::new(false),
             throttles: RwLock::default(),
             resize_callbacks: Mutex::default(),
@@ -151,6 +165,14 @@ impl Disk {
     /// The layers, the uppermost first.
     pub fn layers(&self) -> Vec<Arc<dyn Layer>> {
         self.0.gate.enter().layers.clone()
+    }
+
+    /// The number of the layer whose file `path` is.
+    pub fn find_layer(&self, path: &Path) -> Result<usize> {
+        let name = || path.display().to_string();
+        let id = FileId::of(&path.metadata().map_err(|e| Error::io("inspect", name(), e))?);
+        let found = self.layers().iter().position(|layer| layer.storage().file_id() == Some(id));
+        found.ok_or_else(|| Error::NotFound { what: "image of the chain", name: name() })
     }
 
     /// Reads all of `buf` from `offset`.
@@ -210,21 +232,28 @@ impl Disk {
         }
     }
 
-    /// Changes the size while the disk is in use. New space reads as zeros; shrinking loses what is cut.
+    /// Changes the size while the disk is in use, but not while it is copied. New space reads as zeros; shrinking
+    /// loses what is cut.
     pub fn resize(&self, size: u64) -> Result<()> {
         if self.0.read_only {
             return Err(Error::ReadOnly);
         }
+        let _claim = self.claim()?;
         {
             let closed = self.0.gate.close();
             let state = closed.get();
+            state.check_unobserved()?;
             state.top().resize(size, state.below())?;
             state.top().flush()?;
         }
+        self.report_size(size);
+        Ok(())
+    }
+
+    fn report_size(&self, size: u64) {
         for callback in self.0.resize_callbacks.lock().iter() {
             callback(size);
         }
-        Ok(())
     }
 
     /// Calls `callback` with the new size after every resize, so that a device can tell its guest.

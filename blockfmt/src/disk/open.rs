@@ -3,6 +3,7 @@
 use super::{CreateOptions, Disk, OpenPolicy, Registry, Role};
 use crate::format::{LayerOptions, data_file_name, open_layer};
 use crate::nbd::{NbdOptions, NbdStorage, Uri};
+use crate::storage::Leases;
 use crate::storage::{FileId, FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Error, Format, Layer, LuksOptions, Result, Secret, Storage};
 use std::path::{Path, PathBuf};
@@ -22,8 +23,9 @@ pub struct OpenOptions {
     pub(crate) backing: bool,
     pub(crate) repair: bool,
     secrets: Vec<Secret>,
-    registry: Option<Registry>,
-    temporary: Option<PathBuf>,
+    pub(super) registry: Option<Registry>,
+    pub(super) temporary: Option<PathBuf>,
+    leases: Option<Arc<dyn Leases>>,
 }
 
 impl OpenOptions {
@@ -40,6 +42,19 @@ impl OpenOptions {
             secrets: Vec::new(),
             registry: None,
             temporary: None,
+            leases: None,
+        }
+    }
+
+    /// The options for another image of the same disk, one that this process made or has open already.
+    pub(super) fn for_layer(&self, format: Format) -> Self {
+        OpenOptions {
+            format,
+            read_only: false,
+            policy: OpenPolicy::trust_headers(),
+            backing: true,
+            repair: false,
+            ..self.clone()
         }
     }
 
@@ -98,9 +113,9 @@ impl OpenOptions {
         self
     }
 
-    /// Sets all passphrases.
-    pub(crate) fn secrets(mut self, secrets: Vec<Secret>) -> Self {
-        self.secrets = secrets;
+    /// Ask the cluster before any image of the disk is used, now or later.
+    pub fn leases(mut self, leases: Arc<dyn Leases>) -> Self {
+        self.leases = Some(leases);
         self
     }
 
@@ -109,7 +124,7 @@ impl OpenOptions {
         let path = path.as_ref();
         if let Some(directory) = &self.temporary {
             let options = OpenOptions { read_only: true, temporary: None, ..self.clone() };
-            return options.open(path)?.on_temporary_layer(directory);
+            return self.over_temporary_layer(&options.open(path)?, directory);
         }
         if let Some(uri) = path.to_str().filter(|text| Uri::matches(text)) {
             let options = NbdOptions { read_only: self.read_only, ..NbdOptions::default() };
@@ -121,24 +136,31 @@ impl OpenOptions {
             lock: self.lock_mode(self.read_only),
             create: false,
         };
-        let storage = Arc::new(FileStorage::open(path, options)?);
+        let storage = Arc::new(FileStorage::open_leased(path, options, self.leases.as_ref())?);
         self.open_storage(storage, path)
     }
 
     /// Opens one image for writing without the chain below it. The caller closes the layer.
     pub fn open_layer_alone(&self, path: &Path) -> Result<Arc<dyn Layer>> {
+        self.open_layer(self.format, Arc::new(self.open_for_writing(path)?), path, false)
+    }
+
+    /// Opens the file of an image for writing.
+    pub(super) fn open_for_writing(&self, path: &Path) -> Result<FileStorage> {
         let options =
             FileOptions { direct: self.direct, lock: self.lock_mode(false), ..FileOptions::default() };
-        let storage = Arc::new(FileStorage::open(path, options)?);
-        self.open_layer(self.format, storage, path, false)
+        FileStorage::open_leased(path, options, self.leases.as_ref())
     }
 
     /// Opens an image on a storage. Relative names in its header are relative to the directory of `path`.
     pub fn open_storage(&self, storage: Arc<dyn Storage>, path: impl AsRef<Path>) -> Result<Disk> {
-        let mut disk = Disk::from_layers(self.open_chain(storage, path.as_ref())?, self.read_only)?;
+        self.disk_over(self.open_chain(storage, path.as_ref())?)
+    }
+
+    fn disk_over(&self, layers: Vec<Arc<dyn Layer>>) -> Result<Disk> {
+        let mut disk = Disk::from_layers(layers, self.read_only)?;
         if let Some(inner) = Arc::get_mut(&mut disk.0) {
-            inner.shares_bases = self.registry.is_some();
-            inner.secrets = self.secrets.clone();
+            inner.options = self.clone();
         }
         Ok(disk)
     }
@@ -213,7 +235,7 @@ impl OpenOptions {
         let file = self.policy.open(path, referrer, role, read_only, self.direct)?;
         let lock = self.lock_mode(read_only);
         let options = FileOptions { read_only, direct: self.direct, lock, create: false };
-        Ok(Arc::new(FileStorage::from_file(file, path, options)?))
+        Ok(Arc::new(FileStorage::from_file(file, path, options, self.leases.as_ref())?))
     }
 
     /// Opens one layer, with its external data file if it has one.
@@ -234,15 +256,13 @@ impl OpenOptions {
         let secrets = self.secrets.clone();
         open_layer(format, storage, &LayerOptions { read_only, repair: self.repair, data_file, secrets })
     }
-}
 
-impl Disk {
-    /// A writable disk over the layers of this one; what is written goes to a file that has no name.
-    fn on_temporary_layer(&self, directory: &Path) -> Result<Disk> {
+    /// A writable disk over the layers of another one; what is written goes to a file that has no name.
+    fn over_temporary_layer(&self, disk: &Disk, directory: &Path) -> Result<Disk> {
         let storage: Arc<dyn Storage> = Arc::new(FileStorage::temporary(directory)?);
-        let mut create = CreateOptions::new(Format::Qcow2, self.size());
+        let mut create = CreateOptions::new(Format::Qcow2, disk.size());
         let mut options = LayerOptions::default();
-        if !self.0.secrets.is_empty() {
+        if !self.secrets.is_empty() {
             // What is read from an encrypted disk and written back does not become plain text.
             let secret = Secret::random()?;
             create.qcow2.encryption = Some(LuksOptions { iter_time_ms: 1, ..LuksOptions::default() });
@@ -251,8 +271,8 @@ impl Disk {
         }
         create.create_on(storage.clone())?;
         let mut layers = vec![open_layer(Format::Qcow2, storage, &options)?];
-        layers.extend(self.layers());
-        Disk::from_layers(layers, false)
+        layers.extend(disk.layers());
+        OpenOptions { read_only: false, ..self.clone() }.disk_over(layers)
     }
 }
 

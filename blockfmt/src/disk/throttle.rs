@@ -8,7 +8,7 @@ const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// Rates per second; 0 means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(default, rename_all = "kebab-case")]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Limits {
     /// Bytes read and written.
     pub bytes: u64,

@@ -2,7 +2,8 @@
 
 use super::parallel::each_piece;
 use super::{JobControl, Mirror, MirrorMode, copy};
-use crate::{Below, Disk, Error, Layer, Result, Source};
+use crate::disk::Claim;
+use crate::{Below, Disk, Error, Extent, Layer, Result, Source};
 use std::sync::Arc;
 
 /// Unit of work in bytes.
@@ -13,6 +14,10 @@ const PIECE: u64 = 1 << 20;
 /// Layer 0 is the active one: the guest's writes during the job are merged too, and the parent becomes the
 /// active layer. The file of the merged layer stays where it is; nobody refers to it any more.
 pub fn commit(disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
+    commit_claimed(disk.claim()?, disk, index, control)
+}
+
+fn commit_claimed(claim: Claim, disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
     let layers = disk.layers();
     if index + 1 >= layers.len() {
         return Err(Error::InvalidOption("The layer has no parent to commit to".into()));
@@ -25,7 +30,7 @@ pub fn commit(disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
     merged.extend_from_slice(&layers[index + 2..]);
     let target = Disk::borrow_layers(merged)?;
     if index == 0 {
-        let mirror = Mirror::start(disk, &target, MirrorMode::Background, Some(1))?;
+        let mirror = Mirror::start_claimed(claim, disk, &target, MirrorMode::Background, Some(1))?;
         return mirror.run(control)?.pivot(control);
     }
     let size = layers[index].size();
@@ -48,6 +53,16 @@ pub fn commit(disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
 /// Pulls what the layers between number `index` and number `base` hold up into layer `index`, and removes
 /// them from the chain. Without `base`, all layers below are pulled up and the layer depends on nothing.
 pub fn stream(disk: &Disk, index: usize, base: Option<usize>, control: &JobControl) -> Result<()> {
+    stream_claimed(&disk.claim()?, disk, index, base, control)
+}
+
+fn stream_claimed(
+    _claim: &Claim,
+    disk: &Disk,
+    index: usize,
+    base: Option<usize>,
+    control: &JobControl,
+) -> Result<()> {
     let end = base.unwrap_or(disk.layers().len());
     if end > disk.layers().len() || end <= index {
         return Err(Error::InvalidOption("The base is not below the layer".into()));
@@ -74,6 +89,7 @@ pub fn rebase(
     reference: Option<&crate::BackingRef>,
     control: &JobControl,
 ) -> Result<()> {
+    let _claim = disk.claim()?;
     let layers = disk.layers();
     let top = &layers[0];
     check_snapshots(top)?;
@@ -88,6 +104,73 @@ pub fn rebase(
     })?;
     top.flush()?;
     disk.replace_below(new, reference)
+}
+
+/// Deletes the snapshot that layer number `index` keeps, the contents of the disk at the time when the layer above
+/// was put on top of it. All other states of the chain stay. Returns the name of the image that nobody refers to
+/// any more.
+///
+/// Either the layer above takes what it lacks out of this one, or it is merged into this one: what is less work, and
+/// possible. In the second case this image takes the place of the one above; it must not have other children, and
+/// those that share a [`Registry`](crate::Registry) with this disk or are in use are seen, others are not.
+pub fn remove(disk: &Disk, index: usize, control: &JobControl) -> Result<String> {
+    let claim = disk.claim()?;
+    let layers = disk.layers();
+    if index == 0 || index >= layers.len() {
+        return Err(Error::InvalidOption("Only a layer below the active one is a snapshot".into()));
+    }
+    let (upper, lower) = (&layers[index - 1], &layers[index]);
+    let base = Some(index + 1).filter(|base| *base < layers.len());
+    match work_to_remove(upper, lower)? {
+        // The size of the disk is that of the layer that remains.
+        (pull, merge) if pull <= merge || upper.size() < lower.size() => {
+            match stream_claimed(&claim, disk, index - 1, base, control) {
+                Ok(()) => Ok(lower.storage().name()),
+                // Found out before anything is moved.
+                Err(Error::Unsupported { .. }) => {
+                    commit_claimed(claim, disk, index - 1, control).map(|()| upper.storage().name())
+                }
+                Err(error) => Err(error),
+            }
+        }
+        _ => match disk.make_writable(index) {
+            Ok(_) => commit_claimed(claim, disk, index - 1, control).map(|()| upper.storage().name()),
+            // Others use it.
+            Err(Error::Locked { .. } | Error::NoLease { .. } | Error::Unsupported { .. }) => {
+                stream_claimed(&claim, disk, index - 1, base, control).map(|()| lower.storage().name())
+            }
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// The bytes that have to be moved to remove `lower`: by pulling them up into `upper`, and by merging `upper` into it.
+fn work_to_remove(upper: &Arc<dyn Layer>, lower: &Arc<dyn Layer>) -> Result<(u64, u64)> {
+    let held = |source| matches!(source, Source::Data { .. } | Source::Opaque { .. });
+    let map = |layer: &Arc<dyn Layer>, offset, end: u64| match layer.size() {
+        size if offset < size => {
+            let _pass = layer.enter();
+            layer.map(offset, end.min(size) - offset)
+        }
+        _ => Ok(Extent { len: end - offset, source: Source::Zero { allocated: false } }),
+    };
+    let (mut pull, mut merge, mut offset) = (0, 0, 0);
+    let size = upper.size();
+    while offset < size {
+        let extent = map(upper, offset, size)?;
+        let end = offset + extent.len;
+        if held(extent.source) {
+            merge += extent.len;
+        }
+        while offset < end {
+            let below = map(lower, offset, end)?;
+            if extent.source == Source::Below && held(below.source) {
+                pull += below.len;
+            }
+            offset += below.len;
+        }
+    }
+    Ok((pull, merge))
 }
 
 /// Internal snapshots read from the parent, too, and would lose it.

@@ -2,7 +2,7 @@
 
 use super::parallel::each_dirty;
 use super::{DirtyMap, JobControl, copy};
-use crate::disk::Observer;
+use crate::disk::{Claim, Observer};
 use crate::ranges::RangeLocks;
 use crate::{Below, Disk, Error, Result};
 use parking_lot::Mutex;
@@ -77,6 +77,7 @@ pub struct Mirror {
     source: Disk,
     shared: Arc<Shared>,
     observer: Arc<dyn Observer>,
+    _claim: Claim,
 }
 
 impl std::fmt::Debug for Mirror {
@@ -90,8 +91,19 @@ impl std::fmt::Debug for Mirror {
 
 impl Mirror {
     /// Starts to track changes. With `depth`, only what the uppermost `depth` layers of the source hold is
-    /// copied: the target already shows the rest.
+    /// copied: the target already shows the rest. The source's chain cannot be changed by others as long as this
+    /// lives.
     pub fn start(source: &Disk, target: &Disk, mode: MirrorMode, depth: Option<usize>) -> Result<Self> {
+        Self::start_claimed(source.claim()?, source, target, mode, depth)
+    }
+
+    pub(super) fn start_claimed(
+        claim: Claim,
+        source: &Disk,
+        target: &Disk,
+        mode: MirrorMode,
+        depth: Option<usize>,
+    ) -> Result<Self> {
         if target.size() < source.size() {
             return Err(Error::InvalidOption("The target is smaller than the source".into()));
         }
@@ -109,7 +121,7 @@ impl Mirror {
         source.add_observer(observer.clone());
         // Everything that exists now; later changes mark themselves.
         shared.dirty.mark(0, source.size());
-        Ok(Mirror { source: source.clone(), shared, observer })
+        Ok(Mirror { source: source.clone(), shared, observer, _claim: claim })
     }
 
     /// Copies until the target is equal, except for what the guest changes in this moment.

@@ -5,9 +5,13 @@
 //! A [`JobControl`], shared with other threads, cancels it, limits its rate and reports its progress.
 //! Guests keep using the disk meanwhile.
 //!
-//! [`commit`], [`stream`] and [`rebase`] change nothing that a reader of the chain can see until their last
-//! step, and may be started again after a crash or a cancellation: what was moved already is skipped or
-//! moved again to the same effect.
+//! [`commit`], [`stream`], [`rebase`] and [`remove`] change nothing that a reader of the chain can see until their
+//! last step, and may be started again after a crash or a cancellation: what was moved already is skipped or
+//! moved again to the same effect. A [`Migration`] is resumed, a [`convert`] told to
+//! ([`ConvertOptions::resume`]).
+//!
+//! One job at a time changes the chain of a disk, and none while a [`Mirror`] of it exists: others fail with
+//! [`Error::Busy`](crate::Error::Busy).
 
 mod backup;
 mod chain;
@@ -15,13 +19,15 @@ mod control;
 mod copy;
 mod dirty;
 mod measure;
+mod migrate;
 mod mirror;
 mod parallel;
 
 pub use backup::{backup, backup_changes};
-pub use chain::{commit, rebase, stream};
+pub use chain::{commit, rebase, remove, stream};
 pub use control::{JobControl, Progress};
 pub use copy::{Comparison, ConvertOptions, compare, convert};
 pub use dirty::DirtyMap;
 pub use measure::{Measure, measure};
+pub use migrate::Migration;
 pub use mirror::{Mirror, MirrorMode};

@@ -1,5 +1,6 @@
 //! Files and block devices.
 
+use super::lease::{Lease, Leases};
 use super::{FileId, LockMode, Storage, checked_end, lock};
 use crate::iobuf::AlignedBuf;
 use crate::{Error, Gather, Result, Scatter};
@@ -10,6 +11,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Segments handed to one system call.
@@ -45,11 +47,18 @@ pub struct FileStorage {
     flush_failed: AtomicBool,
     /// A range that held data when it was last looked for; see [`FileStorage::forget_data`].
     known_data: Mutex<Range<u64>>,
+    /// Given back after the file is closed: the last field is the last to be dropped.
+    lease: Option<Lease>,
 }
 
 impl FileStorage {
     /// Opens a file or block device and takes its locks.
     pub fn open(path: &Path, options: FileOptions) -> Result<Self> {
+        Self::open_leased(path, options, None)
+    }
+
+    /// [`open`](FileStorage::open) with a lease of the cluster, if `leases` are given.
+    pub fn open_leased(path: &Path, options: FileOptions, leases: Option<&Arc<dyn Leases>>) -> Result<Self> {
         let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK; // not to hang on a FIFO
         if options.direct {
             flags |= libc::O_DIRECT;
@@ -61,39 +70,49 @@ impl FileStorage {
             .custom_flags(flags)
             .open(path)
             .map_err(|e| Error::io("open", path.display().to_string(), e))?;
-        Self::from_file(file, path, options)
+        Self::from_file(file, path, options, leases)
     }
 
     /// A new file in `directory` that has no name and vanishes when it is closed.
     pub fn temporary(directory: &Path) -> Result<Self> {
         let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).open(directory);
         let file = file.map_err(|e| Error::io("create a file in", directory.display().to_string(), e))?;
-        Self::from_file(file, directory, FileOptions { lock: LockMode::None, ..FileOptions::default() })
+        let options = FileOptions { lock: LockMode::None, ..FileOptions::default() };
+        Self::from_file(file, directory, options, None)
     }
 
     /// Wraps an open file; `path` is its name in messages. `options.create` has no meaning here.
-    pub fn from_file(file: File, path: &Path, options: FileOptions) -> Result<Self> {
+    pub fn from_file(
+        file: File,
+        path: &Path,
+        options: FileOptions,
+        leases: Option<&Arc<dyn Leases>>,
+    ) -> Result<Self> {
         let fail = |op, e| Error::io(op, path.display().to_string(), e);
         let meta = file.metadata().map_err(|e| fail("inspect", e))?;
         let block_device = meta.file_type().is_block_device();
         if !block_device && !meta.is_file() {
             return Err(Error::unsupported(path.display().to_string(), "a file that is no disk image"));
         }
-        let id = match block_device {
-            true => FileId { device: meta.rdev(), inode: 0 },
-            false => FileId { device: meta.dev(), inode: meta.ino() },
+        let lease = match leases.filter(|_| options.lock != LockMode::None) {
+            None => None,
+            Some(leases) => {
+                let image = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+                Some(Lease::acquire(leases, image.map_err(|e| fail("inspect", e))?, options.lock)?)
+            }
         };
         lock::apply(file.as_fd(), path, options.lock)?;
         Ok(FileStorage {
             file,
             path: path.to_owned(),
-            id,
+            id: FileId::of(&meta),
             read_only: options.read_only,
             block_device,
             align: if options.direct { 4096 } else { 1 },
             bounce: Mutex::new(()),
             flush_failed: AtomicBool::new(false),
             known_data: Mutex::default(),
+            lease,
         })
     }
 
@@ -418,7 +437,14 @@ impl Storage for FileStorage {
     }
 
     fn set_lock(&self, mode: LockMode) -> Result<()> {
-        lock::apply(self.file.as_fd(), &self.path, mode)
+        if let Some(lease) = self.lease.as_ref().filter(|_| mode != LockMode::None) {
+            lease.change(mode)?;
+        }
+        lock::apply(self.file.as_fd(), &self.path, mode)?;
+        match &self.lease {
+            Some(lease) if mode == LockMode::None => lease.change(mode),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -2,20 +2,24 @@
 
 mod fault;
 mod file;
+mod lease;
 mod lock;
 mod memory;
 mod record;
 
 pub use fault::{Fault, FaultStorage, Operation};
 pub use file::{FileOptions, FileStorage};
+pub use lease::{LeaseError, Leases};
 pub use lock::LockMode;
 pub use memory::MemoryStorage;
 pub use record::{Event, RecordingStorage};
 
 use crate::{Gather, Scatter};
 use std::fmt::Debug;
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 /// What identifies a file on this host: device and inode numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -24,6 +28,16 @@ pub struct FileId {
     pub device: u64,
     /// Inode number.
     pub inode: u64,
+}
+
+impl FileId {
+    /// The identity of the file that `meta` describes.
+    pub(crate) fn of(meta: &Metadata) -> Self {
+        match meta.file_type().is_block_device() {
+            true => FileId { device: meta.rdev(), inode: 0 },
+            false => FileId { device: meta.dev(), inode: meta.ino() },
+        }
+    }
 }
 
 /// A flat array of bytes. All methods may be called concurrently.

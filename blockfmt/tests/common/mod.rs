@@ -1,6 +1,7 @@
 //! Helpers of the integration tests.
 #![allow(dead_code, reason = "each test uses some of the helpers")]
 
+pub mod chain;
 pub mod crash;
 pub mod differencing;
 

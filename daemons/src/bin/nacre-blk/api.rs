@@ -1,6 +1,7 @@
 //! The JSON API on a Unix socket: one object a line, one reply a line.
 
-use crate::exports::{CopySpec, ExportSpec, Exports, SnapshotSpec};
+use crate::exports::{CopySpec, ExportSpec, Exports, RollBackSpec, SnapshotSpec};
+use crate::throttle::GroupSpec;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -22,17 +23,43 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 #[serde(tag = "command", rename_all = "kebab-case")]
 enum Command {
     Add(ExportSpec),
-    Remove { name: String },
-    Resize { name: String, size: u64 },
-    Snapshot { disks: Vec<SnapshotSpec> },
+    Remove {
+        name: String,
+    },
+    Resize {
+        name: String,
+        size: u64,
+    },
+    Snapshot {
+        disks: Vec<SnapshotSpec>,
+    },
+    RollBack(RollBackSpec),
+    DeleteSnapshot {
+        name: String,
+        image: PathBuf,
+        #[serde(default)]
+        rate: u64,
+    },
+    Tree,
+    Throttle(GroupSpec),
     Mirror(CopySpec),
     Migrate(CopySpec),
     Backup(CopySpec),
-    Commit { name: String },
-    Stream { name: String },
+    Commit {
+        name: String,
+        #[serde(default)]
+        rate: u64,
+    },
+    Stream {
+        name: String,
+        #[serde(default)]
+        rate: u64,
+    },
     List,
     Jobs,
-    Cancel { job: u64 },
+    Cancel {
+        job: u64,
+    },
 }
 
 /// The socket and the thread that serves it, one client after the other.
@@ -96,14 +123,19 @@ fn run(line: &str, exports: &Exports) -> Result<Value> {
         Command::Remove { name } => return exports.remove(&name).map(done),
         Command::Resize { name, size } => return exports.resize(&name, size).map(done),
         Command::Snapshot { disks } => return exports.snapshot(&disks).map(done),
+        Command::RollBack(spec) => return exports.roll_back(&spec).map(done),
+        Command::Tree => return Ok(json!({ "images": exports.tree()? })),
+        Command::Throttle(spec) => return exports.throttle(&spec).map(done),
         Command::List => return Ok(json!({ "exports": exports.list() })),
         Command::Jobs => return Ok(json!({ "jobs": exports.jobs().list() })),
         Command::Cancel { job } => return exports.jobs().cancel(job).map(done),
         Command::Mirror(spec) => exports.mirror(&spec, false)?,
+        Command::Migrate(spec) if spec.redirects() => exports.redirect(&spec)?,
         Command::Migrate(spec) => exports.mirror(&spec, true)?,
         Command::Backup(spec) => exports.backup(&spec)?,
-        Command::Commit { name } => exports.commit(&name)?,
-        Command::Stream { name } => exports.stream(&name)?,
+        Command::Commit { name, rate } => exports.commit(&name, rate)?,
+        Command::Stream { name, rate } => exports.stream(&name, rate)?,
+        Command::DeleteSnapshot { name, image, rate } => exports.delete_snapshot(&name, &image, rate)?,
     };
     Ok(json!({ "job": job }))
 }

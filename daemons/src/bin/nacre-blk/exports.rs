@@ -1,16 +1,18 @@
 //! The disks that are exported.
 
 use crate::jobs::{Jobs, lock};
+use crate::throttle::{GroupSpec, Groups};
 use crate::vhost;
-use anyhow::{Context, Result};
-use blockfmt::job::{self, Mirror, MirrorMode};
+use anyhow::{Context, Result, bail};
+use blockfmt::disk::{SnapshotNode, snapshot_tree};
+use blockfmt::job::{self, Migration, Mirror, MirrorMode};
 use blockfmt::nbd::{Export, ExportInfo, Server};
-use blockfmt::{CreateOptions, Disk, Format, LuksOptions, OpenOptions, Secret};
+use blockfmt::{CreateOptions, Disk, Format, LuksOptions, OpenOptions, OpenPolicy, Secret};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 
 /// What to export.
 #[derive(Clone, Debug, Deserialize)]
@@ -28,6 +30,10 @@ pub struct ExportSpec {
     /// Names of the image's dirty bitmaps that clients may read.
     #[serde(default)]
     pub bitmaps: Vec<String>,
+    /// Files, and directories of files, that the image and those below it may name besides files of their own
+    /// directories. Needed for what another place than the image's holds, as while it is migrated by redirection.
+    #[serde(default)]
+    pub allow: Vec<PathBuf>,
     /// Files with the passphrases of encrypted images, every byte of each. What is written to new images, of
     /// snapshots and copies, is encrypted with the first one.
     #[serde(default, rename = "secret-files")]
@@ -52,13 +58,14 @@ impl FromStr for ExportSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut name, mut path, mut format, mut vhost) = (None, None, None, None);
         let (mut readonly, mut queues) = (false, default_queues());
-        let (mut bitmaps, mut secret_files) = (Vec::new(), Vec::new());
+        let (mut bitmaps, mut secret_files, mut allow) = (Vec::new(), Vec::new(), Vec::new());
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("name", value)) => name = Some(value.to_owned()),
                 Some(("path", value)) => path = Some(PathBuf::from(value)),
                 Some(("format", value)) => format = Some(value.to_owned()),
                 Some(("bitmap", value)) => bitmaps.push(value.to_owned()),
+                Some(("allow", value)) => allow.push(PathBuf::from(value)),
                 Some(("secret-file", value)) => secret_files.push(PathBuf::from(value)),
                 Some(("secret-fd", value)) => {
                     let fd: u32 = value.parse().map_err(|_| format!("secret-fd={value} is not a number"))?;
@@ -70,7 +77,7 @@ impl FromStr for ExportSpec {
                 }
                 None if part == "readonly" => readonly = true,
                 _ => {
-                    let known = "name=, path=, format=, bitmap=, secret-file=, secret-fd=, vhost=, queues= and readonly";
+                    let known = "name=, path=, format=, bitmap=, allow=, secret-file=, secret-fd=, vhost=, queues= and readonly";
                     return Err(format!("{part:?} is none of {known}"));
                 }
             }
@@ -82,6 +89,7 @@ impl FromStr for ExportSpec {
             format: format.ok_or_else(|| missing("format"))?,
             readonly,
             bitmaps,
+            allow,
             secret_files,
             vhost,
             queues,
@@ -99,13 +107,29 @@ pub struct SnapshotSpec {
     pub path: PathBuf,
 }
 
-/// When changes reach the target of a mirror.
+/// Back to an earlier state of an exported disk.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RollBackSpec {
+    /// The export.
+    pub name: String,
+    /// The image of the disk's chain that keeps the state.
+    pub image: PathBuf,
+    /// The image that takes what is written from now on. It must not exist.
+    pub path: PathBuf,
+}
+
+/// When changes reach the target of a mirror or a migration.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
+    /// Later.
     #[default]
     Background,
+    /// Before they are acknowledged.
     WriteBlocking,
+    /// They are made there only, from the start (migrate).
+    Redirect,
 }
 
 /// A copy of an exported disk.
@@ -130,6 +154,11 @@ pub struct CopySpec {
 }
 
 impl CopySpec {
+    /// Whether the disk is redirected to the target before its contents are moved.
+    pub fn redirects(&self) -> bool {
+        matches!(self.mode, Mode::Redirect)
+    }
+
     /// Creates the image and opens it.
     fn create(&self, source: &Exported) -> Result<Disk> {
         let format: Format = self.format.parse()?;
@@ -173,6 +202,7 @@ pub struct Exports {
     disks: Arc<Mutex<BTreeMap<String, Exported>>>,
     devices: Arc<Mutex<BTreeMap<String, vhost::Export>>>,
     jobs: Arc<Jobs>,
+    groups: Arc<Mutex<Groups>>,
 }
 
 impl Exports {
@@ -182,6 +212,7 @@ impl Exports {
             disks: Arc::default(),
             devices: Arc::default(),
             jobs: Arc::default(),
+            groups: Arc::default(),
         }
     }
 
@@ -195,7 +226,8 @@ impl Exports {
         let mut disks = lock(&self.disks);
         let secrets = spec.secret_files.iter().map(|path| Secret::from_file(path));
         let secrets = secrets.collect::<blockfmt::Result<Vec<_>>>()?;
-        let options = OpenOptions::new(format).read_only(spec.readonly);
+        let policy = OpenPolicy::same_directory().allow(&spec.allow);
+        let options = OpenOptions::new(format).read_only(spec.readonly).policy(policy);
         let disk = secrets.iter().cloned().fold(options, OpenOptions::secret).open(&spec.path);
         let disk = disk.with_context(|| format!("Cannot export {}", spec.path.display()))?;
         let layer = disk.layers().remove(0);
@@ -270,12 +302,13 @@ impl Exports {
     /// Copies a disk to a new image; with `switch`, the disk continues there.
     pub fn mirror(&self, spec: &CopySpec, switch: bool) -> Result<u64> {
         let exported = self.exported(&spec.name)?;
-        let target = spec.create(&exported)?;
-        let disk = exported.disk;
         let mode = match spec.mode {
             Mode::Background => MirrorMode::Background,
             Mode::WriteBlocking => MirrorMode::WriteBlocking,
+            Mode::Redirect => bail!("Only a migration redirects"),
         };
+        let target = spec.create(&exported)?;
+        let disk = exported.disk;
         let path = spec.path.clone();
         self.jobs.start(if switch { "migrate" } else { "mirror" }, &spec.name, spec.rate, move |control| {
             let copy = || -> Result<()> {
@@ -294,6 +327,34 @@ impl Exports {
             }
             Ok(())
         })
+    }
+
+    /// Lets a disk continue in a new image at once and moves its contents there; goes on with a migration that is
+    /// not complete if the disk is there already. When this returns the disk is to be opened by the new image.
+    pub fn redirect(&self, spec: &CopySpec) -> Result<u64> {
+        let exported = self.exported(&spec.name)?;
+        let create = exported.create_options(spec.format.parse()?)?;
+        let (disk, path) = (exported.disk, spec.path.clone());
+        let start = move || -> Result<Migration> {
+            if disk.find_layer(&path).is_ok_and(|number| number == 0) {
+                return Ok(Migration::resume(&disk, None)?);
+            }
+            let target = disk.create_child(&path, &create);
+            let target = target.with_context(|| format!("Cannot create {}", path.display()))?;
+            discard_on_error(Migration::start(&disk, target, None).map_err(Into::into), &path)
+        };
+        let (tell, redirected) = mpsc::channel();
+        // In the job, so that no other one works on the disk.
+        let job = self.jobs.start("migrate", &spec.name, spec.rate, move |control| {
+            let migration = start();
+            // Nobody waits any more if the API is gone.
+            let _ = tell.send(migration.as_ref().err().map(daemons::describe));
+            Ok(migration?.run(control)?)
+        })?;
+        match redirected.recv().context("The job ended early")? {
+            Some(error) => bail!(error),
+            None => Ok(job),
+        }
     }
 
     /// Copies a disk as it is now to a new image.
@@ -321,15 +382,51 @@ impl Exports {
     }
 
     /// Merges the active image of a disk into its parent, which becomes the active one.
-    pub fn commit(&self, name: &str) -> Result<u64> {
+    pub fn commit(&self, name: &str, rate: u64) -> Result<u64> {
         let disk = self.disk(name)?;
-        self.jobs.start("commit", name, 0, move |control| Ok(job::commit(&disk, 0, control)?))
+        self.jobs.start("commit", name, rate, move |control| Ok(job::commit(&disk, 0, control)?))
     }
 
     /// Makes the active image of a disk independent of all others.
-    pub fn stream(&self, name: &str) -> Result<u64> {
+    pub fn stream(&self, name: &str, rate: u64) -> Result<u64> {
         let disk = self.disk(name)?;
-        self.jobs.start("stream", name, 0, move |control| Ok(job::stream(&disk, 0, None, control)?))
+        self.jobs.start("stream", name, rate, move |control| Ok(job::stream(&disk, 0, None, control)?))
+    }
+
+    /// Deletes the snapshot that an image of a disk's chain keeps. The file that is of no use any more stays.
+    pub fn delete_snapshot(&self, name: &str, image: &Path, rate: u64) -> Result<u64> {
+        let disk = self.disk(name)?;
+        let image = image.to_owned();
+        self.jobs.start("delete-snapshot", name, rate, move |control| {
+            job::remove(&disk, disk.find_layer(&image)?, control)?;
+            Ok(())
+        })
+    }
+
+    /// Brings a disk back to the state that an image of its chain keeps.
+    pub fn roll_back(&self, spec: &RollBackSpec) -> Result<()> {
+        let exported = self.exported(&spec.name)?;
+        let create = exported.create_options(Format::Qcow2)?;
+        let number = exported.disk.find_layer(&spec.image)?;
+        exported.disk.roll_back(number, &spec.path, &create).context("Cannot roll back")
+    }
+
+    /// The images of all disks, as trees.
+    pub fn tree(&self) -> Result<Vec<SnapshotNode>> {
+        let disks: Vec<_> = lock(&self.disks).values().map(|exported| exported.disk.clone()).collect();
+        Ok(snapshot_tree(&disks)?)
+    }
+
+    /// Makes, changes or removes a group of disks whose requests are limited together.
+    pub fn throttle(&self, spec: &GroupSpec) -> Result<()> {
+        let disks = lock(&self.disks);
+        if let Some(unknown) = spec.disks.iter().find(|name| !disks.contains_key(*name)) {
+            bail!("There is no export {unknown:?}");
+        }
+        let mut groups = lock(&self.groups);
+        groups.set(spec);
+        disks.iter().for_each(|(name, exported)| exported.disk.set_throttles(groups.of(name)));
+        Ok(())
     }
 
     /// Ends the jobs of an export, disconnects its clients and closes its disk.
@@ -339,6 +436,7 @@ impl Exports {
         let device = lock(&self.devices).remove(name);
         drop(device);
         let mut disks = lock(&self.disks);
+        lock(&self.groups).forget(name);
         let removed = self.server.remove_export(name);
         if let Some(exported) = disks.remove(name) {
             exported.disk.close()?;
@@ -358,7 +456,7 @@ impl Exports {
 }
 
 /// Removes the image of a copy that failed.
-fn discard_on_error(result: Result<()>, path: &Path) -> Result<()> {
+fn discard_on_error<T>(result: Result<T>, path: &Path) -> Result<T> {
     if result.is_err() {
         // It is incomplete, and what matters is why.
         let _ = std::fs::remove_file(path);

@@ -3,6 +3,7 @@
 mod api;
 mod exports;
 mod jobs;
+mod throttle;
 mod vhost;
 
 use anyhow::{Context, Result};
@@ -30,6 +31,12 @@ Examples:
   echo '{\"command\":\"snapshot\",\"disks\":[{\"name\":\"root\",\"path\":\"root-1.qcow2\"}]}' | nc -NU /run/blk.sock
   echo '{\"command\":\"migrate\",\"name\":\"root\",\"path\":\"/new/root.qcow2\",\"format\":\"qcow2\"}' \
     | nc -NU /run/blk.sock
+  echo '{\"command\":\"migrate\",\"name\":\"root\",\"path\":\"/new/root.qcow2\",\"format\":\"qcow2\",\"mode\":\"redirect\"}' \
+    | nc -NU /run/blk.sock
+  echo '{\"command\":\"roll-back\",\"name\":\"root\",\"image\":\"root.qcow2\",\"path\":\"root-2.qcow2\"}' | nc -NU /run/blk.sock
+  echo '{\"command\":\"delete-snapshot\",\"name\":\"root\",\"image\":\"root.qcow2\"}' | nc -NU /run/blk.sock
+  echo '{\"command\":\"throttle\",\"group\":\"gold\",\"disks\":[\"root\",\"data\"],\"limits\":{\"write-bytes\":10000000}}' \
+    | nc -NU /run/blk.sock
   echo '{\"command\":\"jobs\"}' | nc -NU /run/blk.sock
   nacre-blk --export name=root,path=root.qcow2,format=qcow2 --tcp 0.0.0.0:10809 --tls-certificates pki --tls-verify-peer
   nbdinfo 'nbd+unix:///root?socket=/run/nbd.sock'
@@ -38,7 +45,8 @@ Without --tls-certificates NBD is not encrypted: use --tcp in networks that are 
 )]
 struct Args {
     /// Export a disk: name=NAME,path=PATH,format=FORMAT and, after commas, any of readonly, bitmap=NAME (a dirty
-    /// bitmap that NBD clients may read), secret-file=FILE and secret-fd=FD (where a passphrase of an encrypted
+    /// bitmap that NBD clients may read), allow=PATH (a file, or a directory of files, that headers may name besides
+    /// files of their own directory), secret-file=FILE and secret-fd=FD (where a passphrase of an encrypted
     /// image is, every byte of it, for this image and those below), vhost=SOCKET (a vhost-user-blk device for one virtual machine, besides
     /// NBD), queues=N (of this device); may be repeated.
     #[arg(long, value_name = "EXPORT")]
@@ -55,8 +63,8 @@ struct Args {
     /// Clients have to prove who they are with a certificate signed by those in ca-cert.pem.
     #[arg(long, requires = "tls_certificates")]
     tls_verify_peer: bool,
-    /// Take commands (one JSON object a line: add, remove, resize, snapshot, mirror, migrate, backup, commit,
-    /// stream, list, jobs, cancel) on this Unix socket.
+    /// Take commands (one JSON object a line: add, remove, list, tree, resize, throttle, snapshot, roll-back,
+    /// delete-snapshot, mirror, migrate, backup, commit, stream, jobs, cancel) on this Unix socket.
     #[arg(long, value_name = "SOCKET")]
     api: Option<PathBuf>,
 }

@@ -2,7 +2,7 @@
 
 use super::common::{Image, Work, parent_name, policy};
 use anyhow::{Context, Result};
-use blockfmt::{BackingRef, Disk, Format, OpenOptions, job};
+use blockfmt::{BackingRef, Format, OpenOptions, job};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -45,20 +45,12 @@ pub struct Stream {
 
 pub fn stream(args: Stream) -> Result<ExitCode> {
     let disk = args.image.open(false)?;
-    let base = args.base.as_deref().map(|base| position(&disk, base)).transpose()?;
+    let base = args.base.as_deref().map(|base| disk.find_layer(base)).transpose()?;
     let control = args.work.control()?;
     job::stream(&disk, 0, base, &control)?;
     disk.close()?;
     args.work.report(&control)?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// The number of the layer that a file is.
-fn position(disk: &Disk, path: &Path) -> Result<usize> {
-    let wanted = path.canonicalize().with_context(|| format!("Cannot find {}", path.display()))?;
-    let is = |name: String| Path::new(&name).canonicalize().is_ok_and(|p| p == wanted);
-    let found = disk.layers().iter().position(|layer| is(layer.storage().name()));
-    found.with_context(|| format!("{} is not in the chain", path.display()))
 }
 
 /// Put an image on top of another parent; the contents of the disk stay the same.

@@ -7,7 +7,8 @@ use blockfmt::job::{self, ConvertOptions};
 use blockfmt::nbd::Uri;
 use blockfmt::{CreateOptions, Format, OpenOptions};
 use clap::Args;
-use std::path::PathBuf;
+use serde_json::json;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Copy a disk into a new image of another (or the same) format.
@@ -104,19 +105,21 @@ pub fn resize(args: Resize) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Take, list, apply or delete internal snapshots of a qcow2 image.
+/// Take, list, apply or delete internal snapshots of a qcow2 image; delete external ones.
+///
+/// An external snapshot is an image with another one on top: "create -b" takes one, and rolls back to one.
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk snapshot -f qcow2 -c before-upgrade disk.qcow2
-  nacre disk snapshot -f qcow2 -a before-upgrade disk.qcow2")]
+  nacre disk snapshot -f qcow2 -a before-upgrade disk.qcow2
+  nacre disk snapshot -f qcow2 --delete-image monday.qcow2 disk.qcow2")]
 pub struct Snapshot {
     #[command(flatten)]
     image: Image,
     #[command(flatten)]
     action: Action,
-    /// Print JSON (with --list).
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    work: Work,
 }
 
 #[derive(Args)]
@@ -134,10 +137,18 @@ struct Action {
     /// Delete a snapshot.
     #[arg(short, long, value_name = "NAME")]
     delete: Option<String>,
+    /// Delete the external snapshot that an image below the disk keeps: the image is merged with the one on top of it,
+    /// into that or the other way, whichever is less work. The disk must be its only child. Prints which image is of no
+    /// use any more and which one the disk is.
+    #[arg(long, value_name = "FILE")]
+    delete_image: Option<PathBuf>,
 }
 
 pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
     let action = &args.action;
+    if let Some(image) = &action.delete_image {
+        return delete_image(&args, image);
+    }
     let change = action.create.is_some() || action.apply.is_some() || action.delete.is_some();
     let disk = args.image.open(!change)?;
     let layer = disk.layers().remove(0);
@@ -148,7 +159,7 @@ pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
         image.revert_to_snapshot(name)?;
     } else if let Some(name) = &action.delete {
         image.delete_snapshot(name)?;
-    } else if args.json {
+    } else if args.work.json {
         print_json(&image.snapshots()?)?;
     } else {
         println!("{:<8}{:<32}{:>12}{:>14}", "ID", "NAME", "DATE", "DISK SIZE");
@@ -158,6 +169,19 @@ pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
     }
     if change {
         disk.close()?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn delete_image(args: &Snapshot, image: &Path) -> Result<ExitCode> {
+    let disk = args.image.open(false)?;
+    let control = args.work.control()?;
+    let unused = job::remove(&disk, disk.find_layer(image)?, &control)?;
+    disk.close()?;
+    let active = disk.layers()[0].storage().name();
+    match args.work.json {
+        true => print_json(&json!({ "unused": unused, "active": active }))?,
+        false => println!("{unused} is of no use any more; the disk is {active}"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,7 @@ use super::common::{Image, Secrets, Work, apply_options, parent_name, policy, pr
 use super::progress::human;
 use super::remote::Remote;
 use anyhow::{Context, Result, bail};
-use blockfmt::job::{self, ConvertOptions};
+use blockfmt::job::{self, ConvertOptions, JobControl, Migration};
 use blockfmt::nbd::Uri;
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
 use clap::{Args, ValueEnum};
@@ -55,13 +55,19 @@ impl Copy {
         self.target.to_str().is_some_and(Uri::matches)
     }
 
+    /// How the target is created.
+    fn create_options(&self, size: u64) -> Result<CreateOptions> {
+        let mut create = CreateOptions::new(self.target_format, size);
+        apply_options(&mut create, &self.options)?;
+        create.size = size;
+        create.secret = self.secrets.read()?.into_iter().next();
+        Ok(create)
+    }
+
     /// Opens the target, after creating it unless it was begun earlier.
     fn target(&self, size: u64, parent: Option<(&PathBuf, Format)>) -> Result<Disk> {
         if !self.resume && !self.is_remote() {
-            let mut create = CreateOptions::new(self.target_format, size);
-            apply_options(&mut create, &self.options)?;
-            create.size = size;
-            create.secret = self.secrets.read()?.into_iter().next();
+            let mut create = self.create_options(size)?;
             if let Some((path, format)) = parent {
                 create = create.backing(parent_name(path, &self.target)?, format);
             }
@@ -157,6 +163,69 @@ pub fn mirror(args: Mirror) -> Result<ExitCode> {
         None => copy.convert(&copy.image()?.open(true)?)?,
     };
     report(&outcome, copy)
+}
+
+/// Move a disk to a new image: redirect what is written there at once, then merge the old images into it.
+///
+/// Unlike a mirror it writes nothing twice and ends however fast a guest writes. From the start on, the disk is to be
+/// opened by the new image, which names the old one as its parent until all is moved. Ctrl-C ends the move in order:
+/// the same command with --resume (with --via, the same one) goes on, and `nacre disk commit` brings the new image back
+/// to the old one. The old images stay; at the end nobody refers to them any more.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  nacre disk migrate -p -f qcow2 -O qcow2 disk.qcow2 /mnt/new/disk.qcow2
+  nacre disk migrate -f qcow2 -O qcow2 --base golden.qcow2 disk.qcow2 moved.qcow2
+  nacre disk migrate -p --via /run/blk.sock -O qcow2 root /mnt/new/root.qcow2")]
+pub struct Migrate {
+    #[command(flatten)]
+    copy: Copy,
+    /// Keep depending on this image of the chain.
+    #[arg(long, value_name = "FILE", conflicts_with = "via")]
+    base: Option<PathBuf>,
+}
+
+pub fn migrate(args: Migrate) -> Result<ExitCode> {
+    let copy = &args.copy;
+    if copy.is_remote() {
+        bail!("An NBD export cannot have a parent; use mirror");
+    }
+    let outcome = match &copy.via {
+        Some(socket) => copy.remote(socket, json!({ "command": "migrate", "mode": "redirect" }))?,
+        None => {
+            let control = copy.work.control()?;
+            let disk = move_disk(&args, &control)?;
+            disk.close()?;
+            Outcome { bytes: control.progress().done, job: None }
+        }
+    };
+    report(&outcome, copy)
+}
+
+/// Moves a disk that nobody uses.
+fn move_disk(args: &Migrate, control: &JobControl) -> Result<Disk> {
+    let copy = &args.copy;
+    let source = copy.image()?;
+    let disk = match copy.resume {
+        false => source.open(false)?,
+        true => {
+            // The target names the source, wherever that is.
+            let policy = policy(copy.trust_headers).allow([&source.path]);
+            let options = copy.secrets.apply(OpenOptions::new(copy.target_format).policy(policy))?;
+            let disk = options.open(&copy.target);
+            disk.with_context(|| format!("Cannot open {}", copy.target.display()))?
+        }
+    };
+    let base = args.base.as_deref().map(|base| disk.find_layer(base)).transpose()?;
+    let migration = match copy.resume {
+        true => Migration::resume(&disk, base)?,
+        false => {
+            let target = disk.create_child(&copy.target, &copy.create_options(disk.size())?);
+            let target = target.with_context(|| format!("Cannot create {}", copy.target.display()))?;
+            Migration::start(&disk, target, base)?
+        }
+    };
+    migration.run(control)?;
+    Ok(disk)
 }
 
 /// Copy a disk, or what changed of it since the last backup.

@@ -8,6 +8,7 @@ mod create;
 mod inspect;
 mod progress;
 mod remote;
+mod tree;
 
 use clap::{Args as ClapArgs, Subcommand};
 use std::process::ExitCode;
@@ -28,12 +29,14 @@ enum Command {
     Clone(create::Clone),
     Info(inspect::Info),
     Map(inspect::Map),
+    Tree(tree::Tree),
     Check(inspect::Check),
     Repair(inspect::RepairArgs),
     Compare(inspect::Compare),
     Measure(inspect::Measure),
     Convert(change::Convert),
     Mirror(copy::Mirror),
+    Migrate(copy::Migrate),
     Backup(copy::Backup),
     Resize(change::Resize),
     Snapshot(change::Snapshot),
@@ -63,12 +66,14 @@ fn run_command(args: Args) -> anyhow::Result<ExitCode> {
         Command::Clone(args) => create::clone(args),
         Command::Info(args) => inspect::info(args),
         Command::Map(args) => inspect::map(args),
+        Command::Tree(args) => tree::tree(args),
         Command::Check(args) => Ok(inspect::check(args)),
         Command::Repair(args) => Ok(inspect::repair(args)),
         Command::Compare(args) => Ok(inspect::compare(args)),
         Command::Measure(args) => inspect::measure(args),
         Command::Convert(args) => change::convert(args),
         Command::Mirror(args) => copy::mirror(args),
+        Command::Migrate(args) => copy::migrate(args),
         Command::Backup(args) => copy::backup(args),
         Command::Resize(args) => change::resize(args),
         Command::Snapshot(args) => change::snapshot(args),
