@@ -269,7 +269,8 @@ fn a_disk_is_redirected_and_its_migration_survives_a_crash() {
     d.end();
     std::fs::remove_file(d.at("disk.qcow2")).unwrap();
     let image = d.at("new/disk.qcow2");
-    check(&image);
+    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&image).output().unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 3)), "a crash may leak clusters, no more: {output:?}");
     assert_eq!((read(&image, MIB), read(&image, 2 * MIB), read(&image, 3 * MIB)), (5, 6, 7));
 }
 
