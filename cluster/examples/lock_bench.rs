@@ -2,9 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on ends")]
 
-use std::net::TcpListener;
+#[path = "../tests/etcd_server/mod.rs"]
+mod etcd_server;
+
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -151,40 +153,15 @@ impl Sanlock {
 }
 
 struct Etcd {
-    server: Child,
+    _server: etcd_server::Server,
     stores: [EtcdStore; 2],
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        let _ = self.server.kill();
-        let _ = self.server.wait();
-    }
 }
 
 impl Etcd {
     fn start(dir: &Path) -> Self {
-        let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let [client, peer] = [(); 2].map(|()| format!("http://127.0.0.1:{}", port()));
-        let server = Command::new("etcd")
-            .arg("--data-dir")
-            .arg(dir)
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}")])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd is missing: install the Debian package etcd-server");
-        let connect = || {
-            (0..300).find_map(|_| {
-                std::thread::sleep(Duration::from_millis(100));
-                let mut store = EtcdStore::connect(std::slice::from_ref(&client), "/bench").ok()?;
-                store.observe().ok().map(|_| store)
-            })
-        };
-        let stores = [(); 2].map(|()| connect().expect("etcd does not answer"));
-        Etcd { server, stores }
+        let server = etcd_server::Server::start(dir);
+        let stores = [(); 2].map(|()| server.connect("/bench"));
+        Etcd { _server: server, stores }
     }
 
     fn acquire(&mut self, host: usize) -> u64 {

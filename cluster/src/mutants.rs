@@ -44,6 +44,14 @@ pub enum Mutant {
     NoRestartLimit,
     /// Failed hosts are never fenced nor their VMs restarted.
     FailureIgnored,
+    /// A guest that has stopped sending heartbeats is left alone.
+    HeartbeatLossIgnored,
+    /// A VM whose disks complete nothing is left alone.
+    StallIgnored,
+    /// A guest that sends no heartbeats counts as failed although its disks complete requests.
+    ProgressIgnored,
+    /// The time in which an agent was stopped counts as silence of its guests.
+    ObserverPauseCounts,
     /// The lock manager grants a conversion although other hosts have modes in its way.
     ConversionIgnoresOthers,
     /// A claim to master a name is kept although a lower host claims it too.
@@ -72,7 +80,7 @@ impl Mutant {
     ];
 
     /// The planted bugs that the simulator of whole clusters finds.
-    pub const CLUSTER: [Mutant; 15] = [
+    pub const CLUSTER: [Mutant; 19] = [
         Mutant::RenewalCountedFromCompletion,
         Mutant::GenerationNotRaised,
         Mutant::DeadTimeWithoutWatchdog,
@@ -88,6 +96,10 @@ impl Mutant {
         Mutant::AdmissionIgnoresReserve,
         Mutant::NoRestartLimit,
         Mutant::FailureIgnored,
+        Mutant::HeartbeatLossIgnored,
+        Mutant::StallIgnored,
+        Mutant::ProgressIgnored,
+        Mutant::ObserverPauseCounts,
     ];
 }
 

@@ -67,61 +67,25 @@ fn the_local_store_conforms_and_its_tokens_rise_across_restarts() {
 }
 
 #[cfg(feature = "etcd")]
+mod etcd_server;
+
+#[cfg(feature = "etcd")]
 mod etcd {
-    use std::net::TcpListener;
-    use std::process::{Child, Command, Stdio};
-    use std::time::Duration;
-
-    use cluster::store::{EtcdStore, Store};
-
-    struct Server(Child);
-    impl Drop for Server {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-
-    fn start(dir: &std::path::Path) -> (Server, String) {
-        let port = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let (client, peer) = (format!("http://127.0.0.1:{}", port()), format!("http://127.0.0.1:{}", port()));
-        let server = Command::new("etcd")
-            .arg("--data-dir")
-            .arg(dir)
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("default={peer}")])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd is missing: install the Debian package etcd-server");
-        (Server(server), client)
-    }
-
-    fn connect(url: &str) -> EtcdStore {
-        for _ in 0..200 {
-            if let Ok(mut store) = EtcdStore::connect(&[url.to_owned()], "/test")
-                && store.observe().is_ok()
-            {
-                return store;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        panic!("etcd does not answer at {url}");
-    }
+    use super::etcd_server::Server;
+    use super::{Store, conforms};
 
     #[test]
     fn etcd_conforms() {
         let dir = tempfile::tempdir().unwrap();
-        let (_server, url) = start(dir.path());
-        super::conforms(&mut connect(&url));
+        let server = Server::start(dir.path());
+        conforms(&mut server.connect("/test"));
     }
 
     #[test]
     fn a_dead_member_is_an_error_in_time_not_a_hang() {
         let dir = tempfile::tempdir().unwrap();
-        let (server, url) = start(dir.path());
-        let mut store = connect(&url);
+        let server = Server::start(dir.path());
+        let mut store = server.connect("/test");
         drop(server);
         assert!(store.observe().is_err());
         assert!(store.write(1, &[]).is_err());

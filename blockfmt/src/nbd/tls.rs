@@ -6,7 +6,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
-use std::io;
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -64,9 +64,22 @@ impl TlsServer {
         Ok(TlsServer(Arc::new(config.map_err(|e| fail(directory, e))?)))
     }
 
+    fn connection(&self) -> io::Result<ServerConnection> {
+        ServerConnection::new(self.0.clone()).map_err(io::Error::other)
+    }
+
     pub(super) fn wrap(&self, stream: Stream) -> io::Result<Stream> {
-        let connection = ServerConnection::new(self.0.clone()).map_err(io::Error::other)?;
-        Ok(Stream::TlsServer(Box::new(StreamOwned::new(connection, Box::new(stream)))))
+        Ok(Stream::TlsServer(Box::new(StreamOwned::new(self.connection()?, Box::new(stream)))))
+    }
+
+    /// Encrypts a connection of any protocol, as its server, once both ends have proved who they are.
+    ///
+    /// # Errors
+    /// The peer is refused, refuses, or goes away.
+    pub fn accept<S: Read + Write>(&self, mut stream: S) -> io::Result<impl Read + Write + use<S>> {
+        let mut connection = self.connection()?;
+        connection.complete_io(&mut stream)?;
+        Ok(StreamOwned::new(connection, stream))
     }
 }
 
@@ -88,9 +101,27 @@ impl TlsClient {
         Ok(TlsClient(Arc::new(config)))
     }
 
-    pub(super) fn wrap(&self, stream: Stream, host: &str) -> io::Result<Stream> {
+    fn connection(&self, host: &str) -> io::Result<ClientConnection> {
         let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-        let connection = ClientConnection::new(self.0.clone(), name).map_err(io::Error::other)?;
-        Ok(Stream::TlsClient(Box::new(StreamOwned::new(connection, Box::new(stream)))))
+        ClientConnection::new(self.0.clone(), name).map_err(io::Error::other)
+    }
+
+    pub(super) fn wrap(&self, stream: Stream, host: &str) -> io::Result<Stream> {
+        Ok(Stream::TlsClient(Box::new(StreamOwned::new(self.connection(host)?, Box::new(stream)))))
+    }
+
+    /// Encrypts a connection of any protocol to the server with this name, once it has proved that it has it. Whether
+    /// the server takes this client shows when its first answer is read.
+    ///
+    /// # Errors
+    /// The server is refused, refuses, or goes away.
+    pub fn connect<S: Read + Write>(
+        &self,
+        mut stream: S,
+        host: &str,
+    ) -> io::Result<impl Read + Write + use<S>> {
+        let mut connection = self.connection(host)?;
+        connection.complete_io(&mut stream)?;
+        Ok(StreamOwned::new(connection, stream))
     }
 }

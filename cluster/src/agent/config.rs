@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::adapters::{FenceAgent, Rule};
 use crate::drs;
 use crate::fence::FenceConfig;
-use crate::ha::{AdmissionPolicy, HaConfig, RestartConfig};
+use crate::ha::{AdmissionPolicy, HaConfig, HealthConfig, RestartConfig};
 use crate::lease::Timing;
 use crate::membership::MembershipConfig;
 use crate::node::{self, FenceTarget};
@@ -35,6 +35,9 @@ pub struct AgentConfig {
     pub state: PathBuf,
     /// The Unix socket of the API.
     pub socket: PathBuf,
+    /// The API over TCP for other machines, encrypted, with certificates on both sides.
+    #[serde(default)]
+    pub remote: Option<RemoteConfig>,
     /// Where the cluster's state is kept.
     pub store: StoreConfig,
     /// The shared volumes that carry leases; the same order on every host.
@@ -84,6 +87,16 @@ pub struct HostConfig {
     /// How to switch it off: levels in order, each a list of devices that must all report off.
     #[serde(default)]
     pub fence: Vec<Vec<FenceAgent>>,
+}
+
+/// The API over TLS. A client needs a certificate that the authority has signed; it may then do everything.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RemoteConfig {
+    /// Where to listen.
+    pub address: SocketAddr,
+    /// A directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`.
+    pub certificates: PathBuf,
 }
 
 /// One of this host's network links.
@@ -169,6 +182,8 @@ impl Default for HeartbeatConfig {
 pub struct HaSection {
     /// Restart limits.
     pub restart: RestartConfig,
+    /// When a VM whose process is there counts as failed.
+    pub health: HealthConfig,
     /// Room kept for the VMs of failed hosts.
     pub admission: AdmissionPolicy,
     /// How long a host that lost the network may keep its VMs.
@@ -181,8 +196,8 @@ pub struct HaSection {
 
 impl Default for HaSection {
     fn default() -> Self {
-        let HaConfig { restart, admission, isolation, repeat, patience, .. } = HaConfig::default();
-        HaSection { restart, admission, isolation, repeat, patience }
+        let HaConfig { restart, health, admission, isolation, repeat, patience, .. } = HaConfig::default();
+        HaSection { restart, health, admission, isolation, repeat, patience }
     }
 }
 
@@ -367,7 +382,13 @@ impl AgentConfig {
         if self.timing.io_timeout == 0 || self.timing.watchdog == 0 {
             return wrong("timing has a zero".into());
         }
-        if self.heartbeat.interval == 0 || self.heartbeat.misses == 0 || self.balance.interval == 0 {
+        let intervals = [
+            self.heartbeat.interval,
+            self.heartbeat.misses.into(),
+            self.balance.interval,
+            self.ha.health.interval,
+        ];
+        if intervals.contains(&0) {
             return wrong("an interval is zero".into());
         }
         if self.store == StoreConfig::Local && self.hosts.len() > 1 {
@@ -395,8 +416,8 @@ impl AgentConfig {
         let members: Vec<HostId> = self.hosts.iter().map(|h| h.id).collect();
         let HeartbeatConfig { interval, misses, settle, stop } = self.heartbeat;
         let membership = MembershipConfig { host: self.host, members, interval, misses, settle, stop };
-        let HaSection { restart, admission, isolation, repeat, patience } = self.ha.clone();
-        let ha = HaConfig { restart, admission, isolation, repeat, patience, ..HaConfig::default() };
+        let HaSection { restart, health, admission, isolation, repeat, patience } = self.ha.clone();
+        let ha = HaConfig { restart, health, admission, isolation, repeat, patience, ..HaConfig::default() };
         let FenceTimers { deadline, poll, confirm, attempts, pause } = self.fencing;
         let levels = |h: &HostConfig| {
             let mut next = 0..;

@@ -16,7 +16,7 @@ use crate::adapters::{
     Clock, Journal, LeaseDisk, LeaseVolume, Links, Severity, VolumeIo, VolumeReply, VolumeRequest,
 };
 use crate::fence::Evidence;
-use crate::ha::{ClusterState, Request, RequestError};
+use crate::ha::{Ailment, ClusterState, Request, RequestError};
 use crate::lease::{IoFailed, LeaseStatus, OpId};
 use crate::lock::LockInput;
 use crate::membership::Verdict;
@@ -103,6 +103,7 @@ pub(super) struct Driver {
     guard: Guard,
     balance: Balance,
     next_usage: Time,
+    next_look: Time,
     waiting: Vec<Waiting>,
     end: Option<AgentEnd>,
 }
@@ -162,6 +163,7 @@ impl Driver {
             runner,
             balance: Balance::new(now, config.balance.clone()),
             next_usage: now,
+            next_look: now,
             waiting: Vec::new(),
             end: None,
             config,
@@ -186,7 +188,7 @@ impl Driver {
                 return end;
             }
             let now = Clock.now();
-            let mut wake = self.wake.min(self.balance.wake()).min(self.next_usage);
+            let mut wake = self.wake.min(self.balance.wake()).min(self.next_usage).min(self.next_look);
             if !self.waiting.is_empty() {
                 wake = wake.min(now + 100);
             }
@@ -218,6 +220,11 @@ impl Driver {
             self.next_usage = now + USAGE_INTERVAL;
             let usage = self.runner.usage();
             self.node.note_usage(&usage);
+        }
+        if now >= self.next_look {
+            self.next_look = now + self.config.ha.health.interval;
+            let signs = self.runner.signs();
+            self.step(now, NodeInput::Signs(signs));
         }
         if let Some(plan) = self.balance.step(now, &mut self.node) {
             let text = format!("{} moves, {} GiB", plan.moves.len(), plan.size() / 1024);
@@ -350,6 +357,13 @@ impl Driver {
                 let space = self.config.volume(lockspace).map_or("", |v| v.space.as_str());
                 let text = "Its lease is lost; the VMs on this volume are killed".into();
                 self.note(Error, "lease.lost", format!("volume {space}"), text);
+            }
+            NodeOutput::Ailing { vm, ailment, .. } => {
+                let (kind, text) = match ailment {
+                    Ailment::HeartbeatLost => ("vm.hung", "Its guest sends no heartbeats any more"),
+                    Ailment::IoStalled => ("vm.stalled", "Its disks complete nothing any more"),
+                };
+                self.note(Error, kind, format!("vm {}", vm.0), format!("{text}; it is killed"));
             }
             NodeOutput::GaveUp(vm) => {
                 let text = "It failed too often; look at it, then retry".into();

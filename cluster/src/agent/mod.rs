@@ -17,10 +17,10 @@ mod workers;
 pub use api::{ApiReply, ApiRequest, HostEntry, LeaseEntry, LocalEntry, LockEntry, Status, VmEntry};
 pub use config::{
     AgentConfig, BalanceConfig, BalanceMode, ConfigError, FenceTimers, HaSection, HeartbeatConfig,
-    HostConfig, LinkConfig, StoreConfig, VolumeConfig, WatchdogConfig, resource_name,
+    HostConfig, LinkConfig, RemoteConfig, StoreConfig, VolumeConfig, WatchdogConfig, resource_name,
 };
 pub use runner::{VmEvents, VmRunner};
-pub use server::{ApiServer, ask};
+pub use server::{ApiServer, Connection, Secure, ask, ask_tcp};
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -3,6 +3,7 @@
 use std::sync::mpsc::Sender;
 
 use super::drive::Input;
+use crate::ha::Signs;
 use crate::node::{NodeInput, VmAction, VmEvent};
 use crate::types::{Resources, VmId};
 
@@ -18,6 +19,11 @@ pub trait VmRunner: Send {
 
     /// What each VM used since the last call: MHz on average, and MiB.
     fn usage(&mut self) -> Vec<(VmId, Resources)>;
+
+    /// What each VM's process shows of its guest, with the VM's placement. VMs that are not named are not judged.
+    fn signs(&mut self) -> Vec<(VmId, u64, Signs)> {
+        Vec::new()
+    }
 
     /// Resets the host at once, or ends everything on it that could write.
     fn reset(&mut self);

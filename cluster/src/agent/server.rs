@@ -1,6 +1,7 @@
-//! The API on a Unix socket: one JSON object a line, one answer a line.
+//! The API on a Unix socket, and over TCP for those who bring the encryption.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,20 +14,92 @@ use super::{AgentHandle, ApiReply, ApiRequest};
 
 /// The longest request, in bytes; a VM's definition is in it.
 const LONGEST: u64 = 1 << 20;
-/// Clients at once; more wait.
+/// The longest answer that a client reads, in bytes.
+const LONGEST_REPLY: u64 = 64 << 20;
+/// Clients at once on one server; more are refused.
 const CLIENTS: usize = 16;
 /// How long the agent may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A client that says nothing for this long makes way for others.
+const IDLE: Duration = Duration::from_secs(60);
+/// How long a client waits for an answer.
+const REPLY_PATIENCE: Duration = Duration::from_secs(15);
+
+/// A connection that bytes go through in both directions.
+pub trait Connection: Read + Write {}
+
+impl<T: Read + Write> Connection for T {}
+
+/// Makes a TCP connection one that may be trusted: proves who is at each end, and encrypts. The connection has
+/// timeouts, so a peer that says nothing is an error.
+pub type Secure = dyn Fn(TcpStream) -> io::Result<Box<dyn Connection>> + Send + Sync;
+
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener, Box<Secure>),
+}
+
+/// Makes the connection that was accepted ready; for a thread of its own, since the peer takes part in it.
+type Opening<'a> = Box<dyn FnOnce() -> io::Result<Box<dyn Connection>> + Send + 'a>;
+
+impl Listener {
+    fn accept(&self) -> io::Result<(Socket, Opening<'_>)> {
+        match self {
+            Listener::Unix(listener) => {
+                let stream = listener.accept()?.0;
+                let socket = Socket::Unix(stream.try_clone()?);
+                Ok((socket, Box::new(move || Ok(Box::new(stream)))))
+            }
+            Listener::Tcp(listener, secure) => {
+                let stream = listener.accept()?.0;
+                stream.set_nodelay(true)?;
+                let socket = Socket::Tcp(stream.try_clone()?);
+                Ok((socket, Box::new(move || secure(stream))))
+            }
+        }
+    }
+}
+
+/// What is kept of an open connection, to end it.
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Socket {
+    fn set_timeouts(&self, read: Duration, write: Duration) -> io::Result<()> {
+        match self {
+            Socket::Unix(s) => s.set_read_timeout(Some(read)).and(s.set_write_timeout(Some(write))),
+            Socket::Tcp(s) => s.set_read_timeout(Some(read)).and(s.set_write_timeout(Some(write))),
+        }
+    }
+
+    fn shutdown(&self) {
+        // It may have ended already.
+        let _ = match self {
+            Socket::Unix(s) => s.shutdown(Shutdown::Both),
+            Socket::Tcp(s) => s.shutdown(Shutdown::Both),
+        };
+    }
+}
+
+/// Where a server listens.
+#[derive(Debug)]
+enum Place {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+}
 
 /// The open connections, each with its number.
-type Streams = Mutex<Vec<(usize, UnixStream)>>;
+type Sockets = Mutex<Vec<(usize, Socket)>>;
 
 /// Serves the API until it is dropped.
 #[derive(Debug)]
 pub struct ApiServer {
-    path: PathBuf,
+    place: Place,
     stop: Arc<AtomicBool>,
-    streams: Arc<Streams>,
+    sockets: Arc<Sockets>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -44,12 +117,26 @@ impl ApiServer {
         let listener = UnixListener::bind(path)?;
         // Whoever may write to the socket may start VMs.
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        ApiServer::run(Place::Unix(path.to_owned()), Listener::Unix(listener), agent)
+    }
+
+    /// Listens at a TCP address. Nobody is served whom `secure` refuses: whoever gets through may start VMs.
+    ///
+    /// # Errors
+    /// The address cannot be used.
+    pub fn start_tcp(address: SocketAddr, secure: Box<Secure>, agent: AgentHandle) -> io::Result<Self> {
+        let listener = TcpListener::bind(address)?;
+        let place = Place::Tcp(listener.local_addr()?);
+        ApiServer::run(place, Listener::Tcp(listener, secure), agent)
+    }
+
+    fn run(place: Place, listener: Listener, agent: AgentHandle) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let streams: Arc<Streams> = Arc::default();
-        let (stopping, open) = (stop.clone(), streams.clone());
+        let sockets: Arc<Sockets> = Arc::default();
+        let (stopping, open) = (stop.clone(), sockets.clone());
         let thread = std::thread::Builder::new().name("api".into());
         let thread = thread.spawn(move || accept(&listener, &agent, &stopping, &open))?;
-        Ok(ApiServer { path: path.to_owned(), stop, streams, thread: Some(thread) })
+        Ok(ApiServer { place, stop, sockets, thread: Some(thread) })
     }
 }
 
@@ -57,58 +144,72 @@ impl Drop for ApiServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         // A connection of our own wakes the thread.
-        let woken = UnixStream::connect(&self.path).is_ok();
-        for (_, stream) in self.streams.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
+        let woken = match &self.place {
+            Place::Unix(path) => UnixStream::connect(path).is_ok(),
+            Place::Tcp(address) => TcpStream::connect_timeout(address, PATIENCE).is_ok(),
+        };
+        for (_, socket) in self.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            socket.shutdown();
         }
-        let _ = std::fs::remove_file(&self.path);
+        if let Place::Unix(path) = &self.place {
+            let _ = std::fs::remove_file(path);
+        }
         if let Some(thread) = self.thread.take().filter(|_| woken) {
             let _ = thread.join();
         }
     }
 }
 
-fn accept(listener: &UnixListener, agent: &AgentHandle, stop: &AtomicBool, streams: &Streams) {
+fn accept(listener: &Listener, agent: &AgentHandle, stop: &AtomicBool, sockets: &Sockets) {
     std::thread::scope(|scope| {
-        for (id, stream) in listener.incoming().enumerate() {
-            if stop.load(Ordering::Acquire) {
-                return;
-            }
-            let Ok(stream) = stream else { continue };
-            let mut open = streams.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in 0.. {
+            let accepted = listener.accept();
+            let mut open = sockets.lock().unwrap_or_else(PoisonError::into_inner);
             // Checked under the lock: whoever stops the server shuts down what is in the list.
             if stop.load(Ordering::Acquire) {
                 return;
             }
-            if open.len() >= CLIENTS {
-                let message = "Too many clients; try again".to_owned();
-                let _ = answer(&stream, &ApiReply::Error { message, coordinator: None });
+            let Ok((socket, opening)) = accepted else {
+                drop(open);
+                // Out of descriptors, most likely: they come back.
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            };
+            if open.len() >= CLIENTS || socket.set_timeouts(PATIENCE, PATIENCE).is_err() {
+                // The client sees the end of the connection, and tries again.
+                socket.shutdown();
                 continue;
             }
-            let Ok(copy) = stream.try_clone() else { continue };
-            open.push((id, copy));
+            open.push((id, socket));
             scope.spawn(move || {
-                if let Err(error) = serve(&stream, agent) {
+                let served = opening().and_then(|connection| {
+                    let open = sockets.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some((_, socket)) = open.iter().find(|s| s.0 == id) {
+                        socket.set_timeouts(IDLE, PATIENCE)?;
+                    }
+                    drop(open);
+                    serve(connection, agent)
+                });
+                if let Err(error) = served {
                     tracing::debug!(%error, "an API connection ended");
                 }
-                let _ = stream.shutdown(std::net::Shutdown::Both);
-                streams.lock().unwrap_or_else(PoisonError::into_inner).retain(|s| s.0 != id);
+                let mut open = sockets.lock().unwrap_or_else(PoisonError::into_inner);
+                open.extract_if(.., |s| s.0 == id).for_each(|s| s.1.shutdown());
             });
         }
     });
 }
 
-fn answer(mut stream: &UnixStream, reply: &ApiReply) -> io::Result<()> {
-    let mut line = serde_json::to_vec(reply)?;
+/// Writes one line.
+fn say(to: &mut dyn Connection, value: &impl serde::Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
-    stream.write_all(&line)
+    to.write_all(&line)?;
+    to.flush()
 }
 
-fn serve(stream: &UnixStream, agent: &AgentHandle) -> io::Result<()> {
-    // A client that says nothing makes way for others.
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut reader = BufReader::new(stream);
+fn serve(connection: Box<dyn Connection>, agent: &AgentHandle) -> io::Result<()> {
+    let mut reader = BufReader::new(connection);
     loop {
         let mut line = String::new();
         if reader.by_ref().take(LONGEST).read_line(&mut line)? == 0 {
@@ -120,7 +221,7 @@ fn serve(stream: &UnixStream, agent: &AgentHandle) -> io::Result<()> {
                 ApiReply::Error { message: format!("Request is not understood: {error}"), coordinator: None }
             }
         };
-        answer(stream, &reply)?;
+        say(reader.get_mut(), &reply)?;
     }
 }
 
@@ -129,13 +230,26 @@ fn serve(stream: &UnixStream, agent: &AgentHandle) -> io::Result<()> {
 /// # Errors
 /// Nobody answers there, or not in time, or what it says is not understood.
 pub fn ask(path: &Path, request: &ApiRequest) -> io::Result<ApiReply> {
-    let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(PATIENCE + Duration::from_secs(5)))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut line = serde_json::to_vec(request)?;
-    line.push(b'\n');
-    stream.write_all(&line)?;
+    let socket = UnixStream::connect(path)?;
+    socket.set_read_timeout(Some(REPLY_PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    ask_through(socket, request)
+}
+
+/// Asks the agent at a TCP address.
+///
+/// # Errors
+/// As for [`ask`], and whatever `secure` says against the agent.
+pub fn ask_tcp(address: SocketAddr, secure: &Secure, request: &ApiRequest) -> io::Result<ApiReply> {
+    let socket = TcpStream::connect_timeout(&address, PATIENCE)?;
+    socket.set_read_timeout(Some(REPLY_PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    ask_through(secure(socket)?, request)
+}
+
+fn ask_through(mut connection: impl Connection, request: &ApiRequest) -> io::Result<ApiReply> {
+    say(&mut connection, request)?;
     let mut reply = String::new();
-    BufReader::new(stream).read_line(&mut reply)?;
+    BufReader::new(connection.take(LONGEST_REPLY)).read_line(&mut reply)?;
     Ok(serde_json::from_str(&reply)?)
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::admission::{AdmissionPolicy, Refusal};
+use super::health::HealthConfig;
 use super::records::{ClusterState, Command, Report, Update, VmSpec};
 use super::restart::RestartConfig;
 use crate::lease::OpId;
@@ -14,6 +15,8 @@ use crate::types::{HostId, Incarnation, Millis, VmId};
 pub struct HaConfig {
     /// Restart limits.
     pub restart: RestartConfig,
+    /// When a VM whose process is there counts as failed.
+    pub health: HealthConfig,
     /// Reserve for failed hosts.
     pub admission: AdmissionPolicy,
     /// How long an isolated host, or one that does not hear the coordinator, is left alone before it is fenced.
@@ -30,6 +33,7 @@ impl Default for HaConfig {
     fn default() -> Self {
         HaConfig {
             restart: RestartConfig::default(),
+            health: HealthConfig::default(),
             admission: AdmissionPolicy::Hosts { failures: 1 },
             isolation: 180_000,
             repeat: 3000,

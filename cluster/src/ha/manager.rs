@@ -15,6 +15,9 @@ use crate::types::{HostId, Incarnation, LockspaceId, Millis, Resources, Time, Vm
 
 /// How long a VM is kept off a host that it failed on.
 const AVOIDANCE: Millis = 30_000;
+/// A write carries at most so many updates: etcd refuses more than 128 in a transaction.
+const MAX_UPDATES: usize = 100;
+
 #[derive(Clone, Debug)]
 struct HostInfo {
     report: Report,
@@ -115,12 +118,15 @@ impl HaManager {
         if !self.loaded {
             return;
         }
-        self.judge_hosts(now, view, out);
-        self.judge_vms(now, view, out);
-        self.place_waiting(now, view);
-        self.evacuate(now, view);
+        // What is left of the last decisions is written before anything is made of it.
+        if self.dirty.is_empty() {
+            self.judge_hosts(now, view, out);
+            self.judge_vms(now, view, out);
+            self.place_waiting(now, view);
+            self.evacuate(now, view);
+        }
         if !self.dirty.is_empty() {
-            let updates = core::mem::take(&mut self.dirty);
+            let updates: Vec<Update> = self.dirty.drain(..self.dirty.len().min(MAX_UPDATES)).collect();
             self.op += 1;
             self.pending = Some((self.op, now, updates.clone()));
             out.push(HaOutput::Write { op: self.op, token, updates });
@@ -279,8 +285,9 @@ impl HaManager {
                     let phase = VmPhase::Waiting;
                     self.write_vm(now, VmRecord { place: None, phase, ..record });
                 }
-                (true, phase, Some(Some(VmStatus::Failed))) => {
-                    if phase == VmPhase::Starting {
+                (true, phase, Some(Some(end @ (VmStatus::Failed | VmStatus::Stalled)))) => {
+                    // Another host may reach the storage.
+                    if phase == VmPhase::Starting || end == VmStatus::Stalled {
                         self.avoid(now, id, place.host);
                     }
                     self.lost(now, record, out);

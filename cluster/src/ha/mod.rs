@@ -5,6 +5,7 @@
 
 mod admission;
 mod evacuate;
+mod health;
 mod io;
 mod manager;
 mod records;
@@ -13,6 +14,7 @@ mod restart;
 mod tests;
 
 pub use admission::{AdmissionPolicy, HostCapacity, Refusal, admit, survives};
+pub use health::{Ailment, Health, HealthConfig, Signs};
 pub use io::{ClusterView, HaConfig, HaInput, HaOutput, Request, RequestError, WriteResult};
 pub use manager::HaManager;
 pub use records::{

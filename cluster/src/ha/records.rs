@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::types::{Generation, HostId, Incarnation, LockspaceId, ResourceId, Resources, VmId};
 
 /// A virtual machine as its owner described it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VmSpec {
     /// The VM.
     pub id: VmId,
@@ -178,6 +178,8 @@ pub enum VmStatus {
     Refused,
     /// Its process has ended; the host has nothing of it any more.
     Failed,
+    /// Its disks completed nothing any more, and it was killed; the host has nothing of it any more.
+    Stalled,
     /// A migration did not bring it here; the host has nothing of it any more.
     NotReceived,
 }
@@ -185,7 +187,7 @@ pub enum VmStatus {
 impl VmStatus {
     /// Whether the placement has come to its end.
     pub fn is_over(self) -> bool {
-        matches!(self, VmStatus::Refused | VmStatus::Failed | VmStatus::NotReceived)
+        matches!(self, VmStatus::Refused | VmStatus::Failed | VmStatus::Stalled | VmStatus::NotReceived)
     }
 }
 

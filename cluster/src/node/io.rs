@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::fence::{DeviceId, FenceAction, FenceConfig, FenceInput};
-use crate::ha::{Command, HaConfig, HaInput, Report, Update, VmSpec};
+use crate::ha::{Ailment, Command, HaConfig, HaInput, Report, Signs, Update, VmSpec};
 use crate::lease::{DeltaRecord, IoFailed, LeaseConfig, OpId, Timing};
 use crate::lock::{Leader, LockInput};
 use crate::membership::{CoordInput, CoordOutput, Heartbeat, MembershipConfig};
@@ -210,6 +210,8 @@ pub enum NodeInput {
         /// What happened.
         event: VmEvent,
     },
+    /// What the processes of VMs show of their guests, with the VMs' placements.
+    Signs(Vec<(VmId, u64, Signs)>),
     /// Leave the cluster: stop all VMs, give everything back.
     Leave,
 }
@@ -320,6 +322,15 @@ pub enum NodeOutput {
     Locked(ResourceId, crate::types::Token),
     /// A lease was lost.
     LeaseLost(LockspaceId),
+    /// A VM is killed, since its guest does nothing any more.
+    Ailing {
+        /// The VM.
+        vm: VmId,
+        /// Its placement.
+        epoch: u64,
+        /// What is wrong.
+        ailment: Ailment,
+    },
     /// A VM was given up after too many failures.
     GaveUp(VmId),
     /// The host has left the cluster.

@@ -217,6 +217,7 @@ impl Node {
             NodeInput::Ha(input) => self.ha_input(now, input, out),
             NodeInput::Fence { serial, input } => self.fence_input(now, serial, input, out),
             NodeInput::Vm { vm, epoch, event } => self.on_vm_event(now, vm, epoch, event, out),
+            NodeInput::Signs(signs) => self.on_signs(now, &signs, out),
             NodeInput::Leave => self.leave(),
         }
         self.run_due(now, out);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Config, Message, Node, NodeInput, NodeOutput, VmAction, VmEvent};
-use crate::ha::{Command, HaConfig, VmSpec, VmStatus};
+use crate::ha::{Ailment, Command, HaConfig, Signs, VmSpec, VmStatus};
 use crate::lease::{DeltaRecord, Timing};
 use crate::membership::MembershipConfig;
 use crate::ondisk::Name;
@@ -95,6 +95,29 @@ fn a_placement_that_ended_is_not_started_again_and_is_reported_while_it_is_asked
     assert_eq!(reported(&node, 200_001), [(3, VmStatus::Failed)]);
     // The next placement is another matter.
     assert_eq!(obey(&mut node, 200_002, 1, 1, start(4)), [VmAction::Start(spec())]);
+}
+
+#[test]
+fn a_vm_whose_disks_hang_is_killed_and_its_placement_ends_as_stalled() {
+    let mut node = node(1);
+    obey(&mut node, 1001, 1, 1, start(1));
+    tell(&mut node, 1002, 1, VmEvent::Started);
+    let signs = Signs { pending: 1, ..Signs::default() };
+    let looked = |node: &mut Node, now| {
+        let mut out = Vec::new();
+        node.step(Time(now), NodeInput::Signs(vec![(VM, 1, signs)]), &mut out);
+        out.retain(|o| matches!(o, NodeOutput::Ailing { .. } | NodeOutput::Vm { .. }));
+        out
+    };
+    // From the first look on for the default of 120 s.
+    let early = (5..125).step_by(5).any(|s| !looked(&mut node, s * 1000).is_empty());
+    assert!(!early);
+    let ailing = NodeOutput::Ailing { vm: VM, epoch: 1, ailment: Ailment::IoStalled };
+    let kill = NodeOutput::Vm { vm: VM, epoch: 1, action: VmAction::Kill };
+    assert_eq!(looked(&mut node, 125_000), [ailing, kill]);
+    assert_eq!(looked(&mut node, 130_000), []);
+    tell(&mut node, 131_000, 1, VmEvent::Exited);
+    assert_eq!(reported(&node, 131_001), [(1, VmStatus::Stalled)]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Message, Node, NodeOutput, VmAction, VmEvent};
-use crate::ha::{Command, VmReport, VmSpec, VmStatus};
+use crate::ha::{Ailment, Command, Health, Signs, VmReport, VmSpec, VmStatus};
 use crate::lock::{DenyReason, LockInput, LockMode, LockOutput};
 use crate::mutants::{self, Mutant};
 use crate::types::{HostId, Incarnation, LockspaceId, Millis, ResourceId, Resources, Time, VmId};
@@ -84,6 +84,9 @@ pub struct LocalVm {
     process: bool,
     /// The process is a migration target.
     incoming: bool,
+    health: Health,
+    /// It was killed since its disks completed nothing.
+    stalled: bool,
     /// What it uses, for the balancer.
     pub(super) usage: Option<Resources>,
 }
@@ -113,6 +116,11 @@ impl LocalVm {
             Stage::Running | Stage::MovingOut { .. } | Stage::HandingOver { .. } => VmStatus::Running,
             Stage::Stopping { .. } | Stage::Killing | Stage::Releasing { .. } => VmStatus::Stopping,
         }
+    }
+
+    /// Whether signs of life are expected of it. A guest on the move may be paused.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.stage == Stage::Running
     }
 
     fn uses(&self, lockspace: LockspaceId) -> bool {
@@ -218,7 +226,9 @@ impl Node {
     fn insert(&mut self, spec: Arc<VmSpec>, epoch: u64, stage: Stage, incoming: bool) {
         let id = spec.id;
         self.ended.remove(&id);
-        let vm = LocalVm { spec, epoch, stage, process: incoming, incoming, usage: None };
+        let health = Health::default();
+        let vm =
+            LocalVm { spec, epoch, stage, process: incoming, incoming, health, stalled: false, usage: None };
         self.vms.insert(id, vm);
         self.next_report = Time(0);
     }
@@ -356,7 +366,11 @@ impl Node {
             (VmEvent::MoveFailed, Stage::MovingOut { .. }) => v.stage = Stage::Running,
             (VmEvent::Exited, _) => {
                 v.process = false;
-                let end = if v.incoming { VmStatus::NotReceived } else { VmStatus::Failed };
+                let end = match (v.incoming, v.stalled) {
+                    (true, _) => VmStatus::NotReceived,
+                    (false, true) => VmStatus::Stalled,
+                    (false, false) => VmStatus::Failed,
+                };
                 v.stage = Stage::Releasing { next: 0, end };
                 self.release_next(now, vm, 0, out);
                 self.monitor_wake = now;
@@ -364,6 +378,21 @@ impl Node {
             _ => {}
         }
         self.next_report = now;
+    }
+
+    /// Kills the VMs whose guests do nothing any more; the coordinator restarts them as after any failure.
+    pub(super) fn on_signs(&mut self, now: Time, signs: &[(VmId, u64, Signs)], out: &mut Vec<NodeOutput>) {
+        for &(vm, epoch, signs) in signs {
+            let Some(v) = self.vms.get_mut(&vm).filter(|v| v.epoch == epoch) else { continue };
+            if !v.is_watched() {
+                v.health = Health::default();
+            } else if let Some(ailment) = v.health.observe(now, signs, &self.config.ha.health) {
+                v.stage = Stage::Killing;
+                v.stalled = ailment == Ailment::IoStalled;
+                out.push(NodeOutput::Ailing { vm, epoch, ailment });
+                out.push(NodeOutput::Vm { vm, epoch, action: VmAction::Kill });
+            }
+        }
     }
 
     /// Gives back the locks from `next` on; locks of a lost lease are already forgotten.

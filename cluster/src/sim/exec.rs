@@ -1,9 +1,10 @@
 //! Carrying out what nodes ask for.
 
 use super::check::{self, Violation};
+use super::guests::Guest;
 use super::state::{Bmc, Proc, ProcState};
 use super::world::{Event, World};
-use crate::fence::{AgentReply, Evidence, FenceAction, FenceInput};
+use crate::fence::{AgentReply, FenceAction, FenceInput};
 use crate::ha::{HaInput, Update, WriteResult};
 use crate::lease::{DeltaRecord, IoFailed};
 use crate::lock::{Leader, LockInput};
@@ -11,7 +12,7 @@ use crate::membership::{CoordInput, CoordOutput, KeyHolder, StoreUnavailable};
 use crate::mutants::{self, Mutant};
 use crate::node::{Message, NodeInput, NodeOutput, StoreRequest, VmAction, VmEvent};
 use crate::ondisk::HostBlock;
-use crate::types::{HostId, Incarnation, LockspaceId, ResourceId, Time, Token, VmId};
+use crate::types::{HostId, Incarnation, LockspaceId, ResourceId, Time, VmId};
 
 #[derive(Clone, Debug)]
 pub(super) enum DiskKind {
@@ -52,7 +53,7 @@ pub(super) enum ProcEvent {
     Quiesce(HostId),
 }
 
-fn index(host: HostId) -> usize {
+pub(super) fn index(host: HostId) -> usize {
     usize::from(host.0) - 1
 }
 
@@ -108,6 +109,7 @@ impl World {
             NodeOutput::Fenced(target, evidence) => self.check_fenced(target, evidence),
             NodeOutput::Locked(resource, token) => self.check_token(resource, token),
             NodeOutput::WakeAt(at) => self.wake(host, at),
+            NodeOutput::Ailing { vm, epoch, ailment } => self.check_ailing(host, vm, epoch, ailment),
             NodeOutput::LeaseLost(volume) => self.hosts[host].lease_over(usize::from(volume.0)),
             NodeOutput::HostChanged(..)
             | NodeOutput::Coordinating(_)
@@ -358,32 +360,6 @@ impl World {
         self.push(self.now + 50, Event::Node { host: from, boot, input });
     }
 
-    fn check_quorum(&mut self, host: usize, target: HostId, action: FenceAction) {
-        let quorate = self.hosts[host].node.as_ref().is_some_and(|n| n.is_quorate());
-        if action == FenceAction::Off && !quorate {
-            self.violate(Violation::MinorityFenced(HostId(host as u16 + 1), target));
-        }
-    }
-
-    fn check_fenced(&mut self, target: Incarnation, evidence: Evidence) {
-        let h = &self.hosts[index(target.host)];
-        let same_life = h.powered && h.boot <= target.generation;
-        let writes = h.procs.iter().any(|p| p.state == ProcState::Live);
-        if same_life && (evidence == Evidence::PowerOff || writes) {
-            self.violate(Violation::FencedAlive(target));
-        }
-    }
-
-    fn check_token(&mut self, resource: ResourceId, token: Token) {
-        let per_volume = self.volumes[0].areas.len();
-        let last = &mut self.tokens[usize::from(resource.lockspace.0) * per_volume + resource.index as usize];
-        if token.lver <= *last {
-            self.violate(Violation::TokenNotRising(resource, token));
-        } else {
-            *last = token.lver;
-        }
-    }
-
     fn feed(&mut self, host: usize) {
         let h = &mut self.hosts[host];
         if !h.has_watchdog {
@@ -455,11 +431,11 @@ impl World {
     fn spawn(&mut self, host: usize, vm: VmId, epoch: u64, state: ProcState) -> u64 {
         self.serial += 1;
         let serial = self.serial;
-        self.hosts[host].procs.push(Proc { vm, epoch, state, serial });
+        self.hosts[host].procs.push(Proc { vm, epoch, state, serial, guest: Guest::default() });
         serial
     }
 
-    fn later(&mut self, host: usize, serial: u64, delay: u64, event: ProcEvent) {
+    pub(super) fn later(&mut self, host: usize, serial: u64, delay: u64, event: ProcEvent) {
         let boot = self.hosts[host].boot;
         self.push(self.now + delay, Event::Proc { host, boot, serial, event });
     }
@@ -510,20 +486,6 @@ impl World {
                 } else {
                     self.tell(host, vm, epoch, VmEvent::MoveFailed);
                 }
-            }
-        }
-    }
-
-    /// Processes that could not be killed may die now; each has an exit on its way.
-    pub(super) fn reap(&mut self, host: usize) {
-        self.hosts[host].unkillable = false;
-    }
-
-    pub(super) fn crash(&mut self, vm: VmId) {
-        for host in 0..self.hosts.len() {
-            let found = self.hosts[host].procs.iter().find(|p| p.vm == vm && p.state == ProcState::Live);
-            if let Some(serial) = found.map(|p| p.serial) {
-                self.later(host, serial, 0, ProcEvent::Crash);
             }
         }
     }

@@ -7,6 +7,9 @@
 
 mod check;
 mod exec;
+mod faults;
+mod guests;
+mod hosts;
 mod queue;
 mod schedule;
 mod state;

@@ -81,6 +81,14 @@ pub enum FaultKind {
     CrashLoop(u8),
     /// The VM fails once.
     CrashVm(u8),
+    /// The VM's guest does nothing any more, while its process is there.
+    VmHangs(u8),
+    /// The VM's guest does nothing for a while.
+    VmFreezes(u8),
+    /// The VM's guest sends no heartbeats any more, but works.
+    BeatsEnd(u8),
+    /// The disks of the host's VMs complete nothing.
+    IoStalls(u8),
     /// The host cannot reach the store.
     StoreCut(u8),
     /// Answers of the store are lost after half of the writes were carried out.
@@ -133,28 +141,36 @@ pub(super) const VMS: u8 = 6;
 pub(super) const VOLUMES: u8 = 2;
 
 impl Schedule {
-    /// The schedule that `seed` stands for: 5 hosts (sometimes 4), six faults. Of odd seeds all faults
-    /// strike one host and one volume, close together.
+    /// The schedule that `seed` stands for: 5 hosts (sometimes 4), six faults and for every other seed one of a
+    /// guest. Of odd seeds all six strike one host and one volume, close together.
     pub fn random(seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let hosts: u8 = if rng.chance(15) { 4 } else { 5 };
         let no_watchdog = if rng.chance(35) { 1 << rng.range(1, u64::from(hosts) + 1) } else { 0 };
-        if seed % 2 == 1 {
-            return Schedule::focused(seed, rng, hosts, no_watchdog);
+        let mut faults = match seed % 2 {
+            0 => Schedule::scattered(&mut rng, hosts),
+            _ => Schedule::focused(&mut rng, hosts, no_watchdog),
+        };
+        if rng.chance(50) {
+            faults.push(guest_fault(&mut rng, hosts));
         }
+        Schedule { seed, hosts, no_watchdog, faults }
+    }
+
+    fn scattered(rng: &mut Rng, hosts: u8) -> Vec<Fault> {
         let mut down = 0;
-        let faults = (0..6)
+        (0..6)
             .map(|_| {
                 let at = rng.range(FIRST, 240_000);
                 let longest = if rng.chance(50) { 15_000 } else { 220_000 };
                 let length = rng.range(500, longest);
-                let kind = random_kind(&mut rng, hosts, &mut down);
+                let kind = random_kind(rng, hosts, &mut down);
                 Fault { at, length: length.min(HEALED - at), kind }
             })
-            .collect();
-        Schedule { seed, hosts, no_watchdog, faults }
+            .collect()
     }
-    fn focused(seed: u64, mut rng: Rng, hosts: u8, no_watchdog: u32) -> Self {
+
+    fn focused(rng: &mut Rng, hosts: u8, no_watchdog: u32) -> Vec<Fault> {
         let victim = if no_watchdog > 0 && rng.chance(60) {
             no_watchdog.trailing_zeros() as u8
         } else {
@@ -162,15 +178,14 @@ impl Schedule {
         };
         let volume = rng.range(0, u64::from(VOLUMES)) as u8;
         let start = rng.range(FIRST, 140_000);
-        let faults = (0..6)
+        (0..6)
             .map(|_| {
                 let at = start + rng.range(0, 40_000);
                 let longest = if rng.chance(30) { 15_000 } else { 220_000 };
                 let length = rng.range(500, longest).min(HEALED - at);
-                Fault { at, length, kind: focused_kind(&mut rng, hosts, victim, volume) }
+                Fault { at, length, kind: focused_kind(rng, hosts, victim, volume) }
             })
-            .collect();
-        Schedule { seed, hosts, no_watchdog, faults }
+            .collect()
     }
 }
 
@@ -198,6 +213,24 @@ fn focused_kind(rng: &mut Rng, hosts: u8, victim: u8, volume: u8) -> FaultKind {
             FaultKind::Move(rng.range(1, u64::from(VMS) + 1) as u8, rng.range(1, u64::from(hosts) + 1) as u8)
         }
     }
+}
+
+/// A guest that stops, or looks as if it had.
+fn guest_fault(rng: &mut Rng, hosts: u8) -> Fault {
+    let at = rng.range(FIRST, 240_000);
+    let longest = if rng.chance(50) { 25_000 } else { 220_000 };
+    let length = rng.range(500, longest).min(HEALED - at);
+    let vm = rng.range(1, u64::from(VMS) + 1) as u8;
+    let host = rng.range(1, u64::from(hosts) + 1) as u8;
+    let kind = match rng.range(0, 5) {
+        0 => FaultKind::VmHangs(vm),
+        1 => FaultKind::VmFreezes(vm),
+        2 => FaultKind::BeatsEnd(vm),
+        3 => FaultKind::IoStalls(host),
+        // So long that its guests would be given up, and so short that the host is not.
+        _ => return Fault { at, length: rng.range(20_000, 29_000), kind: FaultKind::PauseAgent(host) },
+    };
+    Fault { at, length, kind }
 }
 
 fn random_kind(rng: &mut Rng, hosts: u8, down: &mut u32) -> FaultKind {

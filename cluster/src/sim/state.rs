@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::guests::{Guest, Stall};
 use super::schedule::VOLUMES;
 use crate::ha::ClusterState;
 use crate::lease::DeltaRecord;
@@ -30,6 +31,7 @@ pub(super) struct Proc {
     pub(super) state: ProcState,
     /// Tells the processes of one VM apart.
     pub(super) serial: u64,
+    pub(super) guest: Guest,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +62,7 @@ pub(super) struct SimHost {
     pub(super) wake_at: u64,
     pub(super) bmc: Bmc,
     pub(super) unkillable: bool,
+    pub(super) stall: Stall,
     /// Of each volume the generation of the lease as last seen, and the highest of those that are over.
     pub(super) generations: [(Generation, Generation); VOLUMES as usize],
     /// Since when the host believes to coordinate without being it.

@@ -73,6 +73,10 @@ metrics! {
 metrics! {
     /// A disk.
     DiskMetrics:
+    /// Requests taken from the guest.
+    requests,
+    /// Requests answered, well or not.
+    answered,
     /// Reads completed.
     reads,
     /// Bytes read.
@@ -136,7 +140,10 @@ impl Sources {
         }
         let disk = |blk: &Blk| {
             let c = blk.counters();
-            load!(DiskMetrics, c, reads read_bytes writes write_bytes flushes discards errors throttled)
+            load!(
+                DiskMetrics, c,
+                requests answered reads read_bytes writes write_bytes flushes discards errors throttled
+            )
         };
         let net = |net: &Net| {
             let c = net.counters();

@@ -1,13 +1,15 @@
 //! `nacre-node`: the agent of one host of a cluster.
 
 mod process;
+mod signs;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use blockfmt::nbd::TlsServer;
 use clap::{Parser, ValueEnum};
-use cluster::agent::{Agent, AgentConfig, AgentEnd, ApiServer};
+use cluster::agent::{Agent, AgentConfig, AgentEnd, ApiServer, Connection, Secure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -93,11 +95,19 @@ fn run(args: &Args) -> Result<ExitCode> {
         ResetArg::End => Reset::End,
         ResetArg::Sysrq => Reset::Sysrq,
     };
-    let socket = config.socket.clone();
+    let (socket, remote) = (config.socket.clone(), config.remote.clone());
+    let secure = remote.as_ref().map(|r| secure(&r.certificates)).transpose()?;
     let dir = config.state.join("vms");
     let agent = Agent::start(config, |events| Ok(ProcessRunner::new(program, dir, reset, events)?))?;
     let context = || format!("Cannot offer the API at {}", socket.display());
     let api = ApiServer::start(&socket, agent.handle()).with_context(context)?;
+    let remote_api = match (remote, secure) {
+        (Some(remote), Some(secure)) => {
+            let context = || format!("Cannot offer the API at {}", remote.address);
+            Some(ApiServer::start_tcp(remote.address, secure, agent.handle()).with_context(context)?)
+        }
+        _ => None,
+    };
     let mut leaving = false;
     while !agent.is_over() {
         let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
@@ -111,7 +121,7 @@ fn run(args: &Args) -> Result<ExitCode> {
             agent.leave();
         }
     }
-    drop(api);
+    drop((api, remote_api));
     if !agent.is_over() {
         drop(agent);
         anyhow::bail!("Ended by a second signal; the leases run out by themselves");
@@ -121,4 +131,10 @@ fn run(args: &Args) -> Result<ExitCode> {
         AgentEnd::Reset => ExitCode::from(3),
         AgentEnd::Dropped => anyhow::bail!("The agent failed; look at the log"),
     })
+}
+
+/// Lets in who has a certificate that the authority in `certificates` has signed.
+fn secure(certificates: &Path) -> Result<Box<Secure>> {
+    let tls = TlsServer::from_directory(certificates, true).context("Cannot offer the API over TLS")?;
+    Ok(Box::new(move |stream| Ok(Box::new(tls.accept(stream)?) as Box<dyn Connection>)))
 }

@@ -12,11 +12,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use cluster::agent::{VmEvents, VmRunner};
-use cluster::ha::VmSpec;
+use cluster::ha::{Signs, VmSpec};
 use cluster::node::{VmAction, VmEvent};
 use cluster::types::{Resources, VmId};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
+
+use crate::signs::{Watch, direct_port};
 
 /// How often the processes are looked at.
 const LOOK: Duration = Duration::from_millis(20);
@@ -35,6 +37,7 @@ struct Vm {
     child: Child,
     /// Processor time in clock ticks at the last look, and when that was.
     used: (u64, Instant),
+    watch: Watch,
 }
 
 type Vms = Mutex<BTreeMap<VmId, Vm>>;
@@ -76,10 +79,12 @@ impl ProcessRunner {
 
     fn start(&self, spec: &VmSpec, epoch: u64) -> io::Result<()> {
         let file = |end: &str| self.dir.join(format!("{}.{end}", spec.id.0));
-        fs::write(file("json"), &spec.definition)?;
+        let (heartbeats, metrics) = (file("heartbeats"), file("metrics"));
+        let (definition, beats) = direct_port(&spec.definition, &heartbeats);
+        fs::write(file("json"), definition)?;
         let log = File::create(file("log"))?;
         let mut command = Command::new(&self.program);
-        command.args(["run", "--restart", "--config"]).arg(file("json"));
+        command.args(["run", "--restart", "--config"]).arg(file("json")).arg("--metrics").arg(&metrics);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         let parent = nix::unistd::getpid();
         let prepare = move || {
@@ -94,10 +99,11 @@ impl ProcessRunner {
         // SAFETY: between fork and exec only prctl, getppid and sigprocmask are called, which are
         // async-signal-safe, and nothing is allocated.
         unsafe { command.pre_exec(prepare) };
+        let watch = Watch::start(beats.then_some(heartbeats), metrics)?;
         let child = command.spawn()?;
         let pid = child.id();
         let mut vms = lock(&self.vms);
-        vms.insert(spec.id, Vm { epoch, child, used: (0, Instant::now()) });
+        vms.insert(spec.id, Vm { epoch, child, used: (0, Instant::now()), watch });
         // Without this file a leftover could not be found: better no VM than that.
         let noted = start_time(pid).ok_or(io::ErrorKind::NotFound.into());
         let noted = noted.and_then(|t| {
@@ -168,6 +174,10 @@ impl VmRunner for ProcessRunner {
         usage
     }
 
+    fn signs(&mut self) -> Vec<(VmId, u64, Signs)> {
+        lock(&self.vms).iter().map(|(id, vm)| (*id, vm.epoch, vm.watch.signs())).collect()
+    }
+
     fn reset(&mut self) {
         for vm in lock(&self.vms).values_mut() {
             // A process that is gone already cannot be killed, and need not be.
@@ -202,7 +212,10 @@ fn reap(vms: &Vms, events: &VmEvents, dir: &Path) {
     let mut vms = lock(vms);
     vms.retain(|id, vm| match vm.child.try_wait() {
         Ok(Some(status)) => {
-            let _ = fs::remove_file(dir.join(format!("{}.pid", id.0)));
+            for end in ["pid", "heartbeats", "metrics"] {
+                // Without heartbeats, or when it ended in an orderly manner, some are gone already.
+                let _ = fs::remove_file(dir.join(format!("{}.{end}", id.0)));
+            }
             events.tell(*id, vm.epoch, VmEvent::Exited, Some(reason(status)));
             false
         }

@@ -4,13 +4,15 @@ mod format;
 mod show;
 mod simulate;
 
+use std::net::ToSocketAddrs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use ::cluster::agent::{ApiReply, ApiRequest, ask};
+use ::cluster::agent::{ApiReply, ApiRequest, Connection, ask, ask_tcp};
 use ::cluster::types::{HostId, VmId};
 use anyhow::Context;
+use blockfmt::nbd::TlsClient;
 use clap::{Parser, Subcommand};
 
 /// The agent refused the request.
@@ -32,7 +34,8 @@ Examples:
   nacre cluster status
   nacre cluster start web.json
   nacre cluster maintenance 2 on
-  nacre cluster vms --json";
+  nacre cluster vms --json
+  nacre cluster status --connect node2.example:7402 --certificates /etc/nacre/pki";
 
 /// Look after a cluster of hosts through this host's agent, `nacre-node`.
 #[derive(Parser)]
@@ -43,6 +46,12 @@ pub struct Args {
     /// The agent's socket.
     #[arg(long, global = true, value_name = "SOCKET", default_value = "/run/nacre-node/api.sock")]
     socket: PathBuf,
+    /// Ask the agent at this address over TLS, instead of the one of this host.
+    #[arg(long, global = true, value_name = "HOST:PORT", requires = "certificates")]
+    connect: Option<String>,
+    /// A directory with ca-cert.pem, client-cert.pem and client-key.pem.
+    #[arg(long, global = true, value_name = "DIR", requires = "connect")]
+    certificates: Option<PathBuf>,
     /// Print what the agent said, as JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -137,6 +146,9 @@ The file holds the VM's number, what it needs (MHz and MiB), the leases of its d
   {\"id\": 7, \"demand\": {\"cpu\": 1000, \"memory\": 512}, \"disks\": [{\"lockspace\": 0, \"index\": 1}],
    \"definition\": \"{\\\"boot\\\": {\\\"kernel\\\": \\\"/srv/vmlinuz\\\"}, ...}\"}
 
+A guest that writes a byte every few seconds to the console port named nacre.heartbeat, if the definition has one, is
+restarted when it stops doing so (see `ha.health` in the agent's configuration).
+
 Example:
   nacre cluster start web.json";
 
@@ -167,8 +179,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::ConfirmOff { host } => ApiRequest::ConfirmOff { host: HostId(host) },
         Command::Leave => ApiRequest::Leave,
     };
-    let reply = ask(&args.socket, &request)
-        .with_context(|| format!("No agent answers at {}; is nacre-node running?", args.socket.display()))?;
+    let reply = match (&args.connect, &args.certificates) {
+        (Some(at), Some(certificates)) => ask_remote(at, certificates, &request)?,
+        _ => ask(&args.socket, &request).with_context(|| {
+            format!("No agent answers at {}; is nacre-node running?", args.socket.display())
+        })?,
+    };
     if args.json {
         println!("{:#}", serde_json::to_value(&reply)?);
     } else {
@@ -179,6 +195,18 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         ApiReply::Status(s) if !s.quorate || s.leases.iter().any(|l| l.generation.is_none()) => EXIT_DEGRADED,
         _ => 0,
     }))
+}
+
+/// Asks the agent at `HOST:PORT`, who has to prove that it is that host.
+fn ask_remote(at: &str, certificates: &Path, request: &ApiRequest) -> anyhow::Result<ApiReply> {
+    let tls = TlsClient::from_directory(certificates)?;
+    let unknown = || format!("{at} is not known; give HOST:PORT");
+    let address = at.to_socket_addrs().with_context(unknown)?.next().with_context(unknown)?;
+    let host = at.rsplit_once(':').map_or(at, |(host, _)| host).trim_matches(['[', ']']).to_owned();
+    let secure = move |stream| Ok(Box::new(tls.connect(stream, &host)?) as Box<dyn Connection>);
+    ask_tcp(address, &secure, request).with_context(|| {
+        format!("No agent answers at {at}, or one of you does not trust the other; look at the certificates")
+    })
 }
 
 fn read_spec(file: &Path) -> anyhow::Result<::cluster::ha::VmSpec> {

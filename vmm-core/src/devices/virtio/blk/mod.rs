@@ -67,6 +67,10 @@ impl Default for BlkOptions {
 /// Counters of a block device since it was made.
 #[derive(Debug, Default)]
 pub struct BlkCounters {
+    /// Requests taken from the guest.
+    pub requests: AtomicU64,
+    /// Requests answered, well or not. Those that were taken and not answered are under way.
+    pub answered: AtomicU64,
     /// Reads completed.
     pub reads: AtomicU64,
     /// Bytes read.

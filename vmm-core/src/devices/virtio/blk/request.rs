@@ -211,8 +211,10 @@ impl Requests {
                     context.deadline = Some(at);
                     return Ok(());
                 }
-                let len = self.execute(chain, &context.memory)?;
-                queue.push(chain.head(), len)?;
+                self.core.counters.requests.fetch_add(1, Ordering::Relaxed);
+                let len = self.execute(chain, &context.memory);
+                self.core.counters.answered.fetch_add(1, Ordering::Relaxed);
+                queue.push(chain.head(), len?)?;
                 context.signal(index)?;
             }
             let Some(queue) = &mut context.queues[index] else { return Ok(()) };
