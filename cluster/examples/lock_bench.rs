@@ -31,7 +31,7 @@ Needs the Debian packages sanlock and etcd-server.
 
 Examples:
   cargo run --release -p cluster --features etcd --example lock_bench
-  cargo run --release -p cluster --features etcd --example lock_bench -- --dir /mnt/shared --rounds 500")]
+  cargo run --release -p cluster --features etcd --example lock_bench -- --dir /mnt/shared --rounds 500 --hosts 16")]
 struct Args {
     /// Where all three keep their files; the disk that is measured.
     #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
@@ -39,6 +39,9 @@ struct Args {
     /// How often each operation is measured.
     #[arg(long, value_name = "N", default_value_t = 100)]
     rounds: usize,
+    /// How many hosts' blocks ours reads; sanlock reads those of 2000.
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    hosts: u16,
 }
 
 /// The times of one side.
@@ -79,12 +82,12 @@ fn format(path: &Path) {
 struct Ours([LeaseKeeper; 2]);
 
 impl Ours {
-    fn start(path: &Path) -> Self {
+    fn start(path: &Path, hosts: u16) -> Self {
         format(path);
         let keepers = [1u16, 2].map(|host| {
             let timing = Timing { io_timeout: 1, watchdog: 10 };
             let config = KeeperConfig::new(path, name("SPACE"), HostId(host), name(&format!("host-{host}")));
-            LeaseKeeper::open(KeeperConfig { timing, hosts: 2000, ..config }).unwrap()
+            LeaseKeeper::open(KeeperConfig { timing, hosts, ..config }).unwrap()
         });
         for keeper in &keepers {
             keeper.wait_held(PATIENCE).unwrap();
@@ -188,7 +191,7 @@ impl Etcd {
 fn main() {
     let args = Args::parse();
     let dir = tempfile::tempdir_in(&args.dir).unwrap();
-    let ours = Ours::start(&dir.path().join("ours"));
+    let ours = Ours::start(&dir.path().join("ours"), args.hosts);
     let sanlock = Sanlock::start(&dir.path().join("sanlock"));
     let mut etcd = Etcd::start(&dir.path().join("etcd"));
     let [mut a, mut b, mut c] = [(); 3].map(|()| Times::default());

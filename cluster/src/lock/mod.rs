@@ -6,13 +6,15 @@
 //! A ballot starts only when the present owner is *gone*; see [`OwnerState`].
 
 mod ballot;
+mod io;
 mod locker;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
 mod tests;
 
-pub use locker::{DenyReason, LockInput, LockMode, LockOutput, Locker};
+pub use io::{DenyReason, LockInput, LockMode, LockOutput};
+pub use locker::Locker;
 
 use crate::ondisk::{AreaKind, LeaderRecord, Name};
 use crate::types::{Generation, HostId, Incarnation};

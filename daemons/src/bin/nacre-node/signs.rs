@@ -158,6 +158,7 @@ mod tests {
         let done = std::thread::spawn(move || {
             // One look is answered, the next ones are not.
             let (mut client, _) = server.accept().unwrap();
+            assert!(client.read(&mut [0; 256]).unwrap() > 0);
             let text = "nacre_disk_requests_total{disk=\"a\"} 7\nnacre_disk_requests_total{disk=\"b\"} 2\n\
                         nacre_disk_answered_total{disk=\"a\"} 4\nnacre_disk_answered_total{disk=\"b\"} 2\n";
             client.write_all(format!("HTTP/1.0 200 OK\r\n\r\n{text}").as_bytes()).unwrap();
