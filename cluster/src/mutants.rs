@@ -44,6 +44,8 @@ pub enum Mutant {
     NoRestartLimit,
     /// Failed hosts are never fenced nor their VMs restarted.
     FailureIgnored,
+    /// VMs are started although the cluster is shut down.
+    HaltIgnored,
     /// A guest that has stopped sending heartbeats is left alone.
     HeartbeatLossIgnored,
     /// A VM whose disks complete nothing is left alone.
@@ -80,7 +82,7 @@ impl Mutant {
     ];
 
     /// The planted bugs that the simulator of whole clusters finds.
-    pub const CLUSTER: [Mutant; 19] = [
+    pub const CLUSTER: [Mutant; 20] = [
         Mutant::RenewalCountedFromCompletion,
         Mutant::GenerationNotRaised,
         Mutant::DeadTimeWithoutWatchdog,
@@ -96,6 +98,7 @@ impl Mutant {
         Mutant::AdmissionIgnoresReserve,
         Mutant::NoRestartLimit,
         Mutant::FailureIgnored,
+        Mutant::HaltIgnored,
         Mutant::HeartbeatLossIgnored,
         Mutant::StallIgnored,
         Mutant::ProgressIgnored,

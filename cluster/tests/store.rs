@@ -35,6 +35,10 @@ fn conforms(store: &mut dyn Store) {
     assert!(store.write(first.token, &[host, vm(1, 1), vm(2, 1), vm(1, 2)]).unwrap());
     assert!(!store.write(first.token + 1, &[vm(1, 9)]).unwrap());
     assert!(store.write(first.token, &[Update::Forget(VmId(2))]).unwrap());
+    for halted in [true, false, true] {
+        assert!(store.write(first.token, &[Update::Halt(halted)]).unwrap());
+        assert_eq!(store.load().unwrap().halted, halted);
+    }
     let state = store.load().unwrap();
     assert_eq!(state.hosts[&HostId(1)].boot, 3);
     assert_eq!(state.vms.keys().copied().collect::<Vec<_>>(), [VmId(1)]);

@@ -67,6 +67,11 @@ pub enum ApiRequest {
         /// In or out.
         on: bool,
     },
+    /// Stop every VM and start none, or start again what ran.
+    Halt {
+        /// Stop or start.
+        on: bool,
+    },
     /// An operator has looked: the host that is being fenced is off.
     ConfirmOff {
         /// The host.
@@ -119,6 +124,9 @@ pub struct Status {
     pub quorate: bool,
     /// Who coordinates.
     pub coordinator: Option<HostId>,
+    /// Whether the cluster is shut down; only the coordinator knows.
+    #[serde(default)]
+    pub halted: Option<bool>,
     /// Its delta lease on each volume.
     pub leases: Vec<LeaseEntry>,
     /// Whether it has a watchdog.

@@ -381,6 +381,7 @@ impl Driver {
             ApiRequest::Move { vm, host } => Request::Move(vm, host),
             ApiRequest::Retry { vm } => Request::Retry(vm),
             ApiRequest::Maintenance { host, on } => Request::Maintenance(host, on),
+            ApiRequest::Halt { on } => Request::Halt(on),
             query => return self.query(now, query, reply),
         };
         self.waiting.push(Waiting { request, until: now + REQUEST_PATIENCE, reply });
@@ -495,6 +496,7 @@ impl Driver {
             name: self.config.name.clone(),
             quorate: self.node.is_quorate(),
             coordinator: self.node.coordinator(),
+            halted: self.node.ha().state().map(|s| s.halted),
             leases: leases.map(lease).collect(),
             watchdog: self.config.watchdog.is_some(),
             vms: vms.collect(),

@@ -8,6 +8,9 @@ use crate::types::{HostId, Incarnation, Time, VmId};
 impl HaManager {
     /// Moves VMs away from hosts in maintenance, at most `parallel` at once from each.
     pub(super) fn evacuate(&mut self, now: Time, view: &dyn ClusterView) {
+        if self.state.halted {
+            return;
+        }
         let sources: Vec<HostId> =
             self.state.hosts.iter().filter(|(_, h)| h.maintenance).map(|(id, _)| *id).collect();
         for source in sources {

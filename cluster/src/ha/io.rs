@@ -70,6 +70,8 @@ pub enum Request {
     Maintenance(HostId, bool),
     /// Try a VM again that was given up.
     Retry(VmId),
+    /// Stop every VM, those that others depend on last, and start none; or start again what ran.
+    Halt(bool),
 }
 
 /// Why a request was refused.

@@ -265,7 +265,8 @@ impl HaManager {
             let here = |status: &VmStatus| *status != VmStatus::NotReceived;
             let status = self.reported(place, id, record.epoch).map(|s| s.filter(here));
             let since = now.since(*self.changed.entry(id).or_insert(now));
-            match (record.wanted, record.phase, status) {
+            let wanted = record.wanted && !self.state.halted;
+            match (wanted, record.phase, status) {
                 // Stopping: repeat until the host has nothing of it.
                 (false, _, Some(status))
                     if status.is_none_or(VmStatus::is_over) && since > self.config.repeat =>
@@ -273,6 +274,8 @@ impl HaManager {
                     let phase = VmPhase::Waiting;
                     self.write_vm(now, VmRecord { place: None, phase, ..record });
                 }
+                // Whoever depends on it stops first.
+                (false, ..) if record.wanted && self.is_needed(id) => {}
                 (false, ..) => {
                     let epoch = record.epoch;
                     self.send(now, id, place, Command::Stop { vm: id, epoch }, out);
@@ -307,6 +310,11 @@ impl HaManager {
                 _ => {}
             }
         }
+    }
+
+    /// Whether a VM that depends on this one has a host.
+    fn is_needed(&self, vm: VmId) -> bool {
+        self.state.vms.values().any(|v| v.place.is_some() && v.spec.depends_on.contains(&vm))
     }
 
     fn judge_move(
@@ -442,7 +450,8 @@ impl HaManager {
     /// Gives waiting VMs a host: by priority, dependencies first, a few at a time.
     fn place_waiting(&mut self, now: Time, view: &dyn ClusterView) {
         // Right after the election the hosts have not reported yet.
-        if now.since(self.since) < 2 * self.config.repeat || !view.is_quorate() {
+        let halted = self.state.halted && !mutants::active(Mutant::HaltIgnored);
+        if now.since(self.since) < 2 * self.config.repeat || !view.is_quorate() || halted {
             return;
         }
         let mut queue: Vec<(core::cmp::Reverse<u8>, VmId)> = self
@@ -554,6 +563,10 @@ impl HaManager {
                 let mut record = self.state.hosts.get(&host).cloned().ok_or(RequestError::BadHost(host))?;
                 record.maintenance = on;
                 self.write_host(host, record);
+            }
+            Request::Halt(on) => {
+                self.state.halted = on;
+                self.dirty.push(Update::Halt(on));
             }
             Request::Retry(id) => {
                 let record = vm(&self.state, id)?;

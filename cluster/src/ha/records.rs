@@ -90,6 +90,8 @@ pub struct ClusterState {
     pub hosts: BTreeMap<HostId, HostRecord>,
     /// The VMs.
     pub vms: BTreeMap<VmId, VmRecord>,
+    /// The cluster is being shut down, or is: no VM runs.
+    pub halted: bool,
 }
 
 /// One change of the stored state.
@@ -101,6 +103,8 @@ pub enum Update {
     Vm(VmRecord),
     /// Delete a VM.
     Forget(VmId),
+    /// Shut the cluster down, or let it start again.
+    Halt(bool),
 }
 
 impl ClusterState {
@@ -116,6 +120,7 @@ impl ClusterState {
             Update::Forget(id) => {
                 self.vms.remove(&id);
             }
+            Update::Halt(on) => self.halted = on,
         }
     }
 }

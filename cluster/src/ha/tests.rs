@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{
-    ClusterState, ClusterView, HaConfig, HaInput, HaManager, HaOutput, HostRecord, Update, VmPhase, VmRecord,
-    VmSpec, WriteResult,
+    ClusterState, ClusterView, Command, HaConfig, HaInput, HaManager, HaOutput, HostRecord, Report, Request,
+    Update, VmPhase, VmRecord, VmReport, VmSpec, VmStatus, WriteResult,
 };
 use crate::membership::Verdict;
-use crate::types::{HostId, Incarnation, Time, VmId};
+use crate::types::{HostId, Incarnation, Resources, Time, VmId};
 
 /// Host 2 is heard, and hears us or not.
 struct Hears(bool);
@@ -87,4 +87,70 @@ fn the_loss_of_a_host_with_many_vms_is_written_in_parts_that_a_store_takes() {
         answer = HaInput::Written { op, result: WriteResult::Done };
     }
     assert_eq!((sizes.as_slice(), freed.len()), (&[100, 100, 50][..], 250));
+}
+
+#[test]
+fn a_shut_down_cluster_stops_dependents_first_starts_nothing_and_begins_again() {
+    let mut manager = HaManager::new(HaConfig { repeat: 1, ..HaConfig::default() });
+    let (host, boot) = (HostId(2), 1);
+    let place = Incarnation { host, generation: boot };
+    let capacity = Resources { cpu: 10, memory: 10 };
+    let mut state = ClusterState::default();
+    state.hosts.insert(host, HostRecord { boot, capacity, ..HostRecord::default() });
+    // VM 2 depends on VM 1.
+    for (id, depends_on) in [(VmId(1), vec![]), (VmId(2), vec![VmId(1)])] {
+        let spec = Arc::new(VmSpec { id, depends_on, ..VmSpec::default() });
+        let record = VmRecord { spec, wanted: true, place: Some(place), epoch: 1, phase: VmPhase::Running };
+        state.vms.insert(id, record);
+    }
+    let mut inputs = vec![HaInput::Elected { token: 1 }];
+    let (mut running, mut log) = (BTreeSet::from([(VmId(1), 1), (VmId(2), 1)]), Vec::new());
+    for now in 1..200 {
+        match now {
+            50 => manager.request(Time(now), Request::Halt(true), &Hears(true)).unwrap(),
+            100 => {
+                assert!(running.is_empty(), "{running:?}");
+                assert!(manager.state().unwrap().vms.values().all(|v| v.wanted && v.place.is_none()));
+                manager.request(Time(now), Request::Halt(false), &Hears(true)).unwrap();
+            }
+            _ => {}
+        }
+        let vms = running.iter().map(|(vm, epoch)| VmReport {
+            vm: *vm,
+            epoch: *epoch,
+            status: VmStatus::Running,
+            usage: None,
+        });
+        let (leases, vms) = (Vec::new(), vms.collect());
+        inputs.push(HaInput::Report(Report {
+            from: place,
+            seq: now,
+            capacity,
+            watchdog: false,
+            leases,
+            vms,
+        }));
+        for input in core::mem::take(&mut inputs) {
+            let mut out = Vec::new();
+            manager.step(Time(now), input, &Hears(true), &mut out);
+            for output in out {
+                match output {
+                    HaOutput::Load { op } => inputs.push(HaInput::Loaded { op, state: Some(state.clone()) }),
+                    HaOutput::Write { op, .. } => {
+                        inputs.push(HaInput::Written { op, result: WriteResult::Done });
+                    }
+                    HaOutput::Send(_, Command::Stop { vm, epoch }) if running.remove(&(vm, epoch)) => {
+                        log.push((vm.0, false));
+                    }
+                    HaOutput::Send(_, Command::Start { spec, epoch, .. })
+                        if running.insert((spec.id, epoch)) =>
+                    {
+                        log.push((spec.id.0, true));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    assert_eq!(log, [(2, false), (1, false), (1, true), (2, true)]);
 }

@@ -14,7 +14,7 @@ pub enum LockMode {
     Shared,
 }
 
-/// What happens to a [`Locker`].
+/// What happens to a [`Locker`](super::Locker).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LockInput {
     /// Take the lock.
@@ -70,7 +70,7 @@ pub enum DenyReason {
     Busy,
 }
 
-/// What a [`Locker`] asks for or announces.
+/// What a [`Locker`](super::Locker) asks for or announces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockOutput {
     /// Read the leader record.

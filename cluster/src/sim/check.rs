@@ -29,6 +29,8 @@ pub enum Violation {
     HealthyReset(HostId),
     /// A VM was admitted into the reserve.
     ReserveEaten(HostId),
+    /// A VM was given a host although the cluster is shut down.
+    PlacedWhileHalted(VmId),
     /// A VM was killed although its guest was well.
     HealthyKilled(VmId, HostId),
     /// A VM whose guest does nothing was left alone for too long.
@@ -61,6 +63,7 @@ impl fmt::Display for Violation {
             Violation::MinorityFenced(a, b) => write!(f, "{a} fenced {b} without quorum"),
             Violation::HealthyReset(h) => write!(f, "{h} was reset although it was healthy"),
             Violation::ReserveEaten(h) => write!(f, "the VMs of {h} no longer fit on the other hosts"),
+            Violation::PlacedWhileHalted(vm) => write!(f, "VM {} was started in a halted cluster", vm.0),
             Violation::HealthyKilled(vm, h) => {
                 write!(f, "VM {} was killed on {h} although it was well", vm.0)
             }
@@ -162,7 +165,7 @@ impl World {
 
     /// Long after the last fault every VM that should run runs.
     pub(super) fn check_end(&mut self) {
-        if self.is_tied_for_good() {
+        if self.is_tied_for_good() || self.store.state.halted {
             return;
         }
         let missing = self.store.state.vms.iter().find(|(id, v)| {

@@ -259,9 +259,14 @@ impl World {
         }
         for update in updates {
             if let Update::Vm(new) = &update {
-                let old = self.store.state.vms.get(&new.spec.id).map_or(0, |v| v.epoch);
-                if new.epoch < old {
-                    self.violate(Violation::StateRegressed(new.spec.id));
+                let id = new.spec.id;
+                let old = self.store.state.vms.get(&id);
+                let placed = new.place.is_some() && old.is_none_or(|v| v.place.is_none());
+                if new.epoch < old.map_or(0, |v| v.epoch) {
+                    self.violate(Violation::StateRegressed(id));
+                }
+                if placed && self.store.state.halted {
+                    self.violate(Violation::PlacedWhileHalted(id));
                 }
             }
             if !valid {

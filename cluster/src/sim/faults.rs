@@ -118,6 +118,7 @@ impl World {
             FaultKind::Maintenance(h) => {
                 self.operator(Request::Maintenance(HostId(u16::from(h)), on), 30);
             }
+            FaultKind::Halt => self.operator(Request::Halt(on), 60),
             FaultKind::StartMany => {
                 for vm in EXTRA..EXTRA + 16 {
                     if on {

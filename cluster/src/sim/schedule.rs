@@ -101,6 +101,8 @@ pub enum FaultKind {
     Move(u8, u8),
     /// An operator empties the host.
     Maintenance(u8),
+    /// An operator shuts the cluster down, and lets it start again.
+    Halt,
     /// An operator starts more VMs than fit.
     StartMany,
 }
@@ -215,18 +217,19 @@ fn focused_kind(rng: &mut Rng, hosts: u8, victim: u8, volume: u8) -> FaultKind {
     }
 }
 
-/// A guest that stops, or looks as if it had.
+/// A guest that stops, or looks as if it had, or all of them on purpose.
 fn guest_fault(rng: &mut Rng, hosts: u8) -> Fault {
     let at = rng.range(FIRST, 240_000);
     let longest = if rng.chance(50) { 25_000 } else { 220_000 };
     let length = rng.range(500, longest).min(HEALED - at);
     let vm = rng.range(1, u64::from(VMS) + 1) as u8;
     let host = rng.range(1, u64::from(hosts) + 1) as u8;
-    let kind = match rng.range(0, 5) {
+    let kind = match rng.range(0, 6) {
         0 => FaultKind::VmHangs(vm),
         1 => FaultKind::VmFreezes(vm),
         2 => FaultKind::BeatsEnd(vm),
         3 => FaultKind::IoStalls(host),
+        4 => FaultKind::Halt,
         // So long that its guests would be given up, and so short that the host is not.
         _ => return Fault { at, length: rng.range(20_000, 29_000), kind: FaultKind::PauseAgent(host) },
     };

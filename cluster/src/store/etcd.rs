@@ -53,6 +53,10 @@ impl EtcdStore {
         format!("{}/host/{}", self.prefix, id.0)
     }
 
+    fn halted(&self) -> String {
+        format!("{}/halted", self.prefix)
+    }
+
     fn vm(&self, id: VmId) -> String {
         format!("{}/vm/{}", self.prefix, id.0)
     }
@@ -96,6 +100,7 @@ impl Store for EtcdStore {
                         state.vms.insert(VmId(id), record);
                     }
                 }
+                None if &name[prefix.len()..] == "halted" => state.halted = true,
                 _ => {}
             }
         }
@@ -116,6 +121,8 @@ impl Store for EtcdStore {
                     TxnOp::put(self.vm(record.spec.id), value, None)
                 }
                 Update::Forget(id) => TxnOp::delete(self.vm(*id), None),
+                Update::Halt(true) => TxnOp::put(self.halted(), "", None),
+                Update::Halt(false) => TxnOp::delete(self.halted(), None),
             });
         }
         // etcd refuses a transaction that writes a key twice: the last write of each wins.
@@ -124,6 +131,7 @@ impl Store for EtcdStore {
             Update::Host(id, _) => self.host(*id),
             Update::Vm(r) => self.vm(r.spec.id),
             Update::Forget(id) => self.vm(*id),
+            Update::Halt(_) => self.halted(),
         };
         let keep: Vec<bool> = updates.iter().rev().map(|u| seen.insert(name(u))).collect();
         let ops: Vec<TxnOp> =

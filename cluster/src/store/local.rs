@@ -63,6 +63,8 @@ impl Store for LocalStore {
             let record: VmRecord = serde_json::from_slice(bytes.value()).map_err(StoreError::Record)?;
             state.vms.insert(VmId(id.value()), record);
         }
+        let meta = tx.open_table(META).map_err(failed)?;
+        state.halted = meta.get("halted").map_err(failed)?.is_some_and(|v| v.value() != 0);
         Ok(state)
     }
 
@@ -75,6 +77,7 @@ impl Store for LocalStore {
         {
             let mut hosts = tx.open_table(HOSTS).map_err(failed)?;
             let mut vms = tx.open_table(VMS).map_err(failed)?;
+            let mut meta = tx.open_table(META).map_err(failed)?;
             for update in updates {
                 match update {
                     Update::Host(id, record) => {
@@ -87,6 +90,9 @@ impl Store for LocalStore {
                     }
                     Update::Forget(id) => {
                         vms.remove(id.0).map_err(failed)?;
+                    }
+                    Update::Halt(on) => {
+                        meta.insert("halted", u64::from(*on)).map_err(failed)?;
                     }
                 }
             }

@@ -124,6 +124,14 @@ enum Command {
         /// Into maintenance, or out of it.
         state: Switch,
     },
+    /// Stop every virtual machine, those that others depend on last, and start none until this is off again.
+    #[command(
+        after_help = "With all of them stopped, `nacre cluster leave` on each host completes an orderly shutdown.\n\nExample:\n  nacre cluster halt on"
+    )]
+    Halt {
+        /// Stop all, or start again what ran.
+        state: Switch,
+    },
     /// Confirm that a host which cannot be fenced is off: its virtual machines start elsewhere.
     #[command(
         after_help = "Look at the host first: if it runs, its disks will be damaged.\n\nExample:\n  nacre cluster confirm-off 3"
@@ -176,6 +184,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Maintenance { host, state } => {
             ApiRequest::Maintenance { host: HostId(host), on: matches!(state, Switch::On) }
         }
+        Command::Halt { state } => ApiRequest::Halt { on: matches!(state, Switch::On) },
         Command::ConfirmOff { host } => ApiRequest::ConfirmOff { host: HostId(host) },
         Command::Leave => ApiRequest::Leave,
     };

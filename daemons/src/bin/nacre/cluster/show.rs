@@ -48,6 +48,9 @@ fn print_status(s: &Status) {
     println!("{} ({}), boot {}", s.host.host, s.name, s.host.generation);
     println!("quorate      {}", if s.quorate { "yes" } else { "NO" });
     println!("coordinator  {}", s.coordinator.map_or("none".into(), |h| h.to_string()));
+    if s.halted == Some(true) {
+        println!("halted       yes: no VM is started before `nacre cluster halt off`");
+    }
     println!("watchdog     {}", if s.watchdog { "yes" } else { "NO" });
     for l in &s.leases {
         match l.generation {
