@@ -45,7 +45,7 @@ class Lab:
         self.bin, self.images = bin_dir, images
         self.dir = tempfile.mkdtemp(prefix="nacre-lab-", dir="/dev/shm")
         self.tag = f"ncl{os.getpid()}"
-        self.hosts, self.etcds, self.others, self.mounts, self.spaces = {}, {}, [], [], []
+        self.hosts, self.etcds, self.others, self.spaces = {}, {}, [], []
         self.fence_works = True
         shutil.copy(os.path.join(HERE, "fence"), self.dir)
 
@@ -134,26 +134,17 @@ class Lab:
         area = self.path("leases.raw")
         with open(area, "wb") as f:
             f.truncate(16 << 20)
-        self.nbdkit = self.serve(area, "nbd")
+        self.nbdkit = subprocess.Popen(["nbdkit", "-f", "-U", self.path("nbd"), "file", area])
+        self.others.append(self.nbdkit)
+        until("nbdkit's socket", lambda: os.path.exists(self.path("nbd")))
         os.mkdir(self.path("shared"))
         leases = self.path("shared", "leases")
-        self.fuse(leases, "nbd")
+        open(leases, "w").close()
+        fuse = subprocess.Popen(["nbdfuse", leases, f"nbd+unix:///?socket={self.path('nbd')}"])
+        self.others.append(fuse)
         until("the lease volume", lambda: os.path.getsize(leases) == 16 << 20)
         run(f"{self.bin}/nacre", "cluster", "format", leases, "--space", "lab", "--areas", "8",
             "--io-timeout", str(IO), "--force")
-
-    def serve(self, file, socket):
-        """Serves a file through nbdkit, which can be stopped."""
-        server = subprocess.Popen(["nbdkit", "-f", "-U", self.path(socket), "file", file])
-        self.others.append(server)
-        until("nbdkit's socket", lambda: os.path.exists(self.path(socket)))
-        return server
-
-    def fuse(self, at, socket):
-        """Makes what nbdkit serves a file again."""
-        open(at, "w").close()
-        self.others.append(subprocess.Popen(["nbdfuse", at, f"nbd+unix:///?socket={self.path(socket)}"]))
-        self.mounts.append(at)
 
     def make_guest(self):
         extra = self.path("extra")
@@ -188,7 +179,7 @@ class Lab:
             "witness": {"lockspace": 0, "index": 0},
             "capacity": {"cpu": 4000, "memory": 1024},
             "heartbeat": {"interval": 500, "misses": 6, "settle": 2000, "stop": 6000},
-            "ha": {"health": {"interval": 1000, "heartbeat": 8000, "stall": 8000}, "isolation": 3000, "repeat": 500, "patience": 120000,
+            "ha": {"health": {"interval": 1000, "heartbeat": 8000}, "isolation": 3000, "repeat": 500, "patience": 120000,
                    "restart": {"limit": 20, "window": 600000, "backoff": 500, "longest": 2000, "parallel": 4}},
             "fencing": {"deadline": 10000, "poll": 100, "confirm": 20000, "attempts": 2, "pause": 2000},
             "stop_grace": 3000,
@@ -259,8 +250,10 @@ class Lab:
 
     # -- guests
 
-    def start_vm(self, vm, disk=None, line=""):
-        disk = disk or self.new_disk(vm)
+    def start_vm(self, vm, line=""):
+        disk = self.path(f"disk{vm}.raw")
+        with open(disk, "wb") as f:
+            f.truncate(2 << 20)
         definition = {
             "accel": "soft", "memory": {"size": 96 << 20},
             "boot": {"kernel": f"{self.images}/vmlinuz", "initrd": self.path("initrd"),
@@ -274,12 +267,6 @@ class Lab:
         with open(self.path(f"vm{vm}.json"), "w") as f:
             json.dump(spec, f)
         self.order("start", self.path(f"vm{vm}.json"))
-
-    def new_disk(self, vm):
-        disk = self.path(f"disk{vm}.raw")
-        with open(disk, "wb") as f:
-            f.truncate(2 << 20)
-        return disk
 
     def vm_pid(self, host, vm):
         """The number of a VM's process outside of its namespace."""
@@ -342,9 +329,8 @@ class Lab:
     # -- the end
 
     def close(self):
-        for p in self.others:
-            # A server that a test has stopped.
-            p.send_signal(signal.SIGCONT)
+        if os.path.exists(self.path("nbd")):
+            self.nbdkit.send_signal(signal.SIGCONT)
         for n, p in self.hosts.items():
             self.power_off(n)
             p.wait()
@@ -353,9 +339,8 @@ class Lab:
         for p in self.etcds.values():
             p.kill()
             p.wait()
-        for at in self.mounts:
-            if os.path.ismount(at):
-                subprocess.run(["umount", at])
+        if os.path.ismount(self.path("shared", "leases")):
+            subprocess.run(["umount", self.path("shared", "leases")])
         for p in self.others:
             p.terminate()
             p.wait()
