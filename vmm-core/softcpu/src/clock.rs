@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 pub struct Clock {
     khz: u64,
     source: Source,
+    /// The paravirtual clock minus nanoseconds since the clock was made.
+    system: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -22,14 +24,18 @@ enum Source {
 impl Clock {
     /// A clock that follows the host's monotonic clock; the counter advances at `khz` kHz.
     pub fn host(khz: u32) -> Self {
-        Self { khz: u64::from(khz.max(1)), source: Source::Host(Instant::now()) }
+        Self::new(khz, Source::Host(Instant::now()))
     }
 
     /// A clock that advances by one tick for each executed instruction and, while the processor is
     /// halted, jumps to the next timer deadline: two runs of the same guest see the same time. Only for
     /// machines with one processor.
     pub fn deterministic(khz: u32) -> Self {
-        Self { khz: u64::from(khz.max(1)), source: Source::Virtual(AtomicU64::new(0)) }
+        Self::new(khz, Source::Virtual(AtomicU64::new(0)))
+    }
+
+    fn new(khz: u32, source: Source) -> Self {
+        Self { khz: u64::from(khz.max(1)), source, system: AtomicU64::new(0) }
     }
 
     /// Frequency of the time-stamp counter in kHz.
@@ -56,6 +62,22 @@ impl Clock {
             Source::Host(epoch) => epoch.elapsed().as_nanos() as u64,
             Source::Virtual(ticks) => self.tsc_to_ns(ticks.load(Ordering::Relaxed)),
         }
+    }
+
+    /// Nanoseconds of the paravirtual clock (kvmclock) that guests see.
+    pub fn system_time(&self) -> u64 {
+        self.now_ns().wrapping_add(self.system.load(Ordering::Relaxed))
+    }
+
+    /// Lets the paravirtual clock go on from a time, as a guest that comes from another machine expects. Processors tell
+    /// the guest with their next run after [`Cpu::set_state`](crate::Cpu::set_state).
+    pub fn set_system_time(&self, ns: u64) {
+        self.system.store(ns.wrapping_sub(self.now_ns()), Ordering::Relaxed);
+    }
+
+    /// What [`Clock::system_time`] is when [`Clock::tsc`] is `ticks`.
+    pub(crate) fn system_time_at(&self, ticks: u64) -> u64 {
+        self.tsc_to_ns(ticks).wrapping_add(self.system.load(Ordering::Relaxed))
     }
 
     /// Converts ticks to nanoseconds.

@@ -185,6 +185,8 @@ pub struct Cpu {
     executed: u64,
     /// Guest TSC minus the clock's.
     tsc_offset: u64,
+    /// The guest's page of the KVM clock has to be written anew.
+    kvm_clock_due: bool,
     /// Virtual time that passed while halted, in ticks.
     skipped: u64,
     /// When to look at the clock again, in executed instructions.
@@ -284,6 +286,7 @@ impl Cpu {
             slice: 0,
             executed: 0,
             tsc_offset: 0,
+            kvm_clock_due: false,
             skipped: 0,
             next_poll: 0,
             deadline: None,
@@ -393,6 +396,7 @@ impl Cpu {
         self.fpu = state.fpu;
         self.fpu.make_valid();
         self.tsc_offset = self.tsc_offset.wrapping_add(state.tsc.wrapping_sub(self.tsc_now()));
+        self.kvm_clock_due = true;
         self.mp_state = state.mp_state;
         self.shadow = state.interrupt_shadow;
         self.nmi_blocked = state.nmi_blocked;

@@ -137,8 +137,8 @@ impl Cpu {
         }
         let (multiplier, shift) = scale(u64::from(self.config.clock.khz()));
         let tsc = self.tsc_now();
-        // System time is zero when the clock's counter is: the same on every processor.
-        let now = self.config.clock.tsc_to_ns(tsc.wrapping_sub(self.tsc_offset()));
+        // By the clock that all processors share.
+        let now = self.config.clock.system_time_at(tsc.wrapping_sub(self.tsc_offset()));
         let mut page = [0u8; 32];
         page[0..4].copy_from_slice(&2u32.to_le_bytes());
         page[8..16].copy_from_slice(&tsc.to_le_bytes());
@@ -158,7 +158,7 @@ impl Cpu {
         } else {
             let since =
                 std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-            since.saturating_sub(std::time::Duration::from_nanos(self.config.clock.now_ns()))
+            since.saturating_sub(std::time::Duration::from_nanos(self.config.clock.system_time()))
         };
         let mut page = [0u8; 12];
         page[0..4].copy_from_slice(&2u32.to_le_bytes());

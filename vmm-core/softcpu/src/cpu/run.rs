@@ -33,6 +33,9 @@ impl Cpu {
     /// Executes guest code until there is a reason to stop.
     pub fn run(&mut self, budget: Budget) -> Exit {
         self.memory.sync().enter(&self.member);
+        if std::mem::take(&mut self.kvm_clock_due) {
+            self.update_kvm_clock();
+        }
         let exit = self.run_until(budget);
         self.member.leave();
         self.config.clock.advance_to(self.executed.wrapping_add(self.skipped));

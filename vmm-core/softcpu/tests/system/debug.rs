@@ -5,7 +5,7 @@ use std::sync::Arc;
 use iced_x86::code_asm::*;
 
 use super::rig::*;
-use softcpu::{Budget, Clock, CpuState, DebugControl, DebugEvent, Exit, Watchpoint};
+use softcpu::{Budget, Clock, CpuConfig, CpuState, DebugControl, DebugEvent, Exit, Watchpoint};
 
 fn program(a: &mut CodeAssembler) {
     a.mov(eax, 5).unwrap(); // 0, 5 bytes
@@ -145,9 +145,9 @@ fn budgets_are_exact() {
 }
 
 /// A guest whose result depends on the time-stamp counter, random numbers and where timer interrupts strike.
-fn timed_run(seed: u64, budget: u64) -> (CpuState, u64) {
+pub fn timed_run(seed: u64, budget: u64, translate_after: Option<u32>) -> (CpuState, u64) {
     let clock = Arc::new(Clock::deterministic(1_000_000));
-    let mut rig = Rig::with_clock(clock, Some(seed));
+    let mut rig = Rig::exactly(CpuConfig { seed: Some(seed), translate_after, ..CpuConfig::new(clock) });
     let handler = assemble(HANDLERS + 0x400, |a| {
         // Mix the interrupted counter in, and ask for the next interrupt at a random distance.
         a.imul_3(r8, r8, 31).unwrap();
@@ -200,10 +200,11 @@ fn timed_run(seed: u64, budget: u64) -> (CpuState, u64) {
 
 #[test]
 fn deterministic_runs_repeat_bit_for_bit() {
-    let first = timed_run(1, u64::MAX);
+    let run = |seed, budget| timed_run(seed, budget, crate::TRANSLATE_AFTER);
+    let first = run(1, u64::MAX);
     assert!(first.0.gpr[6] >= 200);
-    assert_eq!(first, timed_run(1, u64::MAX));
+    assert_eq!(first, run(1, u64::MAX));
     // Where the host interrupts the run makes no difference.
-    assert_eq!(first, timed_run(1, 777));
-    assert_ne!(first.0.gpr[8], timed_run(2, u64::MAX).0.gpr[8]);
+    assert_eq!(first, run(1, 777));
+    assert_ne!(first.0.gpr[8], run(2, u64::MAX).0.gpr[8]);
 }

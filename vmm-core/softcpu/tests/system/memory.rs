@@ -103,6 +103,40 @@ fn written_pages_are_found_dirty_once() {
     assert!(rig.memory.take_dirty(0x3f_f000, 0x2000).is_err());
 }
 
+/// Page tables are memory too: accessed and dirty bits that the processor sets make their page dirty. So do descriptors
+/// that it marks, stacks that it pushes to, and clocks that it keeps.
+#[test]
+fn what_the_processor_itself_writes_is_dirty() {
+    let mut rig = Rig::new();
+    rig.window(0, P | RW);
+    rig.put(GDT + 0x10, rig.get(GDT + 0x10) & !(1 << 40));
+    let mut s = Rig::long_mode();
+    (s.gpr[3], s.gpr[4]) = (WINDOW, STACK);
+    s.rflags |= 0x200;
+    rig.code(|a| {
+        a.mov(rax, qword_ptr(rbx)).unwrap();
+        a.mov(eax, u32::from(KERNEL_DATA)).unwrap();
+        a.mov(ds, eax).unwrap();
+        a.mov(ecx, 0x4b56_4d01).unwrap();
+        a.mov(eax, WINDOW_RAM as u32 + 0x5001).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.wrmsr().unwrap();
+        a.ud2().unwrap();
+    });
+    rig.cpu.set_state(&s);
+    rig.memory.set_dirty_tracking(true);
+    rig.run();
+    let dirty = rig.memory.take_dirty(0, 4 << 20).unwrap();
+    let is_dirty = |address: u64| dirty[(address >> 12) as usize / 64] >> (address >> 12 & 63) & 1 != 0;
+    for (what, address) in
+        [("page table", WINDOW_PT), ("GDT", GDT), ("stack", STACK - 1), ("clock", WINDOW_RAM + 0x5000)]
+    {
+        assert!(is_dirty(address), "{what}");
+    }
+    // The window was only read.
+    assert!(!is_dirty(WINDOW_RAM) && !is_dirty(IDT) && !is_dirty(CODE));
+}
+
 /// No write is lost while another thread takes the dirty pages of a running processor: the final contents of
 /// a copy kept up to date from them equal the memory.
 #[test]

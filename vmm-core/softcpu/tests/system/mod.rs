@@ -1,7 +1,7 @@
 //! Behaviour that takes more than one instruction: paging, exceptions, modes, self-modifying code, several
 //! processors, debugging.
 
-mod debug;
+pub mod debug;
 mod exceptions;
 mod features;
 mod fpu;

@@ -128,6 +128,33 @@ fn the_kvm_clock_tells_the_machines_time() {
     }
 }
 
+/// A guest that goes on in another machine, whose counter has another frequency, finds its KVM clock going on.
+#[test]
+fn the_kvm_clock_goes_on_in_another_machine() {
+    const BEFORE: u64 = 5_000_000_000_000;
+    let registered = {
+        let mut rig = Rig::with_clock(Arc::new(Clock::deterministic(2_400_000)), Some(1));
+        rig.execute(&Rig::long_mode(), |a| {
+            write_msr(a, 0x4b56_4d01, WINDOW_RAM | 1);
+            a.hlt().unwrap();
+        })
+    };
+    let clock = Arc::new(Clock::deterministic(1_000_000));
+    let mut rig = Rig::with_clock(clock.clone(), Some(1));
+    clock.set_system_time(BEFORE);
+    let mut state = registered;
+    (state.rip, state.mp_state) = (CODE, softcpu::MpState::Running);
+    let end = rig.execute(&state, |a| {
+        a.rdtsc().unwrap();
+        a.hlt().unwrap();
+    });
+    let (base, system) = (rig.get(WINDOW_RAM + 8), rig.get(WINDOW_RAM + 16));
+    assert!((BEFORE..BEFORE + 1000).contains(&system) && clock.system_time() >= system, "{system}");
+    assert!(base <= end.gpr[0] && end.gpr[0] - base < 100, "{base} {}", end.gpr[0]);
+    // A tick is a nanosecond here.
+    assert_eq!((rig.get(WINDOW_RAM + 24) & 0xffff_ffff, rig.get(WINDOW_RAM + 28) as u8), (1 << 31, 1));
+}
+
 /// In deterministic mode HLT takes no time of the host, and exactly as much of the guest's as the deadline says.
 #[test]
 fn a_halted_processor_skips_to_its_deadline() {

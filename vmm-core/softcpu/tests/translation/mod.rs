@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use iced_x86::code_asm::*;
 
+use crate::system::debug::timed_run;
 use crate::system::rig::*;
 use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, CpuState, Exit};
 
@@ -84,6 +85,17 @@ fn translation_changes_neither_counts_nor_state() {
                 assert_eq!(found.1, expected.1, "state after slice {n} of {slice}, threshold {threshold}");
             }
         }
+    }
+}
+
+/// A deterministic run with timer interrupts and random numbers comes to the same end, after as many instructions,
+/// whatever part of it is translated: a recording does not depend on how it is replayed.
+#[test]
+fn deterministic_runs_do_not_depend_on_translation() {
+    let interpreted = timed_run(7, u64::MAX, None);
+    for threshold in [0, 1, 50, 1000] {
+        assert_eq!(timed_run(7, u64::MAX, Some(threshold)), interpreted, "threshold {threshold}");
+        assert_eq!(timed_run(7, 501, Some(threshold)), interpreted, "threshold {threshold}, in slices");
     }
 }
 

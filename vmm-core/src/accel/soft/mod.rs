@@ -224,13 +224,13 @@ impl Vm for SoftVm {
             pics: self.apics.pic.save(),
             ioapic: self.apics.ioapic.save(),
             pit: Some(self.pit.save()),
-            clock: self.clock.now_ns(),
+            clock: self.clock.system_time(),
         })
     }
 
     fn set_chipset_state(&self, state: &ChipsetState) -> Result<(), AccelError> {
-        // There is no paravirtual clock here that could go on.
         self.apics.ioapic.load(&state.ioapic)?;
+        self.clock.set_system_time(state.clock);
         self.apics.pic.load(&state.pics);
         if let Some(pit) = &state.pit {
             self.pit.load(pit);
