@@ -340,4 +340,8 @@ pub trait VcpuHandle: Send + Sync {
     fn unimplemented(&self) -> u64 {
         0
     }
+    /// How many instructions the software CPU executed because this accelerator does not know them.
+    fn assisted(&self) -> u64 {
+        0
+    }
 }

@@ -11,6 +11,7 @@ use super::gdb::GdbServer;
 use super::metrics::{BusCounters, Sources};
 use super::vcpu::Control;
 use super::{Devices, Vm, VmError, entry, layout};
+use crate::accel::kvm::{KvmHypervisor, KvmOptions};
 use crate::accel::{self, CpuModel, Hypervisor, IoBus, VmSpec, probe};
 use crate::acpi::{self, MmioDevice, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
 use crate::boot::{self, BootSource};
@@ -115,7 +116,7 @@ impl VmBuilder {
         }
         let hypervisor = match self.hypervisor {
             Some(hypervisor) => hypervisor,
-            None => accelerator(config.accel)?,
+            None => accelerator(config.accel, config.kvm_assist)?,
         };
         let (memory, numa) = layout::allocate(&config.memory, config.cpus)?;
         let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default(), counters: Arc::default() });
@@ -247,14 +248,19 @@ impl VmBuilder {
     }
 }
 
-/// The accelerator that the configuration names.
-fn accelerator(choice: AccelChoice) -> Result<Arc<dyn Hypervisor>, VmError> {
+/// The accelerator that the configuration names; KVM with the software CPU's assistance if `assist` says so.
+fn accelerator(choice: AccelChoice, assist: bool) -> Result<Arc<dyn Hypervisor>, VmError> {
     let kind = match choice {
         AccelChoice::Auto => None,
         AccelChoice::Kvm => Some(accel::AccelKind::Kvm),
         AccelChoice::Soft => Some(accel::AccelKind::Soft),
     };
-    Ok(probe::open(kind)?.into())
+    let hypervisor = probe::open(kind)?;
+    if assist && hypervisor.kind() == accel::AccelKind::Kvm {
+        let options = KvmOptions { assist, ..KvmOptions::default() };
+        return Ok(Arc::new(KvmHypervisor::with_options(options)?));
+    }
+    Ok(hypervisor.into())
 }
 
 fn platform(config: &VmConfig, memory: &GuestMemory, numa: Vec<NumaNode>, mmio: Vec<MmioDevice>) -> Platform {

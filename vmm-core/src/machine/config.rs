@@ -45,6 +45,9 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// Accelerator.
     pub accel: AccelChoice,
+    /// With KVM: let the software CPU execute instructions that KVM's emulator does not know. For hosts whose KVM is
+    /// software itself.
+    pub kvm_assist: bool,
     /// What is booted.
     pub boot: BootConfig,
     /// The serial port COM1.
@@ -82,6 +85,7 @@ impl Default for VmConfig {
             cpu_model: None,
             memory: MemoryConfig::default(),
             accel: AccelChoice::default(),
+            kvm_assist: false,
             boot: BootConfig::default(),
             console: ConsoleConfig::default(),
             console_ports: Vec::new(),

@@ -68,6 +68,8 @@ metrics! {
     CpuMetrics:
     /// Instructions that the software CPU does not implement; the guest got an exception.
     unimplemented_instructions,
+    /// Instructions that KVM could not emulate and the software CPU executed.
+    assisted_instructions,
 }
 
 metrics! {

@@ -192,7 +192,11 @@ impl Control {
 
     /// What the vCPUs have counted.
     pub(super) fn cpu_metrics(&self) -> CpuMetrics {
-        CpuMetrics { unimplemented_instructions: self.handles.lock().iter().map(|h| h.unimplemented()).sum() }
+        let handles = self.handles.lock();
+        CpuMetrics {
+            unimplemented_instructions: handles.iter().map(|h| h.unimplemented()).sum(),
+            assisted_instructions: handles.iter().map(|h| h.assisted()).sum(),
+        }
     }
 
     fn kick(&self) {

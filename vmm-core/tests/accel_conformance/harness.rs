@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use iced_x86::code_asm::{CodeAssembler, al, ax, dx, eax};
 use softcpu::{CpuState, Segment, SegmentAttributes};
-use vmm_core::accel::kvm::KvmHypervisor;
+use vmm_core::accel::kvm::{KvmHypervisor, KvmOptions};
 use vmm_core::accel::soft::SoftHypervisor;
 use vmm_core::accel::{Hypervisor, IoBus, Vcpu, VcpuExit, VcpuHandle, Vm, VmSpec};
 use vmm_core::memory::GuestMemory;
@@ -51,12 +51,21 @@ pub struct Holes {
 /// KVM, or `None` when the environment says that this host has none. On a host without KVM, the test fails with the
 /// reason.
 pub fn kvm() -> Option<Target> {
-    match KvmHypervisor::new() {
+    kvm_with(false)
+}
+
+/// KVM with the software CPU's assistance.
+pub fn kvm_assisted() -> Option<Target> {
+    kvm_with(true)
+}
+
+fn kvm_with(assist: bool) -> Option<Target> {
+    match KvmHypervisor::with_options(KvmOptions { assist, ..KvmOptions::default() }) {
         Ok(hypervisor) => {
             let software = KvmHypervisor::is_software();
             let holes = Holes {
-                kernel_sse: software,
-                kernel_breakpoints: software,
+                kernel_sse: software && !assist,
+                kernel_breakpoints: software && !assist,
                 kernel_watchpoints: software,
                 host_tsc: software,
             };

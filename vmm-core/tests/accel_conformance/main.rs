@@ -8,6 +8,7 @@
 
 mod harness;
 
+mod assist;
 mod debug;
 mod interrupts;
 mod io;
@@ -55,6 +56,14 @@ macro_rules! conformance {
 
 mod kvm {
     conformance!(crate::harness::kvm());
+}
+
+mod kvm_assisted {
+    conformance!(crate::harness::kvm_assisted());
+    tests! {
+        crate::harness::kvm_assisted();
+        assist: what_kvm_cannot_emulate_is_executed assisted_writes_are_dirty what_neither_knows_is_a_fault;
+    }
 }
 
 mod soft {

@@ -8,7 +8,9 @@ use crate::accel::{AccelError, CpuState, Vcpu, VcpuFault};
 use crate::memory::PAGE_SIZE;
 
 /// Longest x86 instruction.
-const MAX_INSTRUCTION: usize = 15;
+pub const MAX_INSTRUCTION: usize = 15;
+/// EFER: long mode is active.
+const EFER_LMA: u64 = 1 << 10;
 
 /// The reason for an instruction that the kernel's emulator does not know, with a hint.
 pub fn emulation_reason() -> String {
@@ -22,16 +24,23 @@ pub fn emulation_reason() -> String {
     reason
 }
 
+fn is_64_bit(state: &CpuState) -> bool {
+    state.msrs.efer & EFER_LMA != 0 && state.segments[1].attributes.long()
+}
+
+/// Linear address of the next instruction.
+pub fn linear_rip(state: &CpuState) -> u64 {
+    if is_64_bit(state) { state.rip } else { state.segments[1].base.wrapping_add(state.rip) & 0xffff_ffff }
+}
+
 /// Describes a fault of `vcpu` at its instruction pointer; `bytes` as far as the kernel gave them.
 pub fn describe(vcpu: &mut KvmVcpu, reason: String, mut bytes: Vec<u8>) -> Result<VcpuFault, AccelError> {
     let state = vcpu.state()?;
-    let code = &state.segments[1];
-    let long = state.msrs.efer & 1 << 10 != 0 && code.attributes.long();
-    let rip = if long { state.rip } else { code.base.wrapping_add(state.rip) & 0xffff_ffff };
+    let rip = linear_rip(&state);
     if bytes.is_empty() {
         bytes = read_code(vcpu, rip)?;
     }
-    let instruction = disassemble(&bytes, &state, long);
+    let instruction = disassemble(&bytes, &state);
     Ok(VcpuFault { vcpu: vcpu.id(), reason, rip, bytes, instruction, state: Box::new(state) })
 }
 
@@ -51,8 +60,8 @@ fn read_code(vcpu: &mut KvmVcpu, linear: u64) -> Result<Vec<u8>, AccelError> {
     Ok(bytes)
 }
 
-fn disassemble(bytes: &[u8], state: &CpuState, long: bool) -> Option<String> {
-    let bitness = match (long, state.segments[1].attributes.big()) {
+fn disassemble(bytes: &[u8], state: &CpuState) -> Option<String> {
+    let bitness = match (is_64_bit(state), state.segments[1].attributes.big()) {
         (true, _) => 64,
         (false, true) => 32,
         (false, false) => 16,

@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvm_ioctls::VcpuFd;
 use parking_lot::Mutex;
@@ -16,6 +16,8 @@ pub struct Kicker {
     signal: i32,
     kicked: AtomicBool,
     nmi: AtomicBool,
+    /// Instructions that the software CPU executed.
+    assisted: AtomicU64,
     target: Mutex<Target>,
 }
 
@@ -58,6 +60,7 @@ impl Kicker {
             signal,
             kicked: AtomicBool::new(false),
             nmi: AtomicBool::new(false),
+            assisted: AtomicU64::new(0),
             target: Mutex::new(Target { thread: None, signalled: false }),
         })
     }
@@ -83,6 +86,11 @@ impl Kicker {
         // SAFETY: no preconditions.
         self.target.lock().thread = Some(unsafe { libc::gettid() });
         Ok(running)
+    }
+
+    /// Counts an instruction that the software CPU executed.
+    pub fn count_assisted(&self) {
+        self.assisted.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether a kick waits to be taken.
@@ -132,6 +140,10 @@ impl VcpuHandle for Kicker {
     fn nmi(&self) {
         self.nmi.store(true, Ordering::SeqCst);
         self.signal();
+    }
+
+    fn assisted(&self) -> u64 {
+        self.assisted.load(Ordering::Relaxed)
     }
 }
 

@@ -11,6 +11,7 @@
 //! queue. The thread's mask is restored when `run` returns. The process's signal dispositions are never touched. An
 //! embedder that uses the same real-time signal for its own ends can choose another in [`KvmOptions`].
 
+mod assist;
 mod chipset;
 mod cpuid;
 mod exit;
@@ -41,11 +42,14 @@ pub struct KvmOptions {
     pub kick_signal: i32,
     /// Whether the VM gets the legacy interval timer (i8254) and PC speaker port in the kernel.
     pub pit: bool,
+    /// Whether the software CPU executes an instruction that the kernel's emulator does not know, and the vCPU goes on:
+    /// for a KVM that is software itself. Without it such an instruction ends the run with a fault.
+    pub assist: bool,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { kick_signal: libc::SIGRTMAX() - 2, pit: true }
+        Self { kick_signal: libc::SIGRTMAX() - 2, pit: true, assist: false }
     }
 }
 

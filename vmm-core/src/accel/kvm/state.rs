@@ -3,7 +3,8 @@
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED,
     KVM_MP_STATE_UNINITIALIZED, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, kvm_debugregs,
-    kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs,
+    kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr,
+    kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 use softcpu::{DescriptorTable, MpState, Msrs, Segment, SegmentAttributes};
@@ -147,8 +148,34 @@ fn read_xcr0(vcpu: &VcpuFd) -> Result<u64, AccelError> {
     Ok(xcrs.xcrs[..count].iter().find(|x| x.xcr == 0).map_or(1, |x| x.value))
 }
 
-/// Loads the state into a vCPU that is not running.
+/// Loads the state into a vCPU that is not running; drops an event under delivery.
 pub fn write(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
+    write_registers(vcpu, state, &[])?;
+    let mut events = vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+    events.exception = Default::default();
+    events.exception_has_payload = 0;
+    events.interrupt = Default::default();
+    events.nmi.injected = 0;
+    write_events(vcpu, state, events)
+}
+
+/// Loads the state that [`read`] returned and one instruction changed: time and events under delivery stay.
+pub fn advance(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
+    write_registers(vcpu, state, &[index::TSC, index::KVM_WALL_CLOCK, index::KVM_SYSTEM_TIME])?;
+    let events = vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+    write_events(vcpu, state, events)
+}
+
+fn write_events(vcpu: &VcpuFd, state: &CpuState, mut events: kvm_vcpu_events) -> Result<(), AccelError> {
+    events.interrupt.shadow = state.interrupt_shadow.into();
+    events.nmi.pending = state.nmi_pending.into();
+    events.nmi.masked = state.nmi_blocked.into();
+    events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+    vcpu.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+}
+
+/// Writes everything but events, and the MSRs in `kept`.
+fn write_registers(vcpu: &VcpuFd, state: &CpuState, kept: &[u32]) -> Result<(), AccelError> {
     let old = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     let [es, cs, ss, ds, fs, gs] = state.segments.each_ref().map(segment_to_kvm);
     let sregs = kvm_sregs {
@@ -205,28 +232,19 @@ pub fn write(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
     let mut area = read_xsave(vcpu)?;
     xsave::set_fpu(&mut area, &state.fpu);
     write_xsave(vcpu, &area)?;
-    write_msrs(vcpu, state)?;
+    write_msrs(vcpu, state, kept)?;
     let [db0, db1, db2, db3, _, _, dr6, dr7] = state.dr;
     let debug = kvm_debugregs { db: [db0, db1, db2, db3], dr6, dr7, ..Default::default() };
     vcpu.set_debug_regs(&debug)
         .map_err(|e| AccelError::InvalidState(format!("KVM refuses the debug registers ({e})")))?;
-    write_mp_state(vcpu, state.mp_state)?;
-    let mut events = vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
-    events.exception = Default::default();
-    events.exception_has_payload = 0;
-    events.interrupt = Default::default();
-    events.interrupt.shadow = state.interrupt_shadow.into();
-    events.nmi.injected = 0;
-    events.nmi.pending = state.nmi_pending.into();
-    events.nmi.masked = state.nmi_blocked.into();
-    events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
-    vcpu.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    write_mp_state(vcpu, state.mp_state)
 }
 
-fn write_msrs(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
+fn write_msrs(vcpu: &VcpuFd, state: &CpuState, kept: &[u32]) -> Result<(), AccelError> {
     let (mut tsc, mut msrs) = (state.tsc, state.msrs);
     let fields = msr_fields(&mut tsc, &mut msrs);
-    let values: Vec<_> = CPU_MSRS.into_iter().zip(fields.map(|f| *f)).collect();
+    let values = CPU_MSRS.into_iter().zip(fields.map(|f| *f));
+    let values: Vec<_> = values.filter(|(number, _)| !kept.contains(number)).collect();
     let refused = msr::write(vcpu, &values).map_err(os("KVM_SET_MSRS"))?;
     // A register that this vCPU does not have is no loss while it holds nothing.
     match refused.iter().find(|(_, value)| *value != 0) {

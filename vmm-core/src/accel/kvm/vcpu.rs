@@ -8,6 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use super::assist::{Assistant, Outcome};
 use super::exit::{self, Exit};
 use super::kick::Kicker;
 use super::vm::Shared;
@@ -16,7 +17,7 @@ use crate::accel::{
     AccelError, BreakKind, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint, IoBus, Vcpu,
     VcpuExit, VcpuHandle,
 };
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PAGE_SIZE};
 
 /// #BP's vector.
 const BREAKPOINT_VECTOR: u32 = 3;
@@ -34,8 +35,17 @@ pub struct KvmVcpu {
     /// Size of the mapping of the shared page.
     page_size: usize,
     debug: DebugControl,
+    /// Made when it is first needed.
+    assistant: Option<Assistant>,
     /// The address of the execution breakpoint that ended the last run.
     stopped_at: Option<u64>,
+}
+
+/// What the software CPU did about an instruction that the kernel's emulator does not know.
+enum Assisted {
+    No,
+    GoOn,
+    Stop(DebugExit),
 }
 
 /// DR6: a single step.
@@ -62,6 +72,7 @@ impl KvmVcpu {
             shut_down: false,
             page_size,
             debug: DebugControl::default(),
+            assistant: None,
             stopped_at: None,
         })
     }
@@ -113,6 +124,30 @@ impl KvmVcpu {
         })
     }
 
+    /// Lets the software CPU execute the instruction that the kernel could not, if that is wanted.
+    fn assist(&mut self) -> Result<Assisted, AccelError> {
+        let Some(ram) = self.vm.assistants_ram.clone() else { return Ok(Assisted::No) };
+        let state = state::read(&self.fd)?;
+        let rip = fault::linear_rip(&state);
+        let mut pages = Vec::with_capacity(2);
+        for linear in [rip, rip.wrapping_add(fault::MAX_INSTRUCTION as u64 - 1)] {
+            pages.extend(self.translate(linear)?.map(|physical| physical & !(PAGE_SIZE - 1)));
+        }
+        pages.dedup();
+        let (id, vcpus, bus) = (self.id, self.vm.vcpus, &self.vm.bus);
+        let assistant = self.assistant.get_or_insert_with(|| Assistant::new(id, vcpus, ram, bus.clone()));
+        match assistant.execute(&state, &pages, self.debug.software_breakpoints) {
+            None => Ok(Assisted::No),
+            Some(Outcome::Breakpoint(rip)) => Ok(Assisted::Stop(DebugExit { rip, dr6: 0, software: true })),
+            Some(Outcome::Executed(after)) => {
+                state::advance(&self.fd, &after)?;
+                self.kicker.count_assisted();
+                let step = DebugExit { rip: after.rip, dr6: DR6_STEP, software: false };
+                Ok(if self.debug.single_step { Assisted::Stop(step) } else { Assisted::GoOn })
+            }
+        }
+    }
+
     /// Runs until something is left for the caller to do.
     fn run_loop(&mut self, kicker: &Kicker) -> Result<VcpuExit, AccelError> {
         loop {
@@ -154,6 +189,11 @@ impl KvmVcpu {
                     return Ok(VcpuExit::Debug(DebugExit { rip: stop.pc, dr6: stop.dr6, software }));
                 }
                 Exit::EmulationFailed { bytes } => {
+                    match self.assist()? {
+                        Assisted::No => {}
+                        Assisted::GoOn => continue,
+                        Assisted::Stop(stop) => return Ok(VcpuExit::Debug(stop)),
+                    }
                     let fault = fault::describe(self, fault::emulation_reason(), bytes)?;
                     return Ok(VcpuExit::Fault(Box::new(fault)));
                 }

@@ -13,7 +13,7 @@ use super::interrupts::{self, Line, MsiRoutes, Vector};
 use super::vcpu::KvmVcpu;
 use super::{Host, KvmHypervisor, chipset, failed, sys};
 use crate::accel::{
-    AccelError, ChipsetState, CpuModel, IOAPIC_PINS, IoAddress, IoBus, PicState, Vcpu, Vm, VmSpec,
+    AccelError, ChipsetState, CpuModel, IOAPIC_PINS, IoAddress, IoBus, PicState, Vcpu, Vm, VmSpec, soft,
 };
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
@@ -34,9 +34,11 @@ pub struct Shared {
     pub fd: VmFd,
     pub memory: GuestMemory,
     pub bus: Arc<dyn IoBus>,
+    /// RAM for the software CPUs that assist the vCPUs, if they are to.
+    pub assistants_ram: Option<Arc<softcpu::GuestMemory>>,
     pub routes: Mutex<MsiRoutes>,
     pub(super) host: Arc<Host>,
-    vcpus: u32,
+    pub vcpus: u32,
     model: Option<CpuModel>,
 }
 
@@ -76,8 +78,11 @@ impl KvmVm {
             let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
             fd.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
         }
+        let assist = host.options.assist;
+        let assistants_ram = if assist { Some(soft::ram(&spec.memory)?) } else { None };
         let shared = Arc::new(Shared {
             fd,
+            assistants_ram,
             memory: spec.memory,
             bus: spec.bus,
             routes: Mutex::default(),
@@ -148,6 +153,9 @@ impl Vm for KvmVm {
             sys::set_memory(&self.shared.fd, slot as u32, region, on)
                 .map_err(failed("switching of dirty page tracking"))?;
         }
+        if let Some(ram) = &self.shared.assistants_ram {
+            ram.set_dirty_tracking(on);
+        }
         self.tracking.store(on, Ordering::Release);
         Ok(())
     }
@@ -159,10 +167,15 @@ impl Vm for KvmVm {
                 "dirty pages while tracking is off or of a region that is not there".into(),
             )
         })?;
-        self.shared
-            .fd
-            .get_dirty_log(index as u32, region.size() as usize)
-            .map_err(failed("KVM_GET_DIRTY_LOG"))
+        let log = self.shared.fd.get_dirty_log(index as u32, region.size() as usize);
+        let mut dirty = log.map_err(failed("KVM_GET_DIRTY_LOG"))?;
+        if let Some(ram) = &self.shared.assistants_ram {
+            let assisted = ram
+                .take_dirty(region.guest_address(), region.size())
+                .map_err(|e| AccelError::Unsupported(e.to_string()))?;
+            dirty.iter_mut().zip(assisted).for_each(|(word, more)| *word |= more);
+        }
+        Ok(dirty)
     }
 
     fn chipset_state(&self) -> Result<ChipsetState, AccelError> {

@@ -64,13 +64,7 @@ impl Hypervisor for SoftHypervisor {
                 spec.vcpus
             )));
         }
-        let ram = Arc::new(softcpu::GuestMemory::new());
-        for region in spec.memory.regions() {
-            // SAFETY: the region's mapping lives as long as `spec.memory`, which the VM and each vCPU hold on to; nobody
-            // holds Rust references to guest RAM.
-            unsafe { ram.add_region(region.guest_address(), region.size(), region.host_ptr(), false) }
-                .map_err(|e| AccelError::Unsupported(e.to_string()))?;
-        }
+        let ram = ram(&spec.memory)?;
         spec.memory.set_write_observer(Some(Box::new(Observer(Arc::downgrade(&ram)))));
         let clock = Arc::new(Clock::host(TSC_KHZ));
         let apics = Apics::new(spec.vcpus);
@@ -90,6 +84,18 @@ impl Hypervisor for SoftHypervisor {
             irqfds: Arc::default(),
         }))
     }
+}
+
+/// RAM as software processors see it. They must hold on to `memory` beside it.
+pub(super) fn ram(memory: &GuestMemory) -> Result<Arc<softcpu::GuestMemory>, AccelError> {
+    let ram = Arc::new(softcpu::GuestMemory::new());
+    for region in memory.regions() {
+        // SAFETY: the region's mapping lives as long as `memory`, which VMs and vCPUs hold on to; nobody holds Rust
+        // references to guest RAM.
+        unsafe { ram.add_region(region.guest_address(), region.size(), region.host_ptr(), false) }
+            .map_err(|e| AccelError::Unsupported(e.to_string()))?;
+    }
+    Ok(ram)
 }
 
 /// Tells the processors of what devices write to RAM.

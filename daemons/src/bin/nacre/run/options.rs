@@ -104,6 +104,9 @@ pub struct Args {
     /// Offer what programs of kvm-unit-tests use: debug-exit, scratch, page-flush and interrupt ports, fw_cfg, scratch memory.
     #[arg(long)]
     test_devices: bool,
+    /// With KVM: let the software CPU execute what KVM cannot emulate, on hosts whose KVM is software itself.
+    #[arg(long)]
+    kvm_assist: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -189,6 +192,7 @@ impl Args {
         }
         config.debug_ports |= self.debug_ports;
         config.test_devices |= self.test_devices;
+        config.kvm_assist |= self.kvm_assist;
         for pin in &self.pin {
             let (vcpu, cpus) = parse_pin(pin)?;
             if vcpu >= config.cpus as usize {
@@ -358,9 +362,9 @@ mod tests {
     fn a_cpu_model_can_be_chosen() {
         let config = |line: &[&str]| Args::try_parse_from(line).unwrap().config().unwrap();
         assert_eq!(config(&["run", "--kernel", "k"]).cpu_model, None);
-        let chosen = config(&["run", "--kernel", "k", "--cpu-model", "v1", "--test-devices"]);
+        let chosen = config(&["run", "--kernel", "k", "--cpu-model", "v1", "--test-devices", "--kvm-assist"]);
         assert_eq!(chosen.cpu_model, Some(CpuModelChoice::V1));
-        assert!(chosen.test_devices);
+        assert!(chosen.test_devices && chosen.kvm_assist);
         assert!(Args::try_parse_from(["run", "--kernel", "k", "--cpu-model", "v9"]).is_err());
     }
 
