@@ -324,6 +324,34 @@ fn groups_of_disks_are_limited_together() {
 }
 
 #[test]
+fn clones_share_their_base_and_disks_forget() {
+    let mut d = Daemon::start(false);
+    d.ok(json!({ "command": "remove", "name": "disk" }));
+    for name in ["a", "b"] {
+        let options = CreateOptions::new(Format::Qcow2, 16 * MIB).backing("disk.qcow2", Format::Qcow2);
+        options.create(&d.at(name)).unwrap();
+        d.ok(json!({ "command": "add", "name": name, "path": name, "format": "qcow2", "share-bases": true }));
+        d.io(name, &["read -P 5 1M 64k", "write -P 6 1M 64k"]);
+    }
+    let stats = d.ok(json!({ "command": "stats" }))["shared-bases"].clone();
+    assert_eq!((&stats["bases"], &stats["shared"], &stats["opened"]), (&json!(1), &json!(1), &json!(1)));
+    assert!(stats["lookups"].as_u64() > stats["misses"].as_u64(), "{stats}");
+    d.ok(json!({ "command": "remove", "name": "a" }));
+    d.ok(json!({ "command": "add", "name": "brief", "path": "a", "format": "qcow2", "share-bases": true,
+        "non-persistent": d.dir.path() }));
+    d.io("brief", &["write -P 7 1M 64k", "read -P 7 1M 64k"]);
+    d.ok(json!({ "command": "remove", "name": "brief" }));
+    // A backup goes to an export, here one of the same daemon.
+    CreateOptions::new(Format::Raw, 16 * MIB).create(&d.at("copy.raw")).unwrap();
+    d.ok(json!({ "command": "add", "name": "copy", "path": "copy.raw", "format": "raw" }));
+    let backup = json!({ "command": "backup", "name": "b", "path": d.uri("copy"), "format": "raw" });
+    assert_eq!(d.job(backup)["state"], "done");
+    d.io("copy", &["read -P 6 1M 64k", "read -P 5 1088k 64k"]);
+    d.end();
+    assert_eq!((read(&d.at("a"), MIB), read(&d.at("disk.qcow2"), MIB)), (6, 5));
+}
+
+#[test]
 fn a_killed_daemon_starts_again_where_it_was() {
     let mut daemon = Daemon::start(false);
     daemon.ok(json!({ "command": "list" })); // the API's socket appears last

@@ -247,6 +247,8 @@ fn run(bench: &Bench) {
         };
         let name = if extended_l2 { "copy-on-write child, extended L2" } else { "copy-on-write child" };
         bench.case(name, allocate, Format::Qcow2, child);
+        let two = Load { threads: 2, ..allocate };
+        bench.case(&format!("{name}, 2 threads"), two, Format::Qcow2, child);
     }
     for depth in [8, 32] {
         let chain = |path: &Path| {

@@ -4,10 +4,10 @@ use crate::jobs::{Jobs, lock};
 use crate::throttle::{GroupSpec, Groups};
 use crate::vhost;
 use anyhow::{Context, Result, bail};
-use blockfmt::disk::{SnapshotNode, snapshot_tree};
+use blockfmt::disk::{RegistryStats, SnapshotNode, snapshot_tree};
 use blockfmt::job::{self, Migration, Mirror, MirrorMode};
-use blockfmt::nbd::{Export, ExportInfo, Server};
-use blockfmt::{CreateOptions, Disk, Format, LuksOptions, OpenOptions, OpenPolicy, Secret};
+use blockfmt::nbd::{Export, ExportInfo, Server, Uri};
+use blockfmt::{CreateOptions, Disk, Format, LuksOptions, OpenOptions, OpenPolicy, Registry, Secret};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -38,6 +38,13 @@ pub struct ExportSpec {
     /// snapshots and copies, is encrypted with the first one.
     #[serde(default, rename = "secret-files")]
     pub secret_files: Vec<PathBuf>,
+    /// Leave the image as it is: what is written goes to a file in this directory that vanishes with the export.
+    #[serde(default, rename = "non-persistent")]
+    pub non_persistent: Option<PathBuf>,
+    /// Share the images below this one, and what is known of where their bytes are, with other exports that say so.
+    /// Nothing can be merged into them then.
+    #[serde(default, rename = "share-bases")]
+    pub share_bases: bool,
     /// The socket of a vhost-user-blk device for this disk, besides NBD.
     #[serde(default)]
     pub vhost: Option<PathBuf>,
@@ -58,6 +65,7 @@ impl FromStr for ExportSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut name, mut path, mut format, mut vhost) = (None, None, None, None);
         let (mut readonly, mut queues) = (false, default_queues());
+        let (mut share_bases, mut non_persistent) = (false, None);
         let (mut bitmaps, mut secret_files, mut allow) = (Vec::new(), Vec::new(), Vec::new());
         for part in text.split(',') {
             match part.split_once('=') {
@@ -65,6 +73,7 @@ impl FromStr for ExportSpec {
                 Some(("path", value)) => path = Some(PathBuf::from(value)),
                 Some(("format", value)) => format = Some(value.to_owned()),
                 Some(("bitmap", value)) => bitmaps.push(value.to_owned()),
+                Some(("non-persistent", value)) => non_persistent = Some(PathBuf::from(value)),
                 Some(("allow", value)) => allow.push(PathBuf::from(value)),
                 Some(("secret-file", value)) => secret_files.push(PathBuf::from(value)),
                 Some(("secret-fd", value)) => {
@@ -76,8 +85,9 @@ impl FromStr for ExportSpec {
                     queues = value.parse().map_err(|_| format!("queues={value} is not a number"))?;
                 }
                 None if part == "readonly" => readonly = true,
+                None if part == "share-bases" => share_bases = true,
                 _ => {
-                    let known = "name=, path=, format=, bitmap=, allow=, secret-file=, secret-fd=, vhost=, queues= and readonly";
+                    let known = "name=, path=, format=, bitmap=, allow=, secret-file=, secret-fd=, non-persistent=, vhost=, queues=, share-bases and readonly";
                     return Err(format!("{part:?} is none of {known}"));
                 }
             }
@@ -91,6 +101,8 @@ impl FromStr for ExportSpec {
             bitmaps,
             allow,
             secret_files,
+            non_persistent,
+            share_bases,
             vhost,
             queues,
         })
@@ -138,7 +150,8 @@ pub enum Mode {
 pub struct CopySpec {
     /// The export.
     pub name: String,
-    /// The image to create. It must not exist.
+    /// The image to create, which must not exist; or the URI of an NBD export, which must (not to migrate by
+    /// redirection).
     pub path: PathBuf,
     /// Its format.
     pub format: String,
@@ -159,13 +172,13 @@ impl CopySpec {
         matches!(self.mode, Mode::Redirect)
     }
 
-    /// Creates the image and opens it.
+    /// Creates the image, unless it is an export elsewhere, and opens it.
     fn create(&self, source: &Exported) -> Result<Disk> {
         let format: Format = self.format.parse()?;
-        source
-            .create_options(format)?
-            .create(&self.path)
-            .with_context(|| format!("Cannot create {}", self.path.display()))?;
+        let create = source.create_options(format)?;
+        if !self.path.to_str().is_some_and(Uri::matches) {
+            create.create(&self.path).with_context(|| format!("Cannot create {}", self.path.display()))?;
+        }
         let options = OpenOptions::new(format);
         Ok(source.secret.iter().cloned().fold(options, OpenOptions::secret).open(&self.path)?)
     }
@@ -203,6 +216,7 @@ pub struct Exports {
     devices: Arc<Mutex<BTreeMap<String, vhost::Export>>>,
     jobs: Arc<Jobs>,
     groups: Arc<Mutex<Groups>>,
+    bases: Registry,
 }
 
 impl Exports {
@@ -213,6 +227,7 @@ impl Exports {
             devices: Arc::default(),
             jobs: Arc::default(),
             groups: Arc::default(),
+            bases: Registry::new(),
         }
     }
 
@@ -227,7 +242,13 @@ impl Exports {
         let secrets = spec.secret_files.iter().map(|path| Secret::from_file(path));
         let secrets = secrets.collect::<blockfmt::Result<Vec<_>>>()?;
         let policy = OpenPolicy::same_directory().allow(&spec.allow);
-        let options = OpenOptions::new(format).read_only(spec.readonly).policy(policy);
+        let mut options = OpenOptions::new(format).read_only(spec.readonly).policy(policy);
+        if spec.share_bases {
+            options = options.registry(&self.bases);
+        }
+        if let Some(directory) = &spec.non_persistent {
+            options = options.non_persistent(directory);
+        }
         let disk = secrets.iter().cloned().fold(options, OpenOptions::secret).open(&spec.path);
         let disk = disk.with_context(|| format!("Cannot export {}", spec.path.display()))?;
         let layer = disk.layers().remove(0);
@@ -257,6 +278,11 @@ impl Exports {
         let secret = secrets.into_iter().next();
         disks.insert(spec.name.clone(), Exported { disk, secret });
         Ok(())
+    }
+
+    /// How well exports share bases.
+    pub fn stats(&self) -> RegistryStats {
+        self.bases.stats()
     }
 
     pub fn jobs(&self) -> &Jobs {

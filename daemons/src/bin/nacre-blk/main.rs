@@ -47,8 +47,9 @@ struct Args {
     /// Export a disk: name=NAME,path=PATH,format=FORMAT and, after commas, any of readonly, bitmap=NAME (a dirty
     /// bitmap that NBD clients may read), allow=PATH (a file, or a directory of files, that headers may name besides
     /// files of their own directory), secret-file=FILE and secret-fd=FD (where a passphrase of an encrypted
-    /// image is, every byte of it, for this image and those below), vhost=SOCKET (a vhost-user-blk device for one virtual machine, besides
-    /// NBD), queues=N (of this device); may be repeated.
+    /// image is, every byte of it, for this image and those below), non-persistent=DIRECTORY (what is written goes to a file there that
+    /// vanishes with the export), share-bases (with other exports that say so), vhost=SOCKET (a vhost-user-blk device
+    /// for one virtual machine, besides NBD), queues=N (of this device); may be repeated.
     #[arg(long, value_name = "EXPORT")]
     export: Vec<ExportSpec>,
     /// Listen for NBD clients on this Unix socket; may be repeated.
@@ -63,7 +64,7 @@ struct Args {
     /// Clients have to prove who they are with a certificate signed by those in ca-cert.pem.
     #[arg(long, requires = "tls_certificates")]
     tls_verify_peer: bool,
-    /// Take commands (one JSON object a line: add, remove, list, tree, resize, throttle, snapshot, roll-back,
+    /// Take commands (one JSON object a line: add, remove, list, tree, stats, resize, throttle, snapshot, roll-back,
     /// delete-snapshot, mirror, migrate, backup, commit, stream, jobs, cancel) on this Unix socket.
     #[arg(long, value_name = "SOCKET")]
     api: Option<PathBuf>,

@@ -98,7 +98,10 @@ impl Copy {
 
     /// Runs a command of `nacre-blk` to its end.
     fn remote(&self, socket: &Path, mut command: serde_json::Value) -> Result<Outcome> {
-        let target = std::path::absolute(&self.target)?;
+        let target = match self.is_remote() {
+            true => self.target.clone(),
+            false => std::path::absolute(&self.target)?,
+        };
         command["name"] = json!(self.source);
         command["path"] = json!(target);
         command["format"] = json!(self.target_format);
