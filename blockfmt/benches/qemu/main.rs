@@ -39,6 +39,13 @@ impl Bench {
         self.dir.join(name)
     }
 
+    /// Removes images that are not needed any more: they may lie in memory.
+    fn remove(&self, names: &[&str]) {
+        for name in names {
+            let _ = std::fs::remove_file(self.at(name)); // its case may have been left out
+        }
+    }
+
     fn wanted(&self, name: &str) -> bool {
         self.filters.is_empty() || self.filters.iter().any(|f| name.contains(f.as_str()))
     }
@@ -271,7 +278,12 @@ fn run(bench: &Bench) {
         let one = Load { count: 50_000, depth: 1, ..read };
         bench.case(&format!("chain of {depth}, read qd1"), one, Format::Qcow2, chain);
     }
+    for n in 1..32 {
+        bench.remove(&[&format!("link{n}.qcow2")]);
+    }
     jobs::conversions(bench);
+    bench.remove(&["base.raw", "out"]);
     jobs::chains(bench);
+    bench.remove(&["base.qcow2", "top.qcow2", "copy.qcow2"]);
     jobs::exports(bench);
 }
