@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use common::{drain, port, udp};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use vswitch::{Endpoint, PortConfig, PortId, StreamMode, Switch, VhostUserOptions, VhostUserPort};
+use vswitch::{
+    Burst, Endpoint, Port, PortConfig, PortId, StreamMode, Switch, VhostUserOptions, VhostUserPort,
+};
 
 const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 28 | 1 << 15;
 const LOG_ALL: u64 = 1 << 26;
@@ -409,6 +411,32 @@ fn a_guest_reconnects_to_a_new_switch_with_its_rings() {
     // Stopping a queue tells where it stands; it starts again from there.
     g.send(11, &pair(1, 0), &[]);
     assert_eq!(g.reply(), pair(1, 4));
+}
+
+/// Buffers are given back in order and after what came of them, so the used index alone tells a successor where to go
+/// on: no record of descriptors in flight is needed.
+#[test]
+fn frames_that_a_dying_switch_had_taken_are_taken_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let port = VhostUserPort::new(&VhostUserOptions::new(&path, StreamMode::Listen)).unwrap();
+    let mut g = Guest::connect(&path, FEATURES, None);
+    for slot in 0..5 {
+        g.transmit(slot, &udp(1, 2, slot, 4));
+    }
+    let mut burst = Burst::new();
+    port.receive(0, &mut burst);
+    assert_eq!((burst.len(), g.used_index(1)), (5, 0));
+    // It ends here, with the burst on its way.
+    let (memory, avail) = (g.memory.try_clone().unwrap(), g.avail);
+    drop((burst, port, g));
+    let f = fixture();
+    let mut g = f.connect(FEATURES, Some(memory));
+    g.avail = avail;
+    f.link(true);
+    f.switch.poll();
+    assert_eq!(drain(&f.end), (0..5).map(|n| udp(1, 2, n, 4)).collect::<Vec<_>>());
+    assert_eq!(g.used_index(1), 5);
 }
 
 #[test]
