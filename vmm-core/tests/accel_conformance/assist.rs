@@ -60,6 +60,42 @@ pub fn what_kvm_cannot_emulate_is_executed(target: &Target) {
     assert_eq!(assisted >= 2 * rounds, KvmHypervisor::is_software(), "{assisted} instructions");
 }
 
+/// Assistance does not touch the guest's time: its counter goes on from instruction to instruction.
+pub fn time_goes_on(target: &Target) {
+    let mut machine = Machine::long64(target, |a| {
+        let mut again = a.create_label();
+        a.mov(ebp, ROUNDS).unwrap();
+        a.xor(ebx, ebx).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.rdtsc().unwrap();
+        a.shl(rdx, 32).unwrap();
+        a.or(rax, rdx).unwrap();
+        // How much it went on since the last round, and whether it went back.
+        a.mov(rcx, rax).unwrap();
+        a.sub(rcx, rbx).unwrap();
+        a.cmp(rax, rbx).unwrap();
+        a.setb(dl).unwrap();
+        a.movzx(edx, dl).unwrap();
+        a.add(r12, rdx).unwrap();
+        a.mov(rbx, rax).unwrap();
+        a.mov(qword_ptr(rbp * 8 + COUNTERS as i32), rcx).unwrap();
+        a.paddq(xmm0, xmm1).unwrap();
+        a.dec(ebp).unwrap();
+        a.jnz(again).unwrap();
+        done(a);
+    });
+    let before = machine.cpu.state().unwrap().tsc;
+    machine.run_to_end();
+    let end = machine.cpu.state().unwrap();
+    assert_eq!(end.gpr[12], 0, "the counter went back");
+    assert!(end.tsc >= before);
+    // Less than a minute between two rounds, at any frequency.
+    for round in 1..ROUNDS as u64 {
+        let passed = machine.memory.read_obj::<u64>(COUNTERS + 8 * round).unwrap();
+        assert!(passed < 60 << 32, "{passed} in round {round}");
+    }
+}
+
 /// What the software CPU writes for KVM is in the dirty pages that KVM reports.
 pub fn assisted_writes_are_dirty(target: &Target) {
     let mut machine = machine(target);

@@ -62,7 +62,8 @@ mod kvm_assisted {
     conformance!(crate::harness::kvm_assisted());
     tests! {
         crate::harness::kvm_assisted();
-        assist: what_kvm_cannot_emulate_is_executed assisted_writes_are_dirty what_neither_knows_is_a_fault;
+        assist: what_kvm_cannot_emulate_is_executed time_goes_on assisted_writes_are_dirty
+            what_neither_knows_is_a_fault;
     }
 }
 
