@@ -95,7 +95,8 @@ def cpu(pid):
 def measure(pid, seconds):
     """Gbit/s, processor seconds of the switch a gigabyte, median round trip in microseconds, share of a core at rest."""
     run(*inside(0, "ping", "-c", "1", "-w", "20", "10.77.0.2"))
-    server = subprocess.Popen(inside(1, "iperf3", "-s", "-1"), stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(inside(1, "iperf3", "-s", "-1"), stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
     try:
         time.sleep(0.5)
         before = cpu(pid)

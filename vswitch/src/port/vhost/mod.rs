@@ -1,4 +1,8 @@
 //! vhost-user port: the back-end of a guest's virtio-net device.
+//!
+//! Buffers are given back in the order in which the guest offered them, and only after what they held was sent on or
+//! copied. So the used index alone tells where the successor of a switch that died goes on, and no record of descriptors
+//! in flight (`INFLIGHT_SHMFD`) is needed.
 
 mod memory;
 mod message;
