@@ -27,6 +27,10 @@ transaction, then the lease is revoked. A hand-over makes another client the own
 step and then takes the lock there; the peers' is a release followed by an acquisition, sanlock's by the same host,
 since `sanlock direct` cannot take what another host had.
 
+What they wait for: ours writes through to the disk three times, one after the other, to take a lock (two phases of
+Disk Paxos and the leader record) and twice to give it back; etcd appends to its log twice (lease, transaction) and once.
+On a file in memory (--dir /dev/shm) only the programs are compared.
+
 Needs the Debian packages sanlock and etcd-server.
 
 Examples:
