@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -74,6 +74,25 @@ fn the_journal_only_grows_and_drops_a_torn_last_line() {
     assert_eq!(journal.append(event("vm.lost", Severity::Warning)).unwrap().id, 4);
     let ids: Vec<u64> = Journal::read(&path, 2, 10).unwrap().iter().map(|e| e.id).collect();
     assert_eq!(ids, [3, 4]);
+}
+
+#[test]
+fn an_event_is_printed_on_a_console_and_one_that_nobody_reads_escalates() {
+    let dir = tempfile::tempdir().unwrap();
+    let [read, unread] = ["read", "unread"].map(|name| {
+        let path = dir.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
+    });
+    let mut open = std::fs::OpenOptions::new();
+    let mut console = open.read(true).custom_flags(libc::O_NONBLOCK).open(&read).unwrap();
+    let actions = vec![Action::Console(unread), Action::Console(read)];
+    let runner = ActionRunner::new(vec![Rule { kind: "vm.".into(), severity: Severity::Warning, actions }]);
+    let failures = runner.answer(&event("vm.gave-up", Severity::Error));
+    assert_eq!(failures.iter().map(|f| f.0).collect::<Vec<_>>(), [0]);
+    let mut line = [0; 256];
+    let n = console.read(&mut line).unwrap();
+    assert_eq!(std::str::from_utf8(&line[..n]).unwrap(), "nacre: Error: vm.gave-up: host 3: Fenced\r\n");
 }
 
 #[test]

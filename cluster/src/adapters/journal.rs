@@ -6,6 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -62,6 +63,15 @@ pub enum JournalError {
     /// A script could not be run, failed, or took too long.
     #[error("Action script failed; run it by hand to see why")]
     Script(#[source] fence_agent::AgentError),
+    /// A console could not be written.
+    #[error("Console {} cannot be written", .path.display())]
+    Console {
+        /// The console.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// A webhook was not accepted.
     #[error("Webhook was not accepted: {0}")]
     Webhook(String),
@@ -143,6 +153,8 @@ pub enum Action {
         /// The path, for example `/api/v2/alerts`.
         path: String,
     },
+    /// Print the event in one line on a terminal or pipe, for example `/dev/console`.
+    Console(PathBuf),
 }
 
 /// Answers events with actions. If an action fails, the next one is tried: they escalate.
@@ -190,6 +202,9 @@ fn run(action: &Action, event: &Event) -> Result<(), JournalError> {
     match action {
         Action::Script { program, seconds } => script(program, *seconds, event),
         Action::Webhook { address, path } => webhook(address, path, event),
+        Action::Console(path) => {
+            console(path, event).map_err(|source| JournalError::Console { path: path.clone(), source })
+        }
     }
 }
 
@@ -208,6 +223,14 @@ fn script(program: &Path, seconds: u64, event: &Event) -> Result<(), JournalErro
     }
     let status = fence_agent::wait(&mut child, Duration::from_secs(seconds)).map_err(JournalError::Script)?;
     if status.success() { Ok(()) } else { Err(JournalError::Script(AgentError::Failed(status))) }
+}
+
+/// Writes without waiting: a console that nobody reads is a failure.
+fn console(path: &Path, event: &Event) -> io::Result<()> {
+    let mut out =
+        OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let Event { severity, kind, subject, message, .. } = event;
+    out.write_all(format!("nacre: {severity:?}: {kind}: {subject}: {message}\r\n").as_bytes())
 }
 
 fn webhook(address: &str, path: &str, event: &Event) -> Result<(), JournalError> {
