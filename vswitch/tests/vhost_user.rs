@@ -379,7 +379,7 @@ fn malformed_messages_end_the_connection_only() {
         s.write_all(m).unwrap();
         assert_eq!(s.read(&mut [0; 16]).unwrap_or(0), 0);
     }
-    f.connect(FEATURES, None);
+    let _guest = f.connect(FEATURES, None);
     f.link(true);
 }
 
