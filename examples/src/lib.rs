@@ -10,7 +10,7 @@ use nacre_engine::vmm_core::machine::VmConfig;
 /// Mounts what a script needs and loads the virtio modules of the initrd.
 const PROLOGUE: &str = "#!/bin/sh
 mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sys /sys
-while read -r m; do insmod \"/modules/$m.ko\"; done </modules/order 2>/dev/null
+while read -r m; do insmod \"/modules/$m\"; done </modules/order 2>/dev/null
 exec </dev/null >/dev/ttyS0 2>&1
 ";
 

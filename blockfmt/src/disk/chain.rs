@@ -1,6 +1,6 @@
 //! Changing the chain of a disk that is in use.
 
-use super::{CreateOptions, Disk, State};
+use super::{CreateOptions, Disk, Observer, State};
 use crate::storage::LockMode;
 use crate::{BackingRef, Error, Layer, Result, Storage};
 use std::path::Path;
@@ -32,10 +32,12 @@ impl Disk {
         f(&closed.get().layers)
     }
 
-    /// Replaces the layers between two requests, after `prepare` succeeded.
+    /// Replaces the layers between two requests, after `prepare` succeeded. Of what happens to the new ones, `observer`
+    /// sees nothing.
     pub(crate) fn switch_layers(
         &self,
         layers: Vec<Arc<dyn Layer>>,
+        observer: Option<&Arc<dyn Observer>>,
         prepare: impl FnOnce(&[Arc<dyn Layer>]) -> Result<()>,
     ) -> Result<()> {
         let mut closed = self.0.gate.close();
@@ -44,7 +46,8 @@ impl Disk {
         if !old.read_only() && !layers.iter().any(|l| Arc::ptr_eq(l, &old)) {
             old.close()?;
         }
-        let observers = closed.get().observers.clone();
+        let mut observers = closed.get().observers.clone();
+        observers.retain(|o| !observer.is_some_and(|gone| Arc::ptr_eq(o, gone)));
         closed.set(Arc::new(State { layers, observers }));
         Ok(())
     }
@@ -167,11 +170,14 @@ impl Disk {
 
     /// A disk over layers that belong to another one; they are not closed with it.
     pub(crate) fn borrow_layers(layers: Vec<Arc<dyn Layer>>) -> Result<Self> {
-        let mut disk = Disk::from_layers(layers, false)?;
-        if let Some(inner) = Arc::get_mut(&mut disk.0) {
-            inner.close_on_drop = false;
-        }
+        let disk = Disk::from_layers(layers, false)?;
+        disk.give_layers_away();
         Ok(disk)
+    }
+
+    /// From now on the layers belong to another disk, whose requests a close of this one must not meet.
+    pub(crate) fn give_layers_away(&self) {
+        self.0.close_on_drop.store(false, Ordering::Release);
     }
 
     /// Makes layer number `index` writable, by opening its file again if it was opened for reading.
@@ -224,7 +230,7 @@ impl Disk {
         child.set_backing(reference.as_ref())?;
         let mut rest = layers[..from].to_vec();
         rest.extend_from_slice(layers.get(to..).unwrap_or_default());
-        self.switch_layers(rest, |_| Ok(()))?;
+        self.switch_layers(rest, None, |_| Ok(()))?;
         self.settle()
     }
 
@@ -234,7 +240,7 @@ impl Disk {
         top.set_backing(reference)?;
         let mut layers = vec![top];
         layers.extend_from_slice(new);
-        self.switch_layers(layers, |_| Ok(()))
+        self.switch_layers(layers, None, |_| Ok(()))
     }
 
     /// Closes the layers below the active one that a job made writable, and lets others read them.

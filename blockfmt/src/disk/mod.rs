@@ -100,7 +100,7 @@ struct Inner {
     gate: Gate<Arc<State>>,
     read_only: bool,
     /// Whether the layers belong to this disk.
-    close_on_drop: bool,
+    close_on_drop: AtomicBool,
     /// How the disk was opened, to open its layers again and others beside them.
     options: OpenOptions,
     /// Whether a job counts on the chain to stay as it is.
@@ -134,7 +134,7 @@ impl Disk {
         Ok(Disk(Arc::new(Inner {
             gate: Gate::new(state),
             read_only,
-            close_on_drop: true,
+            close_on_drop: AtomicBool::new(true),
             options: OpenOptions::new(Format::Raw),
             claimed: AtomicBool::new(false),
             throttled: AtomicBool::new(false),
@@ -327,7 +327,7 @@ impl Disk {
 impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.gate.enter();
-        if self.close_on_drop
+        if self.close_on_drop.load(Ordering::Acquire)
             && !self.read_only
             && let Err(error) = state.top().close()
         {

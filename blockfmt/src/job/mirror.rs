@@ -155,11 +155,17 @@ impl Mirror {
         source.while_closed(|layers| self.complete(Below::new(layers), control))
     }
 
-    /// Completes the copy and makes the source disk use the target's layers from the next request on.
+    /// Completes the copy and makes the source disk use the target's layers from the next request on. They belong to
+    /// the source then: handles to the target are to be dropped, which does not close the layers any more.
     pub fn pivot(self, control: &JobControl) -> Result<()> {
         let target = self.shared.target.layers();
         let source = self.source.clone();
-        source.switch_layers(target, |layers| self.complete(Below::new(layers), control))
+        // A request on the target's layers that this observer saw would copy them to themselves, and undo others.
+        source.switch_layers(target, Some(&self.observer), |layers| {
+            self.complete(Below::new(layers), control)?;
+            self.shared.target.give_layers_away();
+            Ok(())
+        })
     }
 
     /// Copies every granule that is marked, after `before` allowed that many bytes.
