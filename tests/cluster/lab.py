@@ -226,9 +226,12 @@ class Lab:
         reply = self.ask(n, "status") if self.is_on(n) else None
         return reply.get("status") if reply else None
 
-    def ready(self, *hosts):
-        """All of these hosts are quorate, hold their leases and agree on the coordinator."""
+    def ready(self, *hosts, power_on=None):
+        """All of these hosts are quorate, hold their leases and agree on the coordinator. The host `power_on` is switched
+        on whenever it is found off."""
         def check():
+            if power_on and not self.is_on(power_on):
+                self.power_on(power_on)
             all_ = [self.status(n) for n in hosts]
             good = all(s and s["quorate"] and s["leases"][0]["generation"] for s in all_)
             return good and len({s["coordinator"] for s in all_}) == 1 and all_[0]["coordinator"] in hosts
