@@ -44,6 +44,8 @@ pub enum Mutant {
     NoRestartLimit,
     /// Failed hosts are never fenced nor their VMs restarted.
     FailureIgnored,
+    /// A host that comes back counts as isolated since its former life was.
+    IsolationOutlivesReboot,
     /// VMs are started although the cluster is shut down.
     HaltIgnored,
     /// A guest that has stopped sending heartbeats is left alone.
@@ -82,7 +84,7 @@ impl Mutant {
     ];
 
     /// The planted bugs that the simulator of whole clusters finds.
-    pub const CLUSTER: [Mutant; 20] = [
+    pub const CLUSTER: [Mutant; 21] = [
         Mutant::RenewalCountedFromCompletion,
         Mutant::GenerationNotRaised,
         Mutant::DeadTimeWithoutWatchdog,
@@ -98,6 +100,7 @@ impl Mutant {
         Mutant::AdmissionIgnoresReserve,
         Mutant::NoRestartLimit,
         Mutant::FailureIgnored,
+        Mutant::IsolationOutlivesReboot,
         Mutant::HaltIgnored,
         Mutant::HeartbeatLossIgnored,
         Mutant::StallIgnored,

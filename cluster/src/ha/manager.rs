@@ -19,9 +19,9 @@ const AVOIDANCE: Millis = 30_000;
 const MAX_UPDATES: usize = 100;
 
 #[derive(Clone, Debug)]
-struct HostInfo {
-    report: Report,
-    at: Time,
+pub(super) struct HostInfo {
+    pub(super) report: Report,
+    pub(super) at: Time,
 }
 
 /// Keeps every VM that should run running, on the coordinator.
@@ -30,14 +30,15 @@ pub struct HaManager {
     pub(super) config: HaConfig,
     token: Option<u64>,
     pub(super) state: ClusterState,
-    loaded: bool,
+    pub(super) loaded: bool,
     since: Time,
     op: OpId,
-    pending: Option<(OpId, Time, Vec<Update>)>,
+    pub(super) pending: Option<(OpId, Time, Vec<Update>)>,
     dirty: Vec<Update>,
-    reports: BTreeMap<HostId, HostInfo>,
+    pub(super) reports: BTreeMap<HostId, HostInfo>,
     history: RestartHistory,
-    isolated_since: BTreeMap<HostId, Time>,
+    /// The life that is isolated, and since when.
+    pub(super) isolated_since: BTreeMap<HostId, (u64, Time)>,
     sent: BTreeMap<VmId, Time>,
     changed: BTreeMap<VmId, Time>,
     avoid: BTreeMap<VmId, (HostId, Time)>,
@@ -146,43 +147,7 @@ impl HaManager {
         out.push(HaOutput::Load { op: self.op });
     }
 
-    fn on_report(&mut self, now: Time, report: Report) {
-        let host = report.from.host;
-        let known = self.reports.get(&host).map(|i| (i.report.from.generation, i.report.seq));
-        if known.is_some_and(|known| (report.from.generation, report.seq) <= known) {
-            return;
-        }
-        if self.loaded && self.pending.is_none() {
-            let record = self.host_mut(host);
-            if (record.boot, record.capacity, record.watchdog)
-                != (report.from.generation, report.capacity, report.watchdog)
-            {
-                let mut new = record.clone();
-                new.boot = report.from.generation;
-                new.capacity = report.capacity;
-                new.watchdog = report.watchdog;
-                self.write_host(host, new);
-            }
-        }
-        self.reports.insert(host, HostInfo { report, at: now });
-    }
-
-    fn on_gone(&mut self, target: Incarnation, generations: &[u64]) {
-        if !self.loaded {
-            return;
-        }
-        let mut record = self.host_mut(target.host).clone();
-        record.gone_boot = record.gone_boot.max(target.generation);
-        if record.gone.len() < generations.len() {
-            record.gone.resize(generations.len(), 0);
-        }
-        for (old, new) in record.gone.iter_mut().zip(generations) {
-            *old = (*old).max(*new);
-        }
-        self.write_host(target.host, record);
-    }
-
-    fn host_mut(&mut self, host: HostId) -> &mut HostRecord {
+    pub(super) fn host_mut(&mut self, host: HostId) -> &mut HostRecord {
         self.state.hosts.entry(host).or_default()
     }
 
@@ -197,38 +162,6 @@ impl HaManager {
         self.sent.remove(&id);
         self.state.vms.insert(id, record.clone());
         self.dirty.push(Update::Vm(record));
-    }
-
-    /// Asks for fencing where a host is lost.
-    fn judge_hosts(&mut self, now: Time, view: &dyn ClusterView, out: &mut Vec<HaOutput>) {
-        if mutants::active(Mutant::FailureIgnored) {
-            return;
-        }
-        let may_fence = view.is_quorate() || mutants::active(Mutant::FenceWithoutQuorum);
-        let hosts: Vec<HostId> = self.state.hosts.keys().copied().collect();
-        for host in hosts {
-            let verdict = view.verdict(host);
-            // A host that does not hear us cannot be told anything: it is isolated in one direction.
-            let deaf = verdict == Verdict::Online && !view.is_mutual(host);
-            let isolated = verdict == Verdict::Isolated || deaf;
-            let isolated_for = if isolated {
-                now.since(*self.isolated_since.entry(host).or_insert(now))
-            } else {
-                self.isolated_since.remove(&host);
-                0
-            };
-            let record = &self.state.hosts[&host];
-            let lost = matches!(verdict, Verdict::Suspect | Verdict::Dead)
-                || isolated && isolated_for >= self.config.isolation;
-            let boot = record.boot.max(view.boot(host));
-            let over = record.gone_boot >= boot;
-            // A host without VMs may still own locks, so it is fenced too.
-            if lost && !over && may_fence {
-                out.push(HaOutput::Fence(Incarnation { host, generation: boot }));
-            } else if !lost {
-                out.push(HaOutput::CancelFence(host));
-            }
-        }
     }
 
     /// Whether the life that a VM was given to is over.

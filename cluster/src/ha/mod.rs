@@ -6,6 +6,7 @@
 mod admission;
 mod evacuate;
 mod health;
+mod hosts;
 mod io;
 mod manager;
 mod records;

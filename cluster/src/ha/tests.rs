@@ -10,18 +10,28 @@ use super::{
 use crate::membership::Verdict;
 use crate::types::{HostId, Incarnation, Resources, Time, VmId};
 
-/// Host 2 is heard, and hears us or not.
-struct Hears(bool);
+/// What is known of host 2.
+#[derive(Clone, Copy)]
+struct Seen {
+    verdict: Verdict,
+    mutual: bool,
+    boot: u64,
+}
 
-impl ClusterView for Hears {
+/// Host 2 is heard, and hears us or not.
+fn hears(mutual: bool) -> Seen {
+    Seen { verdict: Verdict::Online, mutual, boot: 1 }
+}
+
+impl ClusterView for Seen {
     fn verdict(&self, _: HostId) -> Verdict {
-        Verdict::Online
+        self.verdict
     }
     fn is_mutual(&self, _: HostId) -> bool {
-        self.0
+        self.mutual
     }
     fn boot(&self, _: HostId) -> u64 {
-        1
+        self.boot
     }
     fn is_quorate(&self) -> bool {
         true
@@ -33,9 +43,9 @@ fn a_host_that_does_not_hear_the_coordinator_is_fenced_after_the_patience_for_is
     let config = HaConfig::default();
     let isolation = config.isolation;
     let mut manager = HaManager::new(config);
-    let mut step = |now, input, hears| {
+    let mut step = |now, input, mutual| {
         let mut out = Vec::new();
-        manager.step(Time(now), input, &Hears(hears), &mut out);
+        manager.step(Time(now), input, &hears(mutual), &mut out);
         out
     };
     let out = step(0, HaInput::Elected { token: 1 }, true);
@@ -53,11 +63,40 @@ fn a_host_that_does_not_hear_the_coordinator_is_fenced_after_the_patience_for_is
 }
 
 #[test]
+fn a_new_life_of_a_host_that_was_fenced_while_isolated_has_all_of_the_patience_again() {
+    let config = HaConfig::default();
+    let isolation = config.isolation;
+    let mut manager = HaManager::new(config);
+    let mut step = |now, input, seen| {
+        let mut out = Vec::new();
+        manager.step(Time(now), input, &seen, &mut out);
+        out
+    };
+    let fence = |generation| HaOutput::Fence(Incarnation { host: HostId(2), generation });
+    let isolated = Seen { verdict: Verdict::Isolated, mutual: false, boot: 1 };
+    let [HaOutput::Load { op }] = step(0, HaInput::Elected { token: 1 }, isolated)[..] else { panic!() };
+    let mut state = ClusterState::default();
+    state.hosts.insert(HostId(2), HostRecord { boot: 1, ..HostRecord::default() });
+    step(1, HaInput::Loaded { op, state: Some(state) }, isolated);
+    assert!(step(1 + isolation, HaInput::Tick, isolated).contains(&fence(1)));
+    let gone = HaInput::Gone { target: Incarnation { host: HostId(2), generation: 1 }, generations: vec![] };
+    let out = step(2 + isolation, gone, isolated);
+    let op = out.iter().find_map(|o| if let HaOutput::Write { op, .. } = o { Some(*op) } else { None });
+    let written = HaInput::Written { op: op.expect("the end is written"), result: WriteResult::Done };
+    step(3 + isolation, written, isolated);
+    // It is switched on before its old lease has run out, and does not hear us yet.
+    let new = Seen { verdict: Verdict::Online, mutual: false, boot: 2 };
+    assert!(!step(4 + isolation, HaInput::Tick, new).contains(&fence(2)));
+    assert!(!step(3 + 2 * isolation, HaInput::Tick, new).contains(&fence(2)));
+    assert!(step(4 + 2 * isolation, HaInput::Tick, new).contains(&fence(2)));
+}
+
+#[test]
 fn the_loss_of_a_host_with_many_vms_is_written_in_parts_that_a_store_takes() {
     let mut manager = HaManager::new(HaConfig::default());
     let mut step = |now, input| {
         let mut out = Vec::new();
-        manager.step(Time(now), input, &Hears(true), &mut out);
+        manager.step(Time(now), input, &hears(true), &mut out);
         out
     };
     let [HaOutput::Load { mut op }] = step(0, HaInput::Elected { token: 1 })[..] else { panic!() };
@@ -107,11 +146,11 @@ fn a_shut_down_cluster_stops_dependents_first_starts_nothing_and_begins_again() 
     let (mut running, mut log) = (BTreeSet::from([(VmId(1), 1), (VmId(2), 1)]), Vec::new());
     for now in 1..200 {
         match now {
-            50 => manager.request(Time(now), Request::Halt(true), &Hears(true)).unwrap(),
+            50 => manager.request(Time(now), Request::Halt(true), &hears(true)).unwrap(),
             100 => {
                 assert!(running.is_empty(), "{running:?}");
                 assert!(manager.state().unwrap().vms.values().all(|v| v.wanted && v.place.is_none()));
-                manager.request(Time(now), Request::Halt(false), &Hears(true)).unwrap();
+                manager.request(Time(now), Request::Halt(false), &hears(true)).unwrap();
             }
             _ => {}
         }
@@ -132,7 +171,7 @@ fn a_shut_down_cluster_stops_dependents_first_starts_nothing_and_begins_again() 
         }));
         for input in core::mem::take(&mut inputs) {
             let mut out = Vec::new();
-            manager.step(Time(now), input, &Hears(true), &mut out);
+            manager.step(Time(now), input, &hears(true), &mut out);
             for output in out {
                 match output {
                     HaOutput::Load { op } => inputs.push(HaInput::Loaded { op, state: Some(state.clone()) }),

@@ -9,6 +9,7 @@ use super::world::{TIMING, WITNESS, World};
 use crate::fence::{Evidence, FenceAction};
 use crate::ha::{ClusterState, VmPhase};
 use crate::lease::LeaseStatus;
+use crate::membership::MembershipConfig;
 use crate::node::Node;
 use crate::types::{HostId, Incarnation, ResourceId, Time, Token, VmId};
 
@@ -25,6 +26,8 @@ pub enum Violation {
     NotRestarted(VmId),
     /// A host without quorum switched another one off.
     MinorityFenced(HostId, HostId),
+    /// A life of a host was fenced before anything of it could have been missed.
+    FencedYoung(Incarnation),
     /// A healthy host of the majority was reset.
     HealthyReset(HostId),
     /// A VM was admitted into the reserve.
@@ -61,6 +64,9 @@ impl fmt::Display for Violation {
             }
             Violation::NotRestarted(vm) => write!(f, "VM {} was not restarted in time", vm.0),
             Violation::MinorityFenced(a, b) => write!(f, "{a} fenced {b} without quorum"),
+            Violation::FencedYoung(i) => {
+                write!(f, "{} boot {} was fenced as soon as it came", i.host, i.generation)
+            }
             Violation::HealthyReset(h) => write!(f, "{h} was reset although it was healthy"),
             Violation::ReserveEaten(h) => write!(f, "the VMs of {h} no longer fit on the other hosts"),
             Violation::PlacedWhileHalted(vm) => write!(f, "VM {} was started in a halted cluster", vm.0),
@@ -200,6 +206,16 @@ impl World {
         let quorate = self.hosts[host].node.as_ref().is_some_and(|n| n.is_quorate());
         if action == FenceAction::Off && !quorate {
             self.violate(Violation::MinorityFenced(HostId(host as u16 + 1), target));
+        }
+    }
+
+    /// Nothing is known against a life that is younger than the time after which a silent host is suspect.
+    pub(super) fn check_age(&mut self, target: Incarnation) {
+        let h = &self.hosts[index(target.host)];
+        let silence = MembershipConfig::new(target.host, Vec::new()).timeout();
+        // The clocks of two hosts differ by less than a tenth.
+        if h.powered && h.boot == target.generation && self.now - h.booted_at < silence - silence / 10 {
+            self.violate(Violation::FencedYoung(target));
         }
     }
 

@@ -106,6 +106,7 @@ impl World {
             NodeOutput::DisarmWatchdog => self.hosts[host].watchdog_at = None,
             NodeOutput::Reset => self.reset(host),
             NodeOutput::Vm { vm, epoch, action } => self.vm_action(host, vm, epoch, action),
+            NodeOutput::FencingStarted(target) => self.check_age(target),
             NodeOutput::Fenced(target, evidence) => self.check_fenced(target, evidence),
             NodeOutput::Locked(resource, token) => self.check_token(resource, token),
             NodeOutput::WakeAt(at) => self.wake(host, at),
@@ -113,7 +114,6 @@ impl World {
             NodeOutput::LeaseLost(volume) => self.hosts[host].lease_over(usize::from(volume.0)),
             NodeOutput::HostChanged(..)
             | NodeOutput::Coordinating(_)
-            | NodeOutput::FencingStarted(_)
             | NodeOutput::FenceStuck(_)
             | NodeOutput::GaveUp(_)
             | NodeOutput::Left => {}
