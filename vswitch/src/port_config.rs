@@ -1,5 +1,6 @@
 //! What is configured on a port, apart from its kind.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use schemars::JsonSchema;
@@ -36,6 +37,14 @@ impl VlanSet {
     /// Adds one VLAN.
     pub fn insert(&mut self, vlan: u16) {
         self.0[usize::from(vlan >> 6) & 63] |= 1 << (vlan & 63);
+    }
+
+    /// The VLANs that are in both sets.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        let mut both = self.clone();
+        both.0.iter_mut().zip(other.0.iter()).for_each(|(a, b)| *a &= b);
+        both
     }
 
     /// Reads `"1-99,200"`; `"all"` and the empty text are allowed.
@@ -141,6 +150,13 @@ impl Default for VlanMode {
 }
 
 impl VlanMode {
+    /// The VLAN of frames without a tag that names one.
+    pub fn native(&self) -> u16 {
+        match self {
+            VlanMode::Access(v) | VlanMode::Tunnel(v) | VlanMode::Trunk { native: v, .. } => *v,
+        }
+    }
+
     /// Whether the port carries frames of `vlan`.
     #[inline]
     pub fn carries(&self, vlan: u16) -> bool {
@@ -192,6 +208,9 @@ pub struct Marking {
 pub struct PortConfig {
     /// Treatment of VLAN tags.
     pub vlan: VlanMode,
+    /// Name of the VLAN pool, in the switch's configuration, that the port's VLANs are of. A trunk that allows every
+    /// VLAN allows those of the pool.
+    pub vlan_pool: Option<String>,
     /// Most addresses learned on the port; zero: no limit.
     pub mac_limit: usize,
     /// Largest frame sent out of the port, without Ethernet header and tag; absent: no limit.
@@ -219,6 +238,16 @@ pub struct PortConfig {
     pub marking: Marking,
     /// Names of security groups. With at least one, only what a rule permits passes.
     pub security_groups: Vec<String>,
+}
+
+impl PortConfig {
+    /// Adds the bound addresses to those of the port's security groups.
+    pub(crate) fn add_to_groups(&self, members: &mut BTreeMap<String, Vec<IpPrefix>>) {
+        for g in &self.security_groups {
+            let ips = self.bindings.iter().flat_map(|b| b.ips.iter().copied());
+            members.entry(g.clone()).or_default().extend(ips);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -84,7 +84,10 @@ pub struct SecurityGroup {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SecurityGroups {
     pub groups: BTreeMap<String, SecurityGroup>,
+    /// Those of ports that other hosts' switches have included.
     pub members: BTreeMap<String, Vec<IpPrefix>>,
+    /// Those of such ports alone.
+    pub elsewhere: BTreeMap<String, Vec<IpPrefix>>,
 }
 
 impl SecurityGroups {

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
+use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -44,17 +45,17 @@ macro_rules! counters {
 
         impl PortStats {
             fn add(&mut self, w: &WorkerStats) {
-                $(self.$name += w.$name.get();)*
+                $(self.$name = self.$name.wrapping_add(w.$name.get());)*
                 for (sum, c) in self.rx_size.iter_mut().zip(&w.rx_size) {
-                    *sum += c.get();
+                    *sum = sum.wrapping_add(c.get());
                 }
             }
 
             /// Adds the counters of `other`, as when a port moves here with its history.
             pub fn merge(&mut self, other: &PortStats) {
-                $(self.$name += other.$name;)*
+                $(self.$name = self.$name.wrapping_add(other.$name);)*
                 for (sum, c) in self.rx_size.iter_mut().zip(&other.rx_size) {
-                    *sum += c;
+                    *sum = sum.wrapping_add(*c);
                 }
             }
 
@@ -95,12 +96,19 @@ counters! {
 #[derive(Debug)]
 pub(crate) struct StatsCell {
     workers: Box<[CachePadded<WorkerStats>]>,
-    base: PortStats,
+    /// What the port counted elsewhere.
+    history: Mutex<PortStats>,
 }
 
 impl StatsCell {
-    pub fn new(workers: usize, base: PortStats) -> Self {
-        Self { workers: (0..workers.max(1)).map(|_| CachePadded::default()).collect(), base }
+    pub fn new(workers: usize, history: PortStats) -> Self {
+        let history = Mutex::new(history);
+        Self { workers: (0..workers.max(1)).map(|_| CachePadded::default()).collect(), history }
+    }
+
+    /// Adds what the port counted elsewhere.
+    pub fn add_history(&self, more: &PortStats) {
+        self.history.lock().merge(more);
     }
 
     #[inline]
@@ -109,7 +117,7 @@ impl StatsCell {
     }
 
     pub fn sum(&self) -> PortStats {
-        let mut s = self.base.clone();
+        let mut s = self.history.lock().clone();
         self.workers.iter().for_each(|w| s.add(w));
         s
     }

@@ -1,6 +1,5 @@
 //! The switch: ports, workers and control operations.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
@@ -8,7 +7,6 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::address::IpPrefix;
 use crate::clock::{Clock, SECOND};
 use crate::config::Applied;
 use crate::datapath::thread::WorkerHandle;
@@ -41,6 +39,7 @@ pub struct SwitchBuilder {
     cores: Vec<usize>,
     clock: Clock,
     panel: PatchPanel,
+    host: Option<String>,
 }
 
 impl SwitchBuilder {
@@ -74,6 +73,13 @@ impl SwitchBuilder {
         self
     }
 
+    /// Name of this host in configurations that describe the switches of several.
+    #[must_use]
+    pub fn host(mut self, name: impl Into<String>) -> Self {
+        self.host = Some(name.into());
+        self
+    }
+
     /// Starts the switch, with no port yet.
     pub fn build(self) -> Result<Switch> {
         let workers = self.workers.unwrap_or(1);
@@ -90,6 +96,7 @@ impl SwitchBuilder {
             control: Mutex::default(),
             applied: Mutex::default(),
             panel: self.panel,
+            host: self.host,
             manual,
             _housekeeper: housekeeper,
             workers: handles,
@@ -106,6 +113,8 @@ pub struct Switch {
     pub(crate) applied: Mutex<Option<Applied>>,
     /// Cables of patch ports in configurations.
     pub(crate) panel: PatchPanel,
+    /// This host, in configurations.
+    pub(crate) host: Option<String>,
     pub(crate) manual: Option<Mutex<Forwarder>>,
     _housekeeper: Option<Housekeeper>,
     workers: Vec<WorkerHandle>,
@@ -323,7 +332,8 @@ impl Switch {
 
     pub(crate) fn publish(&self, table: PortTable) {
         let mut groups = SecurityGroups::clone(&self.shared.security.load());
-        groups.members = members(&table);
+        groups.members = groups.elsewhere.clone();
+        table.iter().for_each(|p| p.config.add_to_groups(&mut groups.members));
         self.shared.security.store(Arc::new(groups));
         let old = self.shared.ports.swap(Arc::new(table));
         self.shared.invalidate();
@@ -356,18 +366,6 @@ impl Drop for Switch {
 /// The rule that a new switch has: it switches as a learning bridge does.
 pub(crate) fn default_rule() -> FlowSpec {
     FlowSpec { instructions: Instructions::apply(vec![Action::Normal]), ..FlowSpec::default() }
-}
-
-/// The bound addresses of the ports in each security group.
-fn members(table: &PortTable) -> BTreeMap<String, Vec<IpPrefix>> {
-    let mut members: BTreeMap<String, Vec<IpPrefix>> = BTreeMap::new();
-    for p in table.iter() {
-        for g in &p.config.security_groups {
-            let ips = p.config.bindings.iter().flat_map(|b| b.ips.iter().copied());
-            members.entry(g.clone()).or_default().extend(ips);
-        }
-    }
-    members
 }
 
 /// Timed work: ageing and expiry.

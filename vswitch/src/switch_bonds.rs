@@ -10,7 +10,7 @@ use crate::packet::Packet;
 use crate::packet::key::mac_bytes;
 use crate::packet::vlan::{TPID_C, VlanOp};
 use crate::port::{Batch, BondPort, PortId};
-use crate::port_config::{PortConfig, VlanMode};
+use crate::port_config::PortConfig;
 use crate::shared::{PortTable, Shared};
 use crate::switch::Switch;
 
@@ -102,9 +102,7 @@ fn send(ports: &PortTable, port: PortId, frame: &[u8]) {
 /// a migration).
 fn announce(shared: &Shared, ports: &PortTable, bond: &Bond) {
     let Some(entry) = ports.get(bond.id) else { return };
-    let native = match &entry.config.vlan {
-        VlanMode::Access(v) | VlanMode::Tunnel(v) | VlanMode::Trunk { native: v, .. } => *v,
-    };
+    let native = entry.config.vlan.native();
     let rows = shared.macs.rows(shared.clock.now());
     let ours = rows.iter().filter(|r| r.port != bond.id && entry.config.vlan.carries(r.vlan));
     for r in ours.take(ANNOUNCEMENTS_MAX) {

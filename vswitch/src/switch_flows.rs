@@ -168,8 +168,9 @@ impl Switch {
 
     /// Replaces all security groups.
     pub fn set_security_groups(&self, groups: BTreeMap<String, SecurityGroup>) {
-        let members = self.shared.security.load().members.clone();
-        self.shared.security.store(Arc::new(SecurityGroups { groups, members }));
+        self.shared
+            .security
+            .rcu(|old| SecurityGroups { groups: groups.clone(), ..SecurityGroups::clone(old) });
         self.shared.invalidate();
     }
 

@@ -3,12 +3,15 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{arp, drain, mac, port, switch, tcp, udp};
 use vswitch::{
-    Binding, DropReason, Endpoint, MacAddr, MeterConfig, Mirror, OffloadCaps, PortConfig, StormControl,
-    SwitchConfig,
+    Binding, Clock, DropReason, Endpoint, MacAddr, MeterConfig, Mirror, OffloadCaps, PatchPanel, PortConfig,
+    StormControl, Switch, SwitchConfig, VlanMode,
 };
 
 fn bound(n: u8) -> PortConfig {
@@ -146,4 +149,113 @@ fn a_port_moves_with_its_state() {
     assert_eq!(t.port_stats(new).unwrap().rx_packets, 1);
     assert_eq!((t.mac_table().len(), t.connection_count()), (1, 1));
     assert!(t.import_port(&state, Arc::new(Endpoint::pair(8, OffloadCaps::empty()).unwrap().0)).is_err());
+}
+
+#[test]
+fn trunks_carry_the_vlans_of_their_pool() {
+    let s = switch();
+    let allowed = |pool: &str| {
+        let text = format!(
+            r#"{{"vlan_pools":{{"tenants":{pool:?}}},
+                "port_groups":{{"up":{{"vlan_pool":"tenants"}}}},
+                "ports":{{"p":{{"kind":{{"patch":{{"cable":"c"}}}},"group":"up"}}}}}}"#
+        );
+        s.apply(&SwitchConfig::parse(&text).unwrap()).unwrap();
+        match &s.ports()[0].config.vlan {
+            VlanMode::Trunk { native: 0, allowed } => allowed.to_string(),
+            v => panic!("{v:?}"),
+        }
+    };
+    assert_eq!(allowed("100-199"), "100-199");
+    let id = s.port_id("p");
+    assert_eq!(allowed("100-149,300"), "100-149,300");
+    assert_eq!(s.port_id("p"), id, "the port changed in place");
+}
+
+/// Sends and takes frames on a port's Unix stream.
+struct Wire(UnixStream);
+
+impl Wire {
+    fn send(&mut self, frame: &[u8]) {
+        self.0.write_all(&[&(frame.len() as u32).to_be_bytes(), frame].concat()).unwrap();
+    }
+
+    fn received(&mut self) -> Vec<Vec<u8>> {
+        let mut bytes = Vec::new();
+        // It ends for want of more.
+        let _ = self.0.read_to_end(&mut bytes);
+        let (mut rest, mut frames) = (&bytes[..], Vec::new());
+        while let Some((len, tail)) = rest.split_first_chunk() {
+            let (frame, tail) = tail.split_at(u32::from_be_bytes(*len) as usize);
+            frames.push(frame.to_vec());
+            rest = tail;
+        }
+        frames
+    }
+}
+
+#[test]
+fn one_configuration_makes_a_switch_of_many_hosts() {
+    let dir = tempfile::tempdir().unwrap();
+    let panel = PatchPanel::default();
+    let build = |host: &str| {
+        let b = Switch::builder().workers(0).clock(Clock::manual()).patch_panel(panel.clone());
+        b.host(host).build().unwrap()
+    };
+    let (s, t) = (build("h1"), build("h2"));
+    let port = |n: u8, host: &str, group: &str| {
+        let socket = dir.path().join(format!("vm{n}"));
+        format!(
+            r#""vm{n}":{{"host":"{host}","kind":{{"unix_stream":{{"socket":{socket:?}}}}},"config":{{
+                "bindings":[{{"mac":"02:00:00:00:00:0{n}","ips":["10.0.0.{n}"]}}],"security_groups":["{group}"]}}}}"#
+        )
+    };
+    let document = |first: &str, second: &str| {
+        let text = format!(
+            r#"{{"security_groups":{{"app":{{"rules":[{{"direction":"egress"}}]}},
+                 "db":{{"rules":[{{"direction":"ingress","remote":{{"group":"app"}}}}]}}}},
+                "ports":{{"between":{{"kind":{{"patch":{{"cable":"c"}}}}}},{},{}}},
+                "flows":[{{"priority":7,"match":{{"in_port":"vm1"}},"actions":["normal"]}}],
+                "static_macs":[{{"mac":"02:00:00:00:00:02","port":"vm2"}}]}}"#,
+            port(1, first, "app"),
+            port(2, second, "db")
+        );
+        SwitchConfig::parse(&text).unwrap()
+    };
+    let names = |s: &Switch| s.ports().into_iter().map(|p| p.name).collect::<Vec<_>>();
+    let both = document("h1", "h2");
+    s.apply(&both).unwrap();
+    t.apply(&both).unwrap();
+    assert_eq!(
+        (names(&s), names(&t)),
+        (vec!["between".into(), "vm1".into()], vec!["between".into(), "vm2".into()])
+    );
+    assert_eq!((s.config(), t.config()), (Some(both.clone()), Some(both)));
+    // The rule is where its port is, and so is the fixed address.
+    assert_eq!((s.table_sizes(), t.table_sizes()), (vec![(0, 2)], vec![(0, 1)]));
+    assert_eq!((s.mac_table().len(), t.mac_table().len()), (0, 1));
+    let wire = |n: u8| {
+        let w = UnixStream::connect(dir.path().join(format!("vm{n}"))).unwrap();
+        w.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        Wire(w)
+    };
+    let settle = || (0..3).for_each(|_| [&s, &t].map(|s| s.settle(9)).into_iter().for_each(drop));
+    let (mut a, mut b) = (wire(1), wire(2));
+    settle();
+    a.send(&udp(1, 2, 5, 6));
+    // No member of the group that the rule names has this address.
+    a.send(&udp(9, 2, 5, 6));
+    settle();
+    assert_eq!(b.received(), [udp(1, 2, 5, 6)]);
+    // One port moves to the other host's switch.
+    let moved = document("h2", "h2");
+    s.apply(&moved).unwrap();
+    t.apply(&moved).unwrap();
+    assert_eq!((names(&s).len(), names(&t).len()), (1, 3));
+    let mut a = wire(1);
+    settle();
+    a.send(&udp(1, 2, 7, 6));
+    a.send(&udp(9, 2, 7, 6));
+    settle();
+    assert_eq!(b.received(), [udp(1, 2, 7, 6)]);
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::{drain, mac, port, udp};
 use vswitch::control::{ControlServer, Request, View, ask, table};
 use vswitch::pipeline::FlowFilter;
-use vswitch::{Binding, Clock, MacAddr, PatchPanel, PortConfig, Switch, SwitchConfig};
+use vswitch::{Binding, Clock, MacAddr, PatchPanel, PortConfig, PortState, Switch, SwitchConfig};
 
 fn hex(frame: &[u8]) -> String {
     frame.iter().map(|b| format!("{b:02x}")).collect()
@@ -191,4 +191,45 @@ fn two_configured_switches_are_patched_and_captured() {
         .output();
     let out = out.expect("tshark is missing: install the Debian package tshark");
     assert_eq!(String::from_utf8_lossy(&out.stdout), "02:00:00:00:00:01\n02:00:00:00:00:02\n");
+}
+
+#[test]
+fn the_state_of_a_port_moves_over_control_sockets() {
+    let dir = tempfile::tempdir().unwrap();
+    let group = r#"{"g":{"rules":[{"direction":"egress"}]}}"#;
+    let vm = PortConfig {
+        bindings: vec![Binding { mac: MacAddr(mac(1)), ips: vec!["10.0.0.1".parse().unwrap()] }],
+        security_groups: vec!["g".into()],
+        ..PortConfig::default()
+    };
+    let make = |name: &str| {
+        let s = Arc::new(common::switch());
+        s.set_security_groups(serde_json::from_str(group).unwrap());
+        let (_, a) = port(&s, "vm", vm.clone());
+        let (_, b) = port(&s, "other", PortConfig::default());
+        let path = dir.path().join(name);
+        (ControlServer::start(&s, &path).unwrap(), path, s, a, b)
+    };
+    let (_from, from_path, s, a, b) = make("from");
+    let (_to, to_path, t, a2, b2) = make("to");
+    a.send(&udp(1, 2, 5, 6));
+    s.settle(9);
+    assert_eq!(drain(&b).len(), 1);
+    // An answer to a connection that nobody here has seen does not pass.
+    b2.send(&udp(2, 1, 6, 5));
+    t.settle(9);
+    assert!(drain(&a2).is_empty());
+    let state = ask(&from_path, &Request::ExportPort { port: "vm".into() }).unwrap();
+    let state: Box<PortState> = serde_json::from_value(state).unwrap();
+    assert_eq!((state.macs.len(), state.connections.len(), state.stats.rx_packets), (1, 1, 1));
+    let id = ask(&to_path, &Request::ImportPort { state: state.clone() }).unwrap();
+    assert_eq!(id, t.port_id("vm").unwrap());
+    b2.send(&udp(2, 1, 6, 5));
+    t.settle(9);
+    assert_eq!(drain(&a2), [udp(2, 1, 6, 5)]);
+    let stats = t.port_stats(t.port_id("vm").unwrap()).unwrap();
+    assert_eq!((stats.rx_packets, stats.tx_packets), (1, 1));
+    let lost =
+        ask(&to_path, &Request::ImportPort { state: Box::new(PortState { name: "z".into(), ..*state }) });
+    assert!(lost.unwrap_err().to_string().contains("No such port"));
 }

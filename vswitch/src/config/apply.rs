@@ -40,7 +40,9 @@ pub struct PortState {
 /// The configuration in force, and what came of it that can be taken back.
 #[derive(Debug, Default)]
 pub(crate) struct Applied {
-    config: SwitchConfig,
+    whole: SwitchConfig,
+    /// What of it is this host's.
+    here: SwitchConfig,
     flows: Vec<FlowSpec>,
     /// VLAN, address and port.
     static_macs: Vec<(u16, u64, PortId)>,
@@ -50,15 +52,19 @@ impl Switch {
     /// Makes the switch what `config` says: ports that are not in it go, new ones come, changed properties change in
     /// place. Ports added by [`Switch::add_port`] are left alone. If anything is wrong, nothing changes.
     ///
-    /// Of rules and fixed addresses too only those change that differ from the last configuration.
+    /// Of rules and fixed addresses too only those change that differ from the last configuration. Ports of other
+    /// hosts (see [`SwitchBuilder::host`](crate::SwitchBuilder::host)) count as members of security groups only.
     ///
     /// A port whose kind changes is closed and opened anew; it may not take over a socket or interface of a port
     /// that goes in the same step.
     pub fn apply(&self, config: &SwitchConfig) -> Result<()> {
         config.check()?;
+        let whole = config;
+        let host = self.host.as_deref();
+        let config = &whole.of_host(host);
         let mut applied = self.applied.lock();
         let _control = self.control.lock();
-        let old = applied.as_ref().map(|a| &a.config.ports);
+        let old = applied.as_ref().map(|a| &a.here.ports);
         let same = |name: &String, spec: &PortSpec| {
             old.and_then(|o| o.get(name)).is_some_and(|o| o.kind == spec.kind && o.number == spec.number)
         };
@@ -115,7 +121,9 @@ impl Switch {
             (*measured != config.telemetry).then(|| Exporters::open(&config.telemetry)).transpose()?;
         self.replace_flows(applied.as_ref().map_or(&[], |a| &a.flows), &flows)?;
         // From here on nothing fails.
-        let security = SecurityGroups { groups: config.security_groups.clone(), members: BTreeMap::new() };
+        // Publishing the ports adds theirs.
+        let (members, elsewhere) = (BTreeMap::new(), whole.members_elsewhere(host));
+        let security = SecurityGroups { groups: config.security_groups.clone(), members, elsewhere };
         self.shared.security.store(Arc::new(security));
         self.shared.mirrors.store(Arc::new(mirrors(config, &table)));
         let bonds = configured(config, &table, &self.shared.bonds.load());
@@ -137,7 +145,7 @@ impl Switch {
             self.shared.telemetry.set(&config.telemetry, exporters, &self.shared.clock);
             self.shared.invalidate();
         }
-        *applied = Some(Applied { config: config.clone(), flows, static_macs });
+        *applied = Some(Applied { whole: whole.clone(), here: config.clone(), flows, static_macs });
         gone.into_iter().for_each(|id| self.shared.events.publish(|| Event::PortRemoved(id)));
         added.into_iter().for_each(|id| self.shared.events.publish(|| Event::PortAdded(id)));
         Ok(())
@@ -145,7 +153,7 @@ impl Switch {
 
     /// The configuration that was applied last.
     pub fn config(&self) -> Option<SwitchConfig> {
-        self.applied.lock().as_ref().map(|a| a.config.clone())
+        self.applied.lock().as_ref().map(|a| a.whole.clone())
     }
 
     pub(crate) fn new_entry(
@@ -186,6 +194,23 @@ impl Switch {
         })
     }
 
+    /// Gives a port that is here already, as by the configuration, what it learned and counted elsewhere: addresses,
+    /// connections, counters. Its properties stay those that it has here.
+    pub fn restore_port(&self, state: &PortState) -> Result<PortId> {
+        let _control = self.control.lock();
+        let ports = self.shared.ports.load();
+        let p = ports.by_name(&state.name).ok_or_else(|| Error::NoSuchPort(state.name.clone()))?;
+        self.restore(p.id, state);
+        p.stats.add_history(&state.stats);
+        Ok(p.id)
+    }
+
+    fn restore(&self, id: PortId, state: &PortState) {
+        let now = self.shared.clock.now();
+        self.shared.macs.import(&state.macs, id, now);
+        self.shared.conntrack.import(&state.connections, now);
+    }
+
     /// Adds a port with the state that it had elsewhere.
     pub fn import_port(&self, state: &PortState, port: Arc<dyn Port>) -> Result<PortId> {
         let _control = self.control.lock();
@@ -196,9 +221,7 @@ impl Switch {
         let id = table.free_id().ok_or(Error::TooManyPorts)?;
         let entry = self.new_entry(id, &state.name, port, state.config.clone(), state.stats.clone());
         table.set(id, Some(Arc::new(entry)));
-        let now = self.shared.clock.now();
-        self.shared.macs.import(&state.macs, id, now);
-        self.shared.conntrack.import(&state.connections, now);
+        self.restore(id, state);
         self.publish(table);
         self.shared.events.publish(|| Event::PortAdded(id));
         Ok(id)

@@ -107,6 +107,15 @@ pub enum ActionConfig {
 pub(crate) type PortNumbers = BTreeMap<String, PortId>;
 
 impl FlowConfig {
+    /// The ports that the rule names.
+    pub(super) fn ports(&self) -> impl Iterator<Item = &String> {
+        let outputs = self.actions.iter().filter_map(|a| match a {
+            ActionConfig::Output(p) => Some(p),
+            _ => None,
+        });
+        self.matches.in_port.iter().chain(outputs)
+    }
+
     /// The rule for ports with these numbers; `path` names the rule in errors.
     pub(crate) fn resolve(&self, path: &str, ports: &PortNumbers) -> Result<FlowSpec> {
         if self.goto.is_some_and(|g| g <= self.table) {

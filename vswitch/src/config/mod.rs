@@ -3,6 +3,7 @@
 
 mod apply;
 mod flow;
+mod hosts;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::PathBuf;
@@ -23,7 +24,7 @@ use crate::port::{
     BondPort, CapturePort, DatagramPort, NetdevPort, PORT_MAX, PatchPanel, Port, PortId, StreamMode,
     StreamPort, VhostUserOptions, VhostUserPort,
 };
-use crate::port_config::{PortConfig, VLAN_MAX, VlanMode};
+use crate::port_config::{PortConfig, VLAN_MAX, VlanMode, VlanSet};
 use crate::security::{Remote, SecurityGroup};
 use crate::service::{GatewayConfig, GatewayPort};
 use crate::telemetry::TelemetryConfig;
@@ -41,6 +42,8 @@ pub struct SwitchConfig {
     pub mac_ageing: u64,
     /// Most tracked connections.
     pub connection_limit: usize,
+    /// Named sets of VLANs that ports and port groups take theirs from.
+    pub vlan_pools: BTreeMap<String, VlanSet>,
     /// Named sets of properties that ports share. A change reaches all their ports at once.
     pub port_groups: BTreeMap<String, PortConfig>,
     /// The ports by name.
@@ -75,6 +78,7 @@ impl Default for SwitchConfig {
         Self {
             mac_ageing: 300,
             connection_limit: 1_000_000,
+            vlan_pools: BTreeMap::new(),
             port_groups: BTreeMap::new(),
             ports: BTreeMap::new(),
             security_groups: BTreeMap::new(),
@@ -101,6 +105,10 @@ pub struct PortSpec {
     /// Its own properties, instead of a group's.
     #[serde(default)]
     pub config: Option<PortConfig>,
+    /// Host whose switch has the port; absent: every host's. The others count its bound addresses as those of a member
+    /// of its security groups, and leave out mirrors, fixed addresses and rules that name it.
+    #[serde(default)]
+    pub host: Option<String>,
 }
 
 fn bond_system() -> MacAddr {
@@ -362,6 +370,11 @@ impl SwitchConfig {
                 Some(PortKind::Bond { .. }) => return Err(Error::config(path, "a bond cannot be a member")),
                 Some(_) => {}
             }
+            if let (Some(a), Some(b)) = (&self.ports[bond].host, &self.ports[m].host)
+                && a != b
+            {
+                return Err(Error::config(path, format!("port \"{m}\" is on host \"{b}\"")));
+            }
             let holds =
                 |p: &PortSpec| matches!(&p.kind, PortKind::Bond { members, .. } if members.contains(m));
             if self.ports.iter().any(|(other, p)| other != bond && holds(p)) {
@@ -389,11 +402,35 @@ impl SwitchConfig {
         Ok(())
     }
 
-    fn check_port_config(&self, path: &str, c: &PortConfig) -> Result<()> {
-        let vlan = match &c.vlan {
-            VlanMode::Access(v) | VlanMode::Tunnel(v) | VlanMode::Trunk { native: v, .. } => *v,
+    /// Checks that the VLANs of a port are of its pool.
+    fn check_pool(&self, path: &str, c: &PortConfig) -> Result<()> {
+        let Some(name) = &c.vlan_pool else { return Ok(()) };
+        let Some(pool) = self.vlan_pools.get(name) else {
+            return Err(Error::config(
+                format!("{path}.vlan_pool"),
+                format!("there is no VLAN pool \"{name}\""),
+            ));
         };
-        check_vlan(&format!("{path}.vlan"), vlan)?;
+        let native = c.vlan.native();
+        // A trunk without native VLAN has zero.
+        let tagged_only = matches!(c.vlan, VlanMode::Trunk { native: 0, .. });
+        if !tagged_only && !pool.contains(native) {
+            let reason = format!("VLAN {native} is not in the pool \"{name}\" ({pool})");
+            return Err(Error::config(format!("{path}.vlan"), reason));
+        }
+        if let VlanMode::Trunk { allowed, .. } = &c.vlan
+            && *allowed != VlanSet::all()
+            && allowed.intersection(pool) != *allowed
+        {
+            let reason = format!("not all of {allowed} are in the pool \"{name}\" ({pool})");
+            return Err(Error::config(format!("{path}.vlan.trunk.allowed"), reason));
+        }
+        Ok(())
+    }
+
+    fn check_port_config(&self, path: &str, c: &PortConfig) -> Result<()> {
+        check_vlan(&format!("{path}.vlan"), c.vlan.native())?;
+        self.check_pool(path, c)?;
         for (i, g) in c.security_groups.iter().enumerate() {
             if !self.security_groups.contains_key(g) {
                 let reason = format!("there is no security group \"{g}\"");
@@ -427,10 +464,15 @@ impl SwitchConfig {
         c.shaping.as_ref().map_or(Ok(()), |s| s.check(&format!("{path}.shaping")))
     }
 
-    /// The properties of a port: its own or its group's.
+    /// The properties of a port: its own or its group's, a trunk's VLANs limited to its pool.
     pub fn port_config(&self, port: &PortSpec) -> PortConfig {
         let group = port.group.as_ref().and_then(|g| self.port_groups.get(g));
-        port.config.as_ref().or(group).cloned().unwrap_or_default()
+        let mut config = port.config.as_ref().or(group).cloned().unwrap_or_default();
+        let pool = config.vlan_pool.as_ref().and_then(|p| self.vlan_pools.get(p));
+        if let (Some(pool), VlanMode::Trunk { allowed, .. }) = (pool, &mut config.vlan) {
+            *allowed = allowed.intersection(pool);
+        }
+        config
     }
 }
 
@@ -463,6 +505,16 @@ mod tests {
                 "ports.a.config.vlan.trunk.allowed",
             ),
             (r#"{"port_groups":{"g":{"security_groups":["no"]}}}"#, "port_groups.g.security_groups[0]"),
+            (r#"{"port_groups":{"g":{"vlan_pool":"no"}}}"#, "port_groups.g.vlan_pool"),
+            (
+                r#"{"vlan_pools":{"p":"5-9"},"port_groups":{"g":{"vlan_pool":"p","vlan":{"access":4}}}}"#,
+                "port_groups.g.vlan",
+            ),
+            (
+                r#"{"vlan_pools":{"p":"5-9"},"port_groups":{"g":{"vlan_pool":"p","vlan":{"trunk":{"allowed":"9-10"}}}}}"#,
+                "port_groups.g.vlan.trunk.allowed",
+            ),
+            (r#"{"vlan_pools":{"p":"9-5"}}"#, "vlan_pools.p"),
             (r#"{"mirrors":{"m":{"to":"p"}}}"#, "mirrors.m.to"),
             (r#"{"static_macs":[{"mac":"02:00:00:00:00:01","port":"p"}]}"#, "static_macs[0].port"),
             (r#"{"flows":[{"actions":[{"output":"p"}]}]}"#, "flows[0].actions[0]"),
@@ -494,6 +546,7 @@ mod tests {
         let schema = SwitchConfig::schema();
         for section in [
             "ports",
+            "vlan_pools",
             "port_groups",
             "security_groups",
             "mirrors",

@@ -16,10 +16,11 @@ use serde_json::Value;
 
 pub use self::server::ControlServer;
 pub use self::view::table;
+use crate::config::PortState;
 use crate::error::{Error, Result};
 
-/// Longest request in bytes: the largest frame in hexadecimal fits.
-const REQUEST_MAX: u64 = 256 << 10;
+/// Longest request in bytes: the state of a port with some hundred thousand connections fits.
+const REQUEST_MAX: u64 = 64 << 20;
 /// Longest reply that is read.
 const REPLY_MAX: u64 = 256 << 20;
 /// How long a client waits for an answer.
@@ -59,6 +60,16 @@ pub enum Request {
         port: String,
         /// The frame in hexadecimal; blanks and colons may stand between bytes.
         frame: String,
+    },
+    /// The whole state of a port, to move with its VM: the answer is a [`PortState`].
+    ExportPort {
+        /// Name of the port.
+        port: String,
+    },
+    /// Gives the port of the same name what it learned and counted elsewhere: the answer is its number.
+    ImportPort {
+        /// What [`Request::ExportPort`] answered.
+        state: Box<PortState>,
     },
 }
 

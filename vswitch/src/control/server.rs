@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{REQUEST_MAX, Request, view};
 use crate::error::{Error, Result};
-use crate::port::listen_private;
+use crate::port::{PortId, listen_private};
 use crate::switch::Switch;
 use crate::sys::{EventFd, poll_readable};
 
@@ -91,10 +91,15 @@ fn answer(switch: &Switch, line: &str) -> Result<Value> {
         Request::Show { what, limit } => view::rows(switch, what, limit),
         Request::Metrics => Ok(json!(switch.prometheus())),
         Request::Trace { port, frame } => {
-            let id = switch.port_id(&port).ok_or(Error::NoSuchPort(port))?;
-            Ok(json!(switch.trace(id, &hexadecimal(&frame)?)?))
+            Ok(json!(switch.trace(named(switch, port)?, &hexadecimal(&frame)?)?))
         }
+        Request::ExportPort { port } => Ok(json!(switch.export_port(named(switch, port)?)?)),
+        Request::ImportPort { state } => Ok(json!(switch.restore_port(&state)?)),
     }
+}
+
+fn named(switch: &Switch, port: String) -> Result<PortId> {
+    switch.port_id(&port).ok_or(Error::NoSuchPort(port))
 }
 
 /// Reads bytes in hexadecimal.

@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -62,6 +63,9 @@ struct Args {
     /// Answer questions (`show`, `trace`) on this Unix socket; with several switches, one socket each.
     #[arg(long, value_name = "SOCKET")]
     control: Vec<PathBuf>,
+    /// This host's name in a configuration that describes the switches of several.
+    #[arg(long, value_name = "NAME", requires = "config")]
+    host: Option<String>,
     /// Worker threads of each switch.
     #[arg(long, default_value_t = 1)]
     workers: usize,
@@ -85,6 +89,9 @@ enum Question {
         /// Most rows.
         #[arg(long, default_value_t = 50)]
         limit: usize,
+        /// Show it anew every so many seconds, until interrupted.
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+        every: Option<u64>,
     },
     /// Print all counters as a page in Prometheus' text format.
     Metrics {
@@ -99,6 +106,20 @@ enum Question {
         /// Name of the port that it comes in by.
         #[arg(long)]
         port: String,
+        /// Socket of the running switch.
+        #[arg(long, value_name = "SOCKET")]
+        control: PathBuf,
+    },
+    /// Print the whole state of a port as JSON: properties, learned addresses, connections, counters.
+    ExportPort {
+        /// Name of the port.
+        port: String,
+        /// Socket of the running switch.
+        #[arg(long, value_name = "SOCKET")]
+        control: PathBuf,
+    },
+    /// Give a port the addresses, connections and counters that it had at another switch, as on standard input.
+    ImportPort {
         /// Socket of the running switch.
         #[arg(long, value_name = "SOCKET")]
         control: PathBuf,
@@ -126,14 +147,22 @@ impl From<Shown> for View {
 
 fn ask(question: Question) -> Result<()> {
     match question {
-        Question::Show { what, control, json, limit } => {
+        Question::Show { what, control, json, limit, every } => loop {
             let answer = control::ask(&control, &Request::Show { what: what.into(), limit })?;
+            if every.is_some() && !json {
+                // Clears the terminal.
+                print!("\x1b[H\x1b[2J");
+            }
             if json {
                 println!("{answer:#}");
             } else {
                 print!("{}", control::table(what.into(), &answer));
             }
-        }
+            match every {
+                Some(seconds) => std::thread::sleep(Duration::from_secs(seconds)),
+                None => break,
+            }
+        },
         Question::Metrics { control } => {
             print!("{}", control::ask(&control, &Request::Metrics)?.as_str().unwrap_or_default());
         }
@@ -142,6 +171,14 @@ fn ask(question: Question) -> Result<()> {
             for line in answer.as_array().into_iter().flatten() {
                 println!("{}", line.as_str().unwrap_or_default());
             }
+        }
+        Question::ExportPort { port, control } => {
+            println!("{:#}", control::ask(&control, &Request::ExportPort { port })?);
+        }
+        Question::ImportPort { control } => {
+            let state = serde_json::from_reader(std::io::stdin().lock())
+                .context("The state of a port on standard input cannot be read")?;
+            control::ask(&control, &Request::ImportPort { state })?;
         }
     }
     Ok(())
@@ -172,9 +209,11 @@ fn main() -> Result<()> {
     for _ in 0..args.config.len().max(1) {
         let workers = args.workers.max(1);
         let cores = cores.by_ref().take(workers).collect();
-        switches.push(Arc::new(
-            Switch::builder().workers(workers).cores(cores).patch_panel(panel.clone()).build()?,
-        ));
+        let mut builder = Switch::builder().workers(workers).cores(cores).patch_panel(panel.clone());
+        if let Some(host) = &args.host {
+            builder = builder.host(host);
+        }
+        switches.push(Arc::new(builder.build()?));
     }
     for (switch, path) in switches.iter().zip(&args.config) {
         apply(switch, path)?;

@@ -122,16 +122,12 @@ pub fn part_sizes(size: u16) -> (u64, u64, u64) {
 }
 
 impl SplitRing {
-    /// Adopts a ring.
+    /// Adopts a ring, where its used index stands: each buffer that was taken before has been given back, or is to be
+    /// taken again.
     ///
     /// # Safety
     /// The three parts must be mapped, with the lengths of [`part_sizes`], for as long as the ring is used.
-    pub unsafe fn new(
-        size: u16,
-        at: RingAddresses,
-        features: RingFeatures,
-        next_avail: u16,
-    ) -> Result<Self, RingError> {
+    pub unsafe fn new(size: u16, at: RingAddresses, features: RingFeatures) -> Result<Self, RingError> {
         if !size.is_power_of_two() || size > QUEUE_MAX {
             return Err(RingError::Index);
         }
@@ -145,7 +141,7 @@ impl SplitRing {
             size,
             at,
             features,
-            next_avail,
+            next_avail: 0,
             next_used: 0,
             notified: 0,
             pending: Vec::with_capacity(crate::packet::BURST),
@@ -153,7 +149,7 @@ impl SplitRing {
             segments: Vec::with_capacity(CHAIN_MAX),
         };
         ring.next_used = ring.used_index().load(Ordering::Relaxed);
-        ring.notified = ring.next_used;
+        (ring.next_avail, ring.notified) = (ring.next_used, ring.next_used);
         Ok(ring)
     }
 

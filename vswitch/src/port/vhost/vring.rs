@@ -48,7 +48,8 @@ impl Vring {
         (self.ring.is_none()).then(|| self.size = n)
     }
 
-    /// Sets the next available entry.
+    /// Sets the next available entry: what is answered when the queue stops without having run. One that runs goes on
+    /// where the used index stands, which some front-ends (DPDK's virtio-user) rely on after a reconnection.
     pub fn set_base(&mut self, n: u32) -> Option<()> {
         self.base = u16::try_from(n).ok()?;
         Some(())
@@ -87,7 +88,7 @@ impl Vring {
         }
         let at = self.addresses().ok_or(RingError::Address)?;
         // SAFETY: `addresses` checked that all parts are mapped; `self.memory` keeps them so while the ring exists.
-        let mut ring = unsafe { SplitRing::new(self.size, at, self.features, self.base) }?;
+        let mut ring = unsafe { SplitRing::new(self.size, at, self.features) }?;
         ring.arm(self.armed);
         self.ring = Some(ring);
         Ok(())
