@@ -50,9 +50,37 @@ pub fn describe(error: &anyhow::Error) -> String {
     line
 }
 
+/// What is wrong with a command line, in one line: the text of the argument parser without its summary of the usage.
+pub fn one_line(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let reason = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let mut line = String::new();
+    for part in reason.filter(|part| !part.is_empty() && !part.starts_with("For more information")) {
+        let separator = match line.chars().last() {
+            None => "",
+            Some(':') => " ",
+            Some(_) => "; ",
+        };
+        line.push_str(separator);
+        line.push_str(part);
+    }
+    line + "; try --help"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wrong_command_lines_are_one_line() {
+        let text = "error: unexpected argument '--kernl' found\n\n  tip: a similar argument exists: '--kernel'\n\n\
+                    Usage: nacre run --kernel <FILE>\n\nFor more information, try '--help'.\n";
+        let line = "unexpected argument '--kernl' found; tip: a similar argument exists: '--kernel'; try --help";
+        assert_eq!(one_line(text), line);
+        let text = "error: the following required arguments were not provided:\n  --kernel <FILE>\n\nUsage: nacre run";
+        let line = "the following required arguments were not provided: --kernel <FILE>; try --help";
+        assert_eq!(one_line(text), line);
+    }
 
     #[test]
     fn a_cause_that_says_the_same_is_left_out() {

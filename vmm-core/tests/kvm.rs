@@ -147,6 +147,24 @@ fn the_chipset_survives_the_round_trip() {
     assert!(other.set_chipset_state(&wanted).is_err(), "23 inputs");
 }
 
+#[test]
+fn dirty_rings_are_used_where_the_host_has_them() {
+    let Some(kvm) = kvm() else { return };
+    let features = kvm.features();
+    let entries = |dirty_ring| {
+        let kvm = KvmHypervisor::with_options(KvmOptions { dirty_ring, ..Default::default() }).unwrap();
+        kvm.create_kvm_vm(spec()).unwrap().dirty_ring_entries()
+    };
+    assert_eq!(entries(0), None);
+    let Some(most) = features.dirty_ring else {
+        eprintln!("THIS HOST'S KVM HAS NO DIRTY RINGS: only their unit tests ran");
+        assert_eq!(entries(4096), None);
+        return;
+    };
+    assert_eq!(kvm.create_kvm_vm(spec()).unwrap().dirty_ring_entries(), Some(4096.min(most)));
+    assert_eq!([entries(1), entries(1025), entries(u32::MAX)], [Some(1024), Some(2048.min(most)), Some(most)]);
+}
+
 fn blocked(signal: i32) -> bool {
     // SAFETY: the set is initialised by the first call.
     unsafe {

@@ -160,6 +160,17 @@ pub trait Vm: Send + Sync {
         event: BorrowedFd<'_>,
     ) -> Result<(), AccelError>;
 
+    /// Lets the accelerator queue guest writes of up to `len` bytes within `[address, address + len)` and pass them to
+    /// [`IoBus`] together, in their order: before the next access of any vCPU that is not queued, and before a vCPU
+    /// returns from [`Vcpu::run`]. For registers whose writes have no effect until another register is touched. Returns
+    /// false where the accelerator cannot; the bus then sees each write at once.
+    ///
+    /// # Errors
+    /// Fails when the host refuses.
+    fn coalesce_writes(&self, _address: IoAddress, _len: u32) -> Result<bool, AccelError> {
+        Ok(false)
+    }
+
     /// Starts or stops tracking of the RAM pages that vCPUs write.
     ///
     /// # Errors
@@ -167,7 +178,8 @@ pub trait Vm: Send + Sync {
     fn set_dirty_tracking(&self, on: bool) -> Result<(), AccelError>;
 
     /// The pages of region `index` (of [`GuestMemory::regions`]) that vCPUs wrote since the last call: one bit a page,
-    /// least significant bit first. Clears them. Writes by devices are reported by the memory's write observer.
+    /// least significant bit first. Clears them. What a vCPU wrote just now, while it runs, the next call may be the first
+    /// to report. Writes by devices are reported by the memory's write observer.
     ///
     /// # Errors
     /// Fails when tracking is off.

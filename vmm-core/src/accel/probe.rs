@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use softcpu::{CpuState, Segment, SegmentAttributes};
 
-use super::kvm::KvmHypervisor;
+use super::kvm::{KvmFeatures, KvmHypervisor};
 use super::soft::SoftHypervisor;
 use super::{AccelError, AccelKind, Hypervisor, IoBus, Vcpu, VcpuExit, VmSpec};
 use crate::memory::GuestMemory;
@@ -33,6 +33,9 @@ pub struct Probed {
     pub kernel_mips: Option<f64>,
     /// Speed of guest user code, in millions of instructions a second.
     pub user_mips: Option<f64>,
+    /// What else this host's KVM offers; `None` for the software accelerator and where KVM cannot be opened.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kvm: Option<KvmFeatures>,
 }
 
 /// What was found out about all accelerators.
@@ -48,7 +51,7 @@ pub struct Report {
 pub fn probe() -> Report {
     let kvm = KvmHypervisor::new();
     let mut kvm = match &kvm {
-        Ok(kvm) => measure(kvm),
+        Ok(kvm) => Probed { kvm: Some(kvm.features()), ..measure(kvm) },
         Err(error) => unusable(AccelKind::Kvm, reason(error)),
     };
     let mut soft = measure(&SoftHypervisor::new());
@@ -95,7 +98,7 @@ pub fn choose() -> Result<Box<dyn Hypervisor>, AccelError> {
 }
 
 fn unusable(kind: AccelKind, reason: String) -> Probed {
-    Probed { kind, usable: false, reason: Some(reason), kernel_mips: None, user_mips: None }
+    Probed { kind, usable: false, reason: Some(reason), kernel_mips: None, user_mips: None, kvm: None }
 }
 
 fn reason(error: &AccelError) -> String {
@@ -123,6 +126,7 @@ fn measure(hypervisor: &dyn Hypervisor) -> Probed {
             reason: gap,
             kernel_mips: Some(kernel),
             user_mips: Some(user),
+            kvm: None,
         },
         Err(error) => unusable(kind, reason(&error)),
     }

@@ -9,10 +9,10 @@ use super::console::{Console, InputFilter};
 use super::devices::{self, Attached};
 use super::gdb::GdbServer;
 use super::metrics::{BusCounters, Sources};
-use super::vcpu::Control;
+use super::vcpu::{Control, pin};
 use super::{Devices, Vm, VmError, entry, layout};
 use crate::accel::kvm::{KvmHypervisor, KvmOptions};
-use crate::accel::{self, CpuModel, Hypervisor, IoBus, VmSpec, probe};
+use crate::accel::{self, CpuModel, Hypervisor, IoAddress, IoBus, VmSpec, probe};
 use crate::acpi::{self, MmioDevice, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
 use crate::boot::{self, BootSource};
 use crate::bus::{Bus, BusDevice};
@@ -156,6 +156,8 @@ impl VmBuilder {
         let insert = |base: u64, len: u64, device: Arc<dyn BusDevice>| ports.insert(base, len, device);
         insert(COM1, 8, serial.clone())?;
         insert(CMOS, 2, Arc::new(Rtc::new()))?;
+        // Choosing a CMOS register does nothing by itself. (The PCI address port has the reset register within it.)
+        accel.coalesce_writes(IoAddress::Port(CMOS as u16), 1)?;
         insert(I8042_COMMAND, 1, Arc::new(I8042::new(power.clone())))?;
         insert(PM_BASE.into(), PM_SIZE.into(), pm.clone())?;
         insert(PVPANIC_PORT.into(), 1, Arc::new(Pvpanic::new(power.clone())))?;
@@ -236,9 +238,11 @@ impl VmBuilder {
             vcpus.push(vcpu);
         }
         for (id, vcpu) in (0..).zip(vcpus) {
-            let affinity = config.cpu_affinity.get(id as usize).cloned().unwrap_or_default();
-            let thread = control.spawn(id, vcpu, affinity).map_err(host("a thread"))?;
+            let thread = control.spawn(id, vcpu).map_err(host("a thread"))?;
+            let cpus = config.cpu_affinity.get(id as usize).map_or(&[][..], Vec::as_slice);
+            let pinned = pin(&thread, cpus);
             vm.threads.lock().push(thread);
+            pinned.map_err(|source| VmError::Affinity { vcpu: id, source })?;
         }
         if let Some(gdb) = &config.gdb {
             let server = GdbServer::start(gdb, control, vm.memory.clone(), config.cpus)?;

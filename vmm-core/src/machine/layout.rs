@@ -76,6 +76,14 @@ pub(super) fn allocate(config: &MemoryConfig, cpus: u32) -> Result<(GuestMemory,
             "memory of {size} bytes; give a multiple of 4096 between 2 MiB and 16 TiB"
         )));
     }
+    let most = host_memory();
+    if size > most {
+        return Err(VmError::Config(format!(
+            "memory of {} MiB; this host has {} MiB, give the guest less",
+            size >> 20,
+            most >> 20
+        )));
+    }
     let options = RegionOptions {
         backing: match config.pages {
             PageConfig::Normal => Backing::Normal,
@@ -106,6 +114,17 @@ pub(super) fn allocate(config: &MemoryConfig, cpus: u32) -> Result<(GuestMemory,
         }
     }
     Ok((GuestMemory::new(regions)?, nodes))
+}
+
+/// What the host has in all, swap space included: a guest that is larger could never use what it was told it has.
+fn host_memory() -> u64 {
+    // SAFETY: an all-zero structure is valid, and the call fills it.
+    let info = unsafe {
+        let mut info: libc::sysinfo = std::mem::zeroed();
+        libc::sysinfo(&mut info);
+        info
+    };
+    info.totalram.saturating_add(info.totalswap).saturating_mul(u64::from(info.mem_unit))
 }
 
 fn check_numa(config: &MemoryConfig, cpus: u32) -> Result<(), VmError> {

@@ -134,6 +134,15 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// A vCPU's thread cannot run where the configuration wants it.
+    #[error("Cannot bind vCPU {vcpu} to its host CPUs; give CPUs that exist and that this process may use")]
+    Affinity {
+        /// The vCPU.
+        vcpu: u32,
+        /// The host's reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// The machine has stopped.
     #[error("The machine has stopped; build a new one")]
     Stopped,

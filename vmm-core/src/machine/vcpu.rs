@@ -1,5 +1,6 @@
 //! vCPU threads, and the state that they share with the machine's owner.
 
+use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -264,7 +265,6 @@ impl Control {
         self: &Arc<Self>,
         id: u32,
         vcpu: Box<dyn Vcpu>,
-        affinity: Vec<usize>,
     ) -> std::io::Result<JoinHandle<()>> {
         self.handles.lock().push(vcpu.handle());
         self.state.lock().alive += 1;
@@ -272,7 +272,6 @@ impl Control {
         let thread =
             std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK_SIZE).spawn(move || {
                 let _end = End(control.clone());
-                pin(id, &affinity);
                 control.drive(id, vcpu);
             });
         if thread.is_err() {
@@ -374,10 +373,10 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Binds the calling thread to host CPUs.
-fn pin(id: u32, cpus: &[usize]) {
+/// Binds a vCPU's thread to host CPUs, if there are any in the list.
+pub(super) fn pin(thread: &JoinHandle<()>, cpus: &[usize]) -> std::io::Result<()> {
     if cpus.is_empty() {
-        return;
+        return Ok(());
     }
     // SAFETY: an all-zero set is the empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
@@ -385,9 +384,8 @@ fn pin(id: u32, cpus: &[usize]) {
         // SAFETY: the index is within the set.
         unsafe { libc::CPU_SET(cpu, &mut set) };
     }
-    // SAFETY: `set` is a live variable of the stated size; 0 is the calling thread.
-    if unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) } != 0 {
-        let error = std::io::Error::last_os_error();
-        tracing::warn!(vcpu = id, %error, "vCPU not pinned; check the host CPU numbers");
-    }
+    // SAFETY: the thread has not been joined, and `set` is a live variable of the stated size.
+    let rc =
+        unsafe { libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of::<libc::cpu_set_t>(), &set) };
+    if rc == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(rc)) }
 }

@@ -24,17 +24,23 @@ pub enum MapError {
         address: u64,
     },
     /// The host refused.
-    #[error("Cannot get {size} bytes of memory ({step}); free some or configure less")]
+    #[error("Cannot get {size} bytes of memory ({step}); {advice}")]
     Host {
         /// Size in bytes.
         size: u64,
         /// The step that failed.
         step: &'static str,
+        /// What to do.
+        advice: &'static str,
         /// The host's reason.
         #[source]
         source: std::io::Error,
     },
 }
+
+const FREE_SOME: &str = "free some or configure less";
+const RESERVE_PAGES: &str = "reserve enough in /sys/kernel/mm/hugepages or choose normal pages";
+const NODES: &str = "give a node of /sys/devices/system/node";
 
 /// Pages that back a region.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,10 +98,11 @@ impl MemoryRegion {
     /// # Errors
     /// Fails when the range is malformed or the host has too little memory or refuses a step.
     pub fn allocate(address: u64, size: u64, options: &RegionOptions) -> Result<Self, MapError> {
-        let (huge_flag, page) = match options.backing {
-            Backing::Normal | Backing::TransparentHuge => (0, super::PAGE_SIZE),
-            Backing::Huge2M => (libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, 2 << 20),
-            Backing::Huge1G => (libc::MFD_HUGETLB | libc::MFD_HUGE_1GB, 1 << 30),
+        // Reserved pages are taken now: what is missing later would end the process.
+        let (huge_flag, page, reserve, advice) = match options.backing {
+            Backing::Normal | Backing::TransparentHuge => (0, super::PAGE_SIZE, libc::MAP_NORESERVE, FREE_SOME),
+            Backing::Huge2M => (libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, 2 << 20, 0, RESERVE_PAGES),
+            Backing::Huge1G => (libc::MFD_HUGETLB | libc::MFD_HUGE_1GB, 1 << 30, 0, RESERVE_PAGES),
         };
         if size == 0
             || !size.is_multiple_of(page)
@@ -104,28 +111,29 @@ impl MemoryRegion {
         {
             return Err(MapError::BadRange { address, size });
         }
-        let fail = |step| move || MapError::Host { size, step, source: std::io::Error::last_os_error() };
+        let host = |step, source| MapError::Host { size, step, advice, source };
+        let fail = |step| host(step, std::io::Error::last_os_error());
         // SAFETY: the name is a C string; the call has no other memory effect.
         let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC | huge_flag) };
         if fd < 0 {
-            return Err(fail("memfd_create")());
+            return Err(fail("memfd_create"));
         }
         // SAFETY: `fd` is a fresh descriptor that nobody else owns.
         let file = unsafe { File::from_raw_fd(fd) };
-        file.set_len(size).map_err(|source| MapError::Host { size, step: "ftruncate", source })?;
+        file.set_len(size).map_err(|source| host("ftruncate", source))?;
         // SAFETY: a new mapping at an address of the kernel's choice aliases nothing.
         let ptr = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 size as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                libc::MAP_SHARED | reserve,
                 file.as_raw_fd(),
                 0,
             )
         };
         if ptr == libc::MAP_FAILED {
-            return Err(fail("mmap")());
+            return Err(fail("mmap"));
         }
         let region = Self { address, mapping: Arc::new(Mapping { ptr: ptr.cast(), size, file }) };
         let len = size as usize;
@@ -134,25 +142,22 @@ impl MemoryRegion {
             unsafe { libc::madvise(ptr, len, libc::MADV_HUGEPAGE) };
         }
         if let Some(node) = options.host_node {
+            let no_node = |source| MapError::Host { size, step: "mbind", advice: NODES, source };
             let mut mask = [0u64; 16];
-            let word = mask.get_mut(node as usize / 64).ok_or(MapError::Host {
-                size,
-                step: "mbind",
-                source: std::io::Error::from_raw_os_error(libc::EINVAL),
-            })?;
-            *word = 1 << (node % 64);
+            let word = mask.get_mut(node as usize / 64);
+            *word.ok_or_else(|| no_node(std::io::Error::from_raw_os_error(libc::EINVAL)))? = 1 << (node % 64);
             const MPOL_BIND: libc::c_long = 2;
             // SAFETY: the range is the mapping just made and the mask outlives the call.
             let rc =
                 unsafe { libc::syscall(libc::SYS_mbind, ptr, len, MPOL_BIND, mask.as_ptr(), 1024u64, 0u64) };
             if rc != 0 {
-                return Err(fail("mbind")());
+                return Err(no_node(std::io::Error::last_os_error()));
             }
         }
         if options.prefault {
             // SAFETY: the range is the mapping just made.
             if unsafe { libc::madvise(ptr, len, libc::MADV_POPULATE_WRITE) } != 0 {
-                return Err(fail("prefault")());
+                return Err(fail("prefault"));
             }
         }
         Ok(region)
@@ -204,5 +209,32 @@ mod tests {
         assert_eq!(r.file().metadata().unwrap().len(), 4 << 20);
         let far = RegionOptions { host_node: Some(5000), ..Default::default() };
         assert!(matches!(MemoryRegion::allocate(0, 4096, &far), Err(MapError::Host { step: "mbind", .. })));
+    }
+
+    /// Pages that the host reserved are had at once or not at all: never a signal when they are touched.
+    #[test]
+    fn reserved_huge_pages_are_taken_or_refused() {
+        let free = |kib: u32| {
+            let path = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/free_hugepages");
+            std::fs::read_to_string(path).ok().and_then(|n| n.trim().parse::<u64>().ok())
+        };
+        for (backing, page) in [(Backing::Huge2M, 2u64 << 20), (Backing::Huge1G, 1 << 30)] {
+            let free = free((page >> 10) as u32);
+            let more = free.unwrap_or(0) + 1;
+            let options = RegionOptions { backing, ..Default::default() };
+            match MemoryRegion::allocate(0, more * page, &options) {
+                Err(error @ MapError::Host { .. }) => {
+                    assert!(error.to_string().contains("/sys/kernel/mm/hugepages"), "{error}");
+                }
+                Err(other) => panic!("{other}"),
+                Ok(_) => panic!("{more} pages of {free:?}"),
+            }
+            if free > Some(0) {
+                let region = MemoryRegion::allocate(0, page, &options).unwrap();
+                // SAFETY: inside the mapping, which nobody else knows.
+                unsafe { region.host_ptr().add(page as usize - 1).write(1) };
+            }
+            assert!(matches!(MemoryRegion::allocate(0, page / 2, &options), Err(MapError::BadRange { .. })));
+        }
     }
 }

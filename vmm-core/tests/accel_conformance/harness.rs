@@ -51,16 +51,22 @@ pub struct Holes {
 /// KVM, or `None` when the environment says that this host has none. On a host without KVM, the test fails with the
 /// reason.
 pub fn kvm() -> Option<Target> {
-    kvm_with(false)
+    kvm_with(KvmOptions::default())
+}
+
+/// KVM with the dirty log, whatever else the host has.
+pub fn kvm_dirty_log() -> Option<Target> {
+    kvm_with(KvmOptions { dirty_ring: 0, ..KvmOptions::default() })
 }
 
 /// KVM with the software CPU's assistance.
 pub fn kvm_assisted() -> Option<Target> {
-    kvm_with(true)
+    kvm_with(KvmOptions { assist: true, ..KvmOptions::default() })
 }
 
-fn kvm_with(assist: bool) -> Option<Target> {
-    match KvmHypervisor::with_options(KvmOptions { assist, ..KvmOptions::default() }) {
+fn kvm_with(options: KvmOptions) -> Option<Target> {
+    let assist = options.assist;
+    match KvmHypervisor::with_options(options) {
         Ok(hypervisor) => {
             let software = KvmHypervisor::is_software();
             let holes = Holes {
@@ -120,6 +126,11 @@ impl TestBus {
     /// The values written to [`REPORT`] so far.
     pub fn reports(&self) -> Vec<u32> {
         reports(&self.log.lock().unwrap())
+    }
+
+    /// Lets a guest that was done run again.
+    pub fn again(&self) {
+        self.done.store(false, Ordering::SeqCst);
     }
 
     /// Waits until `count` values were written to [`REPORT`].

@@ -191,6 +191,65 @@ pub fn doorbells_can_be_removed(target: &Target) {
     assert_eq!(machine.bus.accesses(), [Access::MmioWrite(DOORBELL, vec![1, 0])]);
 }
 
+pub fn queued_writes_keep_their_order(target: &Target) {
+    const REGISTERS: u64 = 0xd000_2000;
+    const FLAG: u64 = 0x3000;
+    let mut machine = Machine::flat32(target, |a| {
+        for index in [1, 2, 3] {
+            a.mov(al, index).unwrap();
+            a.out(0x70, al).unwrap();
+        }
+        a.mov(dword_ptr(REGISTERS + 4), 0x1234_5678).unwrap();
+        a.in_(al, 0x71).unwrap();
+        a.mov(al, 4).unwrap();
+        a.out(0x70, al).unwrap();
+        a.mov(dword_ptr(FLAG), 1).unwrap();
+        let mut forever = a.create_label();
+        a.set_label(&mut forever).unwrap();
+        a.jmp(forever).unwrap();
+    });
+    let mut queued = machine.vm.coalesce_writes(IoAddress::Port(0x70), 1).unwrap();
+    queued &= machine.vm.coalesce_writes(IoAddress::Mmio(REGISTERS), 8).unwrap();
+    let handle = machine.cpu.handle();
+    let (memory, bus) = (machine.memory.clone(), machine.bus.clone());
+    let seen = std::thread::scope(|scope| {
+        let watcher = scope.spawn(move || {
+            while memory.read_obj::<u32>(FLAG).unwrap() == 0 {
+                std::thread::yield_now();
+            }
+            let seen = bus.accesses().len();
+            handle.kick();
+            seen
+        });
+        machine.run();
+        watcher.join().unwrap()
+    });
+    // The read brought what was queued before it; the kick brings the rest.
+    assert_eq!(seen, if queued { 5 } else { 6 });
+    let index = |value| Access::PortWrite(0x70, vec![value]);
+    let register = Access::MmioWrite(REGISTERS + 4, vec![0x78, 0x56, 0x34, 0x12]);
+    let expected = [index(1), index(2), index(3), register, Access::PortRead(0x71, 1), index(4)];
+    assert_eq!(machine.bus.accesses(), expected);
+}
+
+pub fn more_writes_than_a_queue_holds(target: &Target) {
+    const COUNT: u32 = 1000;
+    let mut machine = Machine::flat32(target, |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, COUNT).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.mov(eax, ecx).unwrap();
+        a.out(0x70, al).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(again).unwrap();
+        done(a);
+    });
+    machine.vm.coalesce_writes(IoAddress::Port(0x70), 1).unwrap();
+    machine.run_to_end();
+    let expected: Vec<_> = (1..=COUNT).rev().map(|n| Access::PortWrite(0x70, vec![n as u8])).collect();
+    assert_eq!(machine.bus.accesses(), expected);
+}
+
 /// An access at the end of the address space and one at the end of RAM.
 pub fn accesses_nobody_answers(target: &Target) {
     let mut machine = Machine::flat32(target, |a| {

@@ -38,13 +38,14 @@ macro_rules! conformance {
         tests! {
             $target;
             io: port_accesses_of_each_size mmio_accesses_of_each_size string_port_io doorbells_replace_the_bus
-                doorbells_can_be_removed accesses_nobody_answers;
+                doorbells_can_be_removed accesses_nobody_answers queued_writes_keep_their_order
+                more_writes_than_a_queue_holds;
             interrupts: a_line_wakes_a_halted_cpu messages_arrive_unless_masked event_descriptors_send_messages
                 an_nmi_interrupts_a_loop the_apic_timer_fires a_bad_message_is_an_error_or_dropped
                 lines_are_bounded;
             smp: init_and_sipi_start_another_cpu cpu_ids_are_checked;
             memory: regions_and_the_hole_between_them dirty_pages_are_reported_once dirty_tracking_must_be_on
-                linear_addresses_translate;
+                more_dirty_pages_than_a_ring_holds dirty_pages_of_several_cpus linear_addresses_translate;
             running: kicks_stop_a_running_cpu kicks_wake_a_halted_cpu a_kick_before_the_run_counts
                 a_triple_fault_ends_the_run port_exits_complete_before_a_kick;
             state: registers_survive_the_round_trip sse_state_survives_the_round_trip
@@ -56,6 +57,15 @@ macro_rules! conformance {
 
 mod kvm {
     conformance!(crate::harness::kvm());
+}
+
+/// The other way in which KVM reports dirty pages.
+mod kvm_dirty_log {
+    tests! {
+        crate::harness::kvm_dirty_log();
+        memory: dirty_pages_are_reported_once dirty_tracking_must_be_on more_dirty_pages_than_a_ring_holds
+            dirty_pages_of_several_cpus;
+    }
 }
 
 mod kvm_assisted {

@@ -1,6 +1,7 @@
 //! Guest RAM: regions, dirty pages, translation.
 
 use iced_x86::code_asm::*;
+use softcpu::CpuState;
 use vmm_core::memory::{GuestMemory, MemoryRegion, RegionOptions};
 
 use crate::harness::*;
@@ -41,8 +42,9 @@ pub fn regions_and_the_hole_between_them(target: &Target) {
 
 fn dirty(machine: &Machine) -> Vec<u64> {
     let words = machine.vm.take_dirty_pages(0).unwrap();
-    assert_eq!(words.len() as u64, RAM / 4096 / 64);
-    (0..RAM / 4096).filter(|page| words[*page as usize / 64] >> (page % 64) & 1 == 1).collect()
+    let pages = machine.memory.total_size() / 4096;
+    assert_eq!(words.len() as u64, pages / 64);
+    (0..pages).filter(|page| words[*page as usize / 64] >> (page % 64) & 1 == 1).collect()
 }
 
 pub fn dirty_pages_are_reported_once(target: &Target) {
@@ -82,6 +84,69 @@ pub fn dirty_pages_are_reported_once(target: &Target) {
     }
     assert!(dirty(&machine).is_empty());
     machine.vm.set_dirty_tracking(false).unwrap();
+}
+
+/// 32-bit code at `at` that writes to each `stride`th byte of `range`.
+fn write_pages(machine: &Machine, at: u64, range: std::ops::Range<u64>, stride: u32) {
+    let code = assemble(32, at, |a| {
+        let mut again = a.create_label();
+        a.mov(edi, range.start as u32).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.mov(dword_ptr(edi), edi).unwrap();
+        a.add(edi, stride as i32).unwrap();
+        a.cmp(edi, range.end as i32).unwrap();
+        a.jb(again).unwrap();
+        done(a);
+    });
+    machine.memory.write(at, &code).unwrap();
+}
+
+fn pages(range: std::ops::Range<u64>, stride: u32) -> impl Iterator<Item = u64> {
+    range.step_by(stride as usize).map(|address| address / 4096)
+}
+
+/// A machine with more pages than an accelerator has room for in any one list.
+fn large(target: &Target, vcpus: u32) -> Machine {
+    let machine = Machine::with_memory(target, vcpus, GuestMemory::flat(64 << 20).unwrap());
+    machine.vm.set_dirty_tracking(true).unwrap();
+    machine
+}
+
+pub fn more_dirty_pages_than_a_ring_holds(target: &Target) {
+    let mut machine = large(target, 1);
+    let range = 1 << 20..64 << 20;
+    // What was reported is tracked anew, whether it was written in the round before or not.
+    for stride in [0x2000, 0x1000, 0x3000, 0x3000] {
+        write_pages(&machine, CODE, range.clone(), stride);
+        machine.cpu.set_state(&flat32()).unwrap();
+        machine.bus.again();
+        machine.run_to_end();
+        assert!(dirty(&machine).into_iter().eq(pages(range.clone(), stride)), "every {stride:#x} bytes");
+    }
+    assert!(dirty(&machine).is_empty());
+    // Nothing of before is left over to the next time.
+    machine.bus.again();
+    machine.cpu.set_state(&flat32()).unwrap();
+    machine.run_to_end();
+    machine.vm.set_dirty_tracking(false).unwrap();
+    machine.vm.set_dirty_tracking(true).unwrap();
+    assert!(dirty(&machine).is_empty());
+}
+
+pub fn dirty_pages_of_several_cpus(target: &Target) {
+    const OTHER: u64 = CODE + 0x1000;
+    let mut machine = large(target, 2);
+    let (low, high) = (1 << 20..32 << 20, 32 << 20..64 << 20);
+    write_pages(&machine, CODE, low.clone(), 0x1000);
+    write_pages(&machine, OTHER, high.clone(), 0x2000);
+    let mut other = machine.another_cpu(1);
+    machine.cpu.set_state(&flat32()).unwrap();
+    other.set_state(&CpuState { rip: OTHER, ..flat32() }).unwrap();
+    for cpu in [&mut machine.cpu, &mut other] {
+        machine.bus.again();
+        run_to_end(&machine.bus, &mut **cpu);
+    }
+    assert!(dirty(&machine).into_iter().eq(pages(low, 0x1000).chain(pages(high, 0x2000))));
 }
 
 pub fn dirty_tracking_must_be_on(target: &Target) {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use vmm_core::accel::AccelKind;
+use vmm_core::accel::kvm::KvmFeatures;
 use vmm_core::accel::probe::{self, Probed};
 
 /// Say which accelerators work here, how fast they run kernel and user code, and why one was rejected.
@@ -50,5 +51,24 @@ fn line(probed: &Probed, chosen: bool) -> String {
     if let Some(reason) = &probed.reason {
         text += &format!("\n      {reason}");
     }
+    if let Some(kvm) = &probed.kvm {
+        text += &format!("\n      offers {}", features(kvm));
+    }
     text
+}
+
+fn features(kvm: &KvmFeatures) -> String {
+    let mut offers = vec![format!("{} vCPUs", kvm.vcpus)];
+    if let Some(entries) = kvm.dirty_ring {
+        offers.push(format!("dirty rings of {entries} entries"));
+    }
+    if kvm.coalesced_io {
+        offers.push("coalesced I/O".into());
+    }
+    if kvm.guest_memfd {
+        let private = if kvm.private_memory { "with" } else { "without" };
+        let shared = if kvm.guest_memfd_shared { "mappable" } else { "not mappable" };
+        offers.push(format!("guest_memfd ({shared}, {private} private memory; not used)"));
+    }
+    offers.join(", ")
 }

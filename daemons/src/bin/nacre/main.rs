@@ -19,6 +19,9 @@ struct Cli {
     command: Command,
 }
 
+/// Exit status for a command line that is not understood.
+const WRONG_COMMAND_LINE: u8 = 2;
+
 #[derive(Subcommand)]
 enum Command {
     Run(Box<run::Args>),
@@ -38,7 +41,15 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and the version: printed as they are, with status 0.
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => {
+            eprintln!("nacre: {}", daemons::one_line(&error.render().to_string()));
+            return ExitCode::from(WRONG_COMMAND_LINE);
+        }
+    };
     daemons::log_to_stderr("NACRE_LOG", LevelFilter::WARN);
     let result = match cli.command {
         Command::Run(args) => run::run(*args),

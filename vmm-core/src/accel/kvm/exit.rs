@@ -1,7 +1,7 @@
 //! The page that the kernel and a vCPU's thread share: why `KVM_RUN` returned, and the data of the access.
 
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
+    KVM_EXIT_DEBUG, KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
     KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_INTERNAL_ERROR_EMULATION,
     KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN, kvm_debug_exit_arch, kvm_run,
@@ -23,6 +23,8 @@ pub enum Exit<'a> {
     System(SystemEvent),
     /// A debugger's stop.
     Debug(kvm_debug_exit_arch),
+    /// The vCPU's dirty ring is full.
+    DirtyRingFull,
     /// The kernel's emulator does not know the instruction; its bytes, if the kernel gives them.
     EmulationFailed { bytes: Vec<u8> },
     /// The kernel cannot go on.
@@ -54,6 +56,7 @@ pub fn decode(page: &mut kvm_run, page_size: usize) -> Exit<'_> {
         }
         KVM_EXIT_SHUTDOWN => Exit::Shutdown,
         KVM_EXIT_INTR => Exit::Interrupted,
+        KVM_EXIT_DIRTY_RING_FULL => Exit::DirtyRingFull,
         KVM_EXIT_DEBUG => {
             // SAFETY: as above.
             Exit::Debug(unsafe { page.__bindgen_anon_1.debug.arch })

@@ -2,7 +2,7 @@
 //!
 //! Interrupt controllers and timers (local APICs, IO-APIC, PIC, PIT) live in the kernel. Message-signalled interrupts
 //! go straight to the local APICs, or through an irqfd when a back-end in another process needs a descriptor.
-//! Doorbells are ioeventfds.
+//! Doorbells are ioeventfds. Dirty pages come through rings where the kernel has them, else from the dirty log.
 //!
 //! # Signals
 //! To stop a vCPU that is inside the guest, its thread must get a signal. No handler is installed: the signal is
@@ -13,9 +13,12 @@
 
 mod assist;
 mod chipset;
+mod coalesced;
 mod cpuid;
+mod dirty_ring;
 mod exit;
 mod fault;
+mod features;
 mod interrupts;
 mod kick;
 mod msr;
@@ -33,6 +36,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::{AccelError, AccelKind, Hypervisor, Vm, VmSpec};
 
+pub use features::KvmFeatures;
 pub use vm::KvmVm;
 
 /// What can be chosen about KVM.
@@ -45,11 +49,14 @@ pub struct KvmOptions {
     /// Whether the software CPU executes an instruction that the kernel's emulator does not know, and the vCPU goes on:
     /// for a KVM that is software itself. Without it such an instruction ends the run with a fault.
     pub assist: bool,
+    /// Pages that a vCPU can write between two harvests of its dirty ring; rounded to what the host allows. With 0, and
+    /// on hosts without dirty rings, the dirty log is used.
+    pub dirty_ring: u32,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { kick_signal: libc::SIGRTMAX() - 2, pit: true, assist: false }
+        Self { kick_signal: libc::SIGRTMAX() - 2, pit: true, assist: false, dirty_ring: 4096 }
     }
 }
 
@@ -69,6 +76,11 @@ struct Host {
 /// An adapter from KVM's errors to ours.
 fn failed(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> AccelError {
     move |error| AccelError::Os { operation, source: error.into() }
+}
+
+/// An adapter from the host's errors to ours.
+fn os(operation: &'static str) -> impl FnOnce(std::io::Error) -> AccelError {
+    move |source| AccelError::Os { operation, source }
 }
 
 fn unavailable(reason: impl Into<String>) -> AccelError {
@@ -142,6 +154,11 @@ impl KvmHypervisor {
     /// code is emulated in the host kernel, slowly and incompletely.
     pub fn is_software() -> bool {
         Path::new("/sys/module/kvm_pvm").exists()
+    }
+
+    /// What this KVM offers beyond what is needed.
+    pub fn features(&self) -> KvmFeatures {
+        KvmFeatures::of(&self.host.kvm)
     }
 
     /// Creates a virtual machine; the concrete type offers what only KVM has.

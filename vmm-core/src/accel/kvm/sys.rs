@@ -20,6 +20,7 @@ ioctl_io_nr!(KVM_RUN, KVMIO, 0x80);
 ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
 ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 ioctl_iow_nr!(KVM_IRQFD, KVMIO, 0x76, kvm_irqfd);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 
 fn check(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -62,6 +63,12 @@ pub fn set_memory(
     // SAFETY: the mapping is `memory_size` bytes long, and the VM keeps its `GuestMemory` alive as long as its
     // descriptor.
     unsafe { vm.set_user_memory_region(description) }
+}
+
+/// Lets the kernel watch the pages again whose entries in dirty rings were harvested.
+pub fn reset_dirty_rings(vm: &VmFd) -> io::Result<()> {
+    // SAFETY: a request without argument.
+    check(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) })
 }
 
 /// Adds or removes an ioeventfd.

@@ -1,6 +1,7 @@
 //! A virtual CPU: its run loop and the debugger's side of it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use kvm_bindings::{
     CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
@@ -12,7 +13,7 @@ use super::assist::{Assistant, Outcome};
 use super::exit::{self, Exit};
 use super::kick::Kicker;
 use super::vm::Shared;
-use super::{failed, fault, msr, state, sys};
+use super::{coalesced, failed, fault, msr, os, state, sys};
 use crate::accel::{
     AccelError, BreakKind, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint, IoBus, Vcpu,
     VcpuExit, VcpuHandle,
@@ -51,16 +52,15 @@ enum Assisted {
 /// DR6: a single step.
 const DR6_STEP: u64 = 1 << 14;
 
-fn os(operation: &'static str) -> impl FnOnce(std::io::Error) -> AccelError {
-    move |source| AccelError::Os { operation, source }
-}
-
 impl KvmVcpu {
     pub fn new(vm: Arc<Shared>, id: u32, cpuid: &CpuId) -> Result<Self, AccelError> {
         let fd = vm.fd.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
         // Firmware switches fast string operations on; kernels that boot without one complain when they are off.
         msr::write(&fd, &[(msr::index::MISC_ENABLE, 1)]).map_err(os("KVM_SET_MSRS"))?;
+        if let Some(rings) = &vm.dirty_rings {
+            rings.add(&fd).map_err(os("mapping of a dirty ring"))?;
+        }
         let kicker = Kicker::new(vm.host.options.kick_signal);
         let page_size = vm.fd.run_size();
         Ok(Self {
@@ -157,7 +157,12 @@ impl KvmVcpu {
             // Enter the kernel even when kicked: it completes the access of the last exit, without which the state
             // could not be saved.
             self.fd.set_kvm_immediate_exit(kicker.is_kicked().into());
-            if let Err(error) = sys::run(&self.fd) {
+            let result = sys::run(&self.fd);
+            if self.vm.coalesces.load(Ordering::Acquire) {
+                let turn = &self.vm.coalesced_turn;
+                coalesced::deliver(self.fd.get_kvm_run(), self.page_size, turn, &*self.vm.bus);
+            }
+            if let Err(error) = result {
                 match error.raw_os_error() {
                     // An application processor got INIT or SIPI.
                     Some(libc::EAGAIN) => continue,
@@ -176,6 +181,7 @@ impl KvmVcpu {
                 Exit::Port { port, size, write, data } => port_access(&*self.vm.bus, port, size, write, data),
                 Exit::Mmio { address, write: true, data } => self.vm.bus.mmio_write(address, data),
                 Exit::Mmio { address, write: false, data } => self.vm.bus.mmio_read(address, data),
+                Exit::DirtyRingFull => self.vm.harvest_dirty_rings()?,
                 Exit::Interrupted => return Ok(VcpuExit::Interrupted),
                 Exit::Shutdown => {
                     self.shut_down = true;

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, VmFd};
 use parking_lot::Mutex;
 
 use super::cpuid::{self, Topology};
+use super::dirty_ring::DirtyRings;
 use super::interrupts::{self, Line, MsiRoutes, Vector};
 use super::vcpu::KvmVcpu;
-use super::{Host, KvmHypervisor, chipset, failed, sys};
+use super::{Host, KvmHypervisor, chipset, failed, os, sys};
 use crate::accel::{
     AccelError, ChipsetState, CpuModel, IOAPIC_PINS, IoAddress, IoBus, PicState, Vcpu, Vm, VmSpec, soft,
 };
@@ -37,12 +38,32 @@ pub struct Shared {
     /// RAM for the software CPUs that assist the vCPUs, if they are to.
     pub assistants_ram: Option<Arc<softcpu::GuestMemory>>,
     pub routes: Mutex<MsiRoutes>,
+    /// Where vCPUs report what they write; without them the kernel has a dirty log.
+    pub dirty_rings: Option<DirtyRings>,
+    /// Whether the kernel queues some writes, and who passes them on at the moment.
+    pub coalesces: AtomicBool,
+    pub coalesced_turn: Mutex<()>,
     pub(super) host: Arc<Host>,
     pub vcpus: u32,
     model: Option<CpuModel>,
 }
 
+impl Shared {
+    /// Lets vCPUs go on whose dirty rings are full.
+    pub fn harvest_dirty_rings(&self) -> Result<(), AccelError> {
+        match &self.dirty_rings {
+            Some(rings) => rings.harvest(&self.fd).map_err(os("KVM_RESET_DIRTY_RINGS")),
+            None => Ok(()),
+        }
+    }
+}
+
 impl KvmVm {
+    /// How many entries the dirty ring of each vCPU has; `None` when dirty pages come from the dirty log.
+    pub fn dirty_ring_entries(&self) -> Option<u32> {
+        self.shared.dirty_rings.as_ref().map(DirtyRings::entries)
+    }
+
     pub(super) fn new(host: &Arc<Host>, spec: VmSpec) -> Result<Arc<Self>, AccelError> {
         let most = host.kvm.get_max_vcpus().min(255) as u32;
         if spec.vcpus == 0 || spec.vcpus > most {
@@ -80,8 +101,12 @@ impl KvmVm {
         }
         let assist = host.options.assist;
         let assistants_ram = if assist { Some(soft::ram(&spec.memory)?) } else { None };
+        let dirty_rings = DirtyRings::enable(&host.kvm, &fd, host.options.dirty_ring, &spec.memory);
         let shared = Arc::new(Shared {
             fd,
+            dirty_rings,
+            coalesces: AtomicBool::new(false),
+            coalesced_turn: Mutex::new(()),
             assistants_ram,
             memory: spec.memory,
             bus: spec.bus,
@@ -133,7 +158,7 @@ impl Vm for KvmVm {
         event: BorrowedFd<'_>,
     ) -> Result<bool, AccelError> {
         sys::ioeventfd(&self.shared.fd, address, len, value, event, false)
-            .map_err(|source| AccelError::Os { operation: "adding of an ioeventfd", source })?;
+            .map_err(os("adding of an ioeventfd"))?;
         Ok(true)
     }
 
@@ -145,13 +170,33 @@ impl Vm for KvmVm {
         event: BorrowedFd<'_>,
     ) -> Result<(), AccelError> {
         sys::ioeventfd(&self.shared.fd, address, len, value, event, true)
-            .map_err(|source| AccelError::Os { operation: "removal of an ioeventfd", source })
+            .map_err(os("removal of an ioeventfd"))
+    }
+
+    fn coalesce_writes(&self, address: IoAddress, len: u32) -> Result<bool, AccelError> {
+        let (capability, zone) = match address {
+            IoAddress::Mmio(address) => (Cap::CoalescedMmio, IoEventAddress::Mmio(address)),
+            IoAddress::Port(port) => (Cap::CoalescedPio, IoEventAddress::Pio(port.into())),
+        };
+        let shared = &self.shared;
+        if !shared.host.kvm.check_extension(capability) {
+            return Ok(false);
+        }
+        // The vCPUs look before the kernel begins.
+        shared.coalesces.store(true, Ordering::Release);
+        shared.fd.register_coalesced_mmio(zone, len).map_err(failed("KVM_REGISTER_COALESCED_MMIO"))?;
+        Ok(true)
     }
 
     fn set_dirty_tracking(&self, on: bool) -> Result<(), AccelError> {
         for (slot, region) in self.shared.memory.regions().iter().enumerate() {
             sys::set_memory(&self.shared.fd, slot as u32, region, on)
                 .map_err(failed("switching of dirty page tracking"))?;
+        }
+        if let Some(rings) = &self.shared.dirty_rings
+            && !on
+        {
+            rings.clear(&self.shared.fd, &self.shared.memory).map_err(os("KVM_RESET_DIRTY_RINGS"))?;
         }
         if let Some(ram) = &self.shared.assistants_ram {
             ram.set_dirty_tracking(on);
@@ -167,8 +212,13 @@ impl Vm for KvmVm {
                 "dirty pages while tracking is off or of a region that is not there".into(),
             )
         })?;
-        let log = self.shared.fd.get_dirty_log(index as u32, region.size() as usize);
-        let mut dirty = log.map_err(failed("KVM_GET_DIRTY_LOG"))?;
+        let fd = &self.shared.fd;
+        let mut dirty = match &self.shared.dirty_rings {
+            Some(rings) => rings.take(fd, index).map_err(os("KVM_RESET_DIRTY_RINGS"))?,
+            None => fd
+                .get_dirty_log(index as u32, region.size() as usize)
+                .map_err(failed("KVM_GET_DIRTY_LOG"))?,
+        };
         if let Some(ram) = &self.shared.assistants_ram {
             let assisted = ram
                 .take_dirty(region.guest_address(), region.size())
