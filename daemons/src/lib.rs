@@ -75,7 +75,8 @@ mod tests {
     fn wrong_command_lines_are_one_line() {
         let text = "error: unexpected argument '--kernl' found\n\n  tip: a similar argument exists: '--kernel'\n\n\
                     Usage: nacre run --kernel <FILE>\n\nFor more information, try '--help'.\n";
-        let line = "unexpected argument '--kernl' found; tip: a similar argument exists: '--kernel'; try --help";
+        let line =
+            "unexpected argument '--kernl' found; tip: a similar argument exists: '--kernel'; try --help";
         assert_eq!(one_line(text), line);
         let text = "error: the following required arguments were not provided:\n  --kernel <FILE>\n\nUsage: nacre run";
         let line = "the following required arguments were not provided: --kernel <FILE>; try --help";

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -92,8 +92,13 @@ fn each_end_has_its_exit_status() {
 /// Fails with status 1 and one line that names what is wrong.
 #[track_caller]
 fn refused(output: &Output, words: &[&str]) {
+    one_line(output, 1, words);
+}
+
+#[track_caller]
+fn one_line(output: &Output, status: i32, words: &[&str]) {
     let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(output.status.code(), Some(status), "{text}");
     assert!(text.starts_with("nacre: ") && text.lines().count() == 1, "{text}");
     for word in words {
         assert!(text.contains(word), "{word} is missing: {text}");
@@ -115,6 +120,12 @@ fn errors_are_one_line_that_says_what_to_do() {
     std::fs::write(&cut, &std::fs::read(&good).unwrap()[..0x300]).unwrap();
     refused(&nacre(&cut).output().unwrap(), &["truncated"]);
     refused(&nacre(&good).args(["--memory", "100T"]).output().unwrap(), &["memory of"]);
+    // A size that a guest could have, and this host cannot give.
+    refused(
+        &nacre(&good).args(["--memory", "15T"]).output().unwrap(),
+        &["memory of", "this host has", "less"],
+    );
+    refused(&nacre(&good).args(["--pin", "0=1023"]).output().unwrap(), &["vCPU 0", "host CPUs", "exist"]);
     refused(&nacre(&good).args(["--cpus", "300"]).output().unwrap(), &["300 vCPUs"]);
     refused(&nacre(&good).args(["--net", "unix=/nonexistent"]).output().unwrap(), &["Nobody listens"]);
 
@@ -130,6 +141,79 @@ fn errors_are_one_line_that_says_what_to_do() {
     assert!(!socket.exists());
     drop(held);
     assert!(nacre(&good).args(["--disk", &option]).status().unwrap().success());
+}
+
+#[test]
+fn a_wrong_command_line_is_one_line() {
+    let wrong: [(&[&str], &[&str]); 4] = [
+        (&["--kernel", "k", "--memoryy", "1G"], &["--memoryy", "--memory'"]),
+        (&[], &["--kernel"]),
+        (&["--kernel", "k", "--accel", "xen"], &["xen", "kvm"]),
+        (&["--kernel", "k", "--disk", "path=x"], &["format=..."]),
+    ];
+    for (arguments, words) in wrong {
+        let output = Command::new(env!("CARGO_BIN_EXE_nacre")).arg("run").args(arguments).output().unwrap();
+        one_line(&output, 2, words);
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_nacre")).args(["run", "--help"]).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("Exit status:"));
+}
+
+/// What only the superuser may use is refused to others with the reason. (The tests run as root, or somebody who has
+/// no such rights in the first place.)
+#[test]
+fn missing_permissions_are_explained() {
+    const NOBODY: u32 = 65534;
+    let dir = TempDir::new().unwrap();
+    let good = kernel(&dir, "good", &power_off());
+    let program = dir.path().join("nacre");
+    std::fs::copy(env!("CARGO_BIN_EXE_nacre"), &program).unwrap();
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let as_nobody = |arguments: &[&str]| {
+        let mut command = Command::new(&program);
+        command.args(["run", "--kernel"]).arg(&good).args(arguments).stdin(Stdio::null());
+        if nix::unistd::geteuid().is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        command.output().unwrap()
+    };
+    refused(&as_nobody(&["--accel", "soft", "--net", "tap=nacre-no-tap"]), &["nacre-no-tap", "may use it"]);
+    if !Path::new("/dev/kvm").exists() {
+        refused(&as_nobody(&["--accel", "kvm"]), &["/dev/kvm", "does not exist"]);
+    } else if nix::unistd::geteuid().is_root() {
+        refused(&as_nobody(&["--accel", "kvm"]), &["no permission to open /dev/kvm", "group"]);
+    }
+    assert!(as_nobody(&["--accel", "soft"]).status.success());
+}
+
+/// The thread of each vCPU runs where `--pin` says.
+#[test]
+fn vcpus_are_pinned() {
+    let dir = TempDir::new().unwrap();
+    let forever = kernel(&dir, "forever", &[print("ready"), FOREVER.to_vec()].concat());
+    // A CPU that this process may use.
+    let status = |path: &Path, key: &str| {
+        let text = std::fs::read_to_string(path).unwrap();
+        text.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim().to_owned()
+    };
+    let allowed = status(Path::new("/proc/self/status"), "Cpus_allowed_list:");
+    let cpu: String =
+        allowed.chars().rev().take_while(char::is_ascii_digit).collect::<Vec<_>>().iter().rev().collect();
+    let mut session = Session::start(nacre(&forever).args(["--cpus", "2", "--pin", &format!("1={cpu}")]));
+    session.expect("ready");
+    let mut found = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{}/task", session.child.id())).unwrap() {
+        let path = task.unwrap().path().join("status");
+        let name = status(&path, "Name:");
+        if name.starts_with("vcpu") {
+            found.push((name, status(&path, "Cpus_allowed_list:")));
+        }
+    }
+    found.sort();
+    assert_eq!(found, [("vcpu0".into(), allowed), ("vcpu1".into(), cpu)]);
+    session.master.write_all(b"\x01x").unwrap();
+    session.end(6);
 }
 
 /// A `nacre run` on a terminal of its own.

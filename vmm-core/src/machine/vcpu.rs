@@ -261,11 +261,7 @@ impl Control {
     }
 
     /// Starts the thread of a vCPU. It waits until [`Self::run`].
-    pub(super) fn spawn(
-        self: &Arc<Self>,
-        id: u32,
-        vcpu: Box<dyn Vcpu>,
-    ) -> std::io::Result<JoinHandle<()>> {
+    pub(super) fn spawn(self: &Arc<Self>, id: u32, vcpu: Box<dyn Vcpu>) -> std::io::Result<JoinHandle<()>> {
         self.handles.lock().push(vcpu.handle());
         self.state.lock().alive += 1;
         let control = self.clone();

@@ -100,7 +100,9 @@ impl MemoryRegion {
     pub fn allocate(address: u64, size: u64, options: &RegionOptions) -> Result<Self, MapError> {
         // Reserved pages are taken now: what is missing later would end the process.
         let (huge_flag, page, reserve, advice) = match options.backing {
-            Backing::Normal | Backing::TransparentHuge => (0, super::PAGE_SIZE, libc::MAP_NORESERVE, FREE_SOME),
+            Backing::Normal | Backing::TransparentHuge => {
+                (0, super::PAGE_SIZE, libc::MAP_NORESERVE, FREE_SOME)
+            }
             Backing::Huge2M => (libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, 2 << 20, 0, RESERVE_PAGES),
             Backing::Huge1G => (libc::MFD_HUGETLB | libc::MFD_HUGE_1GB, 1 << 30, 0, RESERVE_PAGES),
         };

@@ -59,6 +59,11 @@ pub fn kvm_dirty_log() -> Option<Target> {
     kvm_with(KvmOptions { dirty_ring: 0, ..KvmOptions::default() })
 }
 
+/// KVM with the smallest dirty rings, where the host has them, also if that would not be the choice.
+pub fn kvm_dirty_ring() -> Option<Target> {
+    kvm_with(KvmOptions { dirty_ring: 1, ..KvmOptions::default() })
+}
+
 /// KVM with the software CPU's assistance.
 pub fn kvm_assisted() -> Option<Target> {
     kvm_with(KvmOptions { assist: true, ..KvmOptions::default() })

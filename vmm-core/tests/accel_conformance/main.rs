@@ -59,13 +59,23 @@ mod kvm {
     conformance!(crate::harness::kvm());
 }
 
-/// The other way in which KVM reports dirty pages.
+/// Either way in which KVM reports dirty pages, whatever this host's default is.
+macro_rules! dirty_pages {
+    ($target:expr) => {
+        tests! {
+            $target;
+            memory: dirty_pages_are_reported_once dirty_tracking_must_be_on more_dirty_pages_than_a_ring_holds
+                dirty_pages_of_several_cpus;
+        }
+    };
+}
+
 mod kvm_dirty_log {
-    tests! {
-        crate::harness::kvm_dirty_log();
-        memory: dirty_pages_are_reported_once dirty_tracking_must_be_on more_dirty_pages_than_a_ring_holds
-            dirty_pages_of_several_cpus;
-    }
+    dirty_pages!(crate::harness::kvm_dirty_log());
+}
+
+mod kvm_dirty_ring {
+    dirty_pages!(crate::harness::kvm_dirty_ring());
 }
 
 mod kvm_assisted {

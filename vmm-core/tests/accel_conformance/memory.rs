@@ -1,5 +1,7 @@
 //! Guest RAM: regions, dirty pages, translation.
 
+use std::collections::BTreeSet;
+
 use iced_x86::code_asm::*;
 use softcpu::CpuState;
 use vmm_core::memory::{GuestMemory, MemoryRegion, RegionOptions};
@@ -86,13 +88,19 @@ pub fn dirty_pages_are_reported_once(target: &Target) {
     machine.vm.set_dirty_tracking(false).unwrap();
 }
 
-/// 32-bit code at `at` that writes to each `stride`th byte of `range`.
+/// 32-bit code at `at` that writes to each `stride`th byte of `range`. It leaves the guest now and then: a KVM that is
+/// software looks at its dirty ring only then.
 fn write_pages(machine: &Machine, at: u64, range: std::ops::Range<u64>, stride: u32) {
     let code = assemble(32, at, |a| {
         let mut again = a.create_label();
+        let mut stay = a.create_label();
         a.mov(edi, range.start as u32).unwrap();
         a.set_label(&mut again).unwrap();
         a.mov(dword_ptr(edi), edi).unwrap();
+        a.test(edi, 0x3_f000).unwrap();
+        a.jnz(stay).unwrap();
+        a.out(0x80, al).unwrap();
+        a.set_label(&mut stay).unwrap();
         a.add(edi, stride as i32).unwrap();
         a.cmp(edi, range.end as i32).unwrap();
         a.jb(again).unwrap();
@@ -103,6 +111,21 @@ fn write_pages(machine: &Machine, at: u64, range: std::ops::Range<u64>, stride: 
 
 fn pages(range: std::ops::Range<u64>, stride: u32) -> impl Iterator<Item = u64> {
     range.step_by(stride as usize).map(|address| address / 4096)
+}
+
+/// Exactly these pages above 1 MiB are dirty. (Below is the code, which the test itself writes.)
+#[track_caller]
+fn expect_dirty(machine: &Machine, expected: impl Iterator<Item = u64>) {
+    let found: BTreeSet<u64> = dirty(machine).into_iter().filter(|page| *page >= 0x100).collect();
+    let expected: BTreeSet<u64> = expected.collect();
+    let missing: Vec<_> = expected.difference(&found).take(8).collect();
+    let more: Vec<_> = found.difference(&expected).take(8).collect();
+    assert!(
+        missing.is_empty() && more.is_empty(),
+        "{} of {} found, missing {missing:x?}..., too many {more:x?}...",
+        found.len(),
+        expected.len()
+    );
 }
 
 /// A machine with more pages than an accelerator has room for in any one list.
@@ -121,7 +144,7 @@ pub fn more_dirty_pages_than_a_ring_holds(target: &Target) {
         machine.cpu.set_state(&flat32()).unwrap();
         machine.bus.again();
         machine.run_to_end();
-        assert!(dirty(&machine).into_iter().eq(pages(range.clone(), stride)), "every {stride:#x} bytes");
+        expect_dirty(&machine, pages(range.clone(), stride));
     }
     assert!(dirty(&machine).is_empty());
     // Nothing of before is left over to the next time.
@@ -146,7 +169,7 @@ pub fn dirty_pages_of_several_cpus(target: &Target) {
         machine.bus.again();
         run_to_end(&machine.bus, &mut **cpu);
     }
-    assert!(dirty(&machine).into_iter().eq(pages(low, 0x1000).chain(pages(high, 0x2000))));
+    expect_dirty(&machine, pages(low, 0x1000).chain(pages(high, 0x2000)));
 }
 
 pub fn dirty_tracking_must_be_on(target: &Target) {

@@ -6,6 +6,7 @@ mod debian;
 mod gdb;
 mod guest;
 mod images;
+mod virtio;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

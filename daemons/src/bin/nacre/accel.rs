@@ -60,7 +60,8 @@ fn line(probed: &Probed, chosen: bool) -> String {
 fn features(kvm: &KvmFeatures) -> String {
     let mut offers = vec![format!("{} vCPUs", kvm.vcpus)];
     if let Some(entries) = kvm.dirty_ring {
-        offers.push(format!("dirty rings of {entries} entries"));
+        let unused = if kvm.software { " (not used: they may overflow)" } else { "" };
+        offers.push(format!("dirty rings of {entries} entries{unused}"));
     }
     if kvm.coalesced_io {
         offers.push("coalesced I/O".into());

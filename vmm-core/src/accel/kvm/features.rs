@@ -21,7 +21,10 @@ pub struct KvmFeatures {
     pub software: bool,
     /// Most vCPUs of a machine, of which at most 255 are used.
     pub vcpus: u32,
-    /// Most entries of a vCPU's dirty ring; `None` when dirty pages come from the dirty log.
+    /// Most entries of a vCPU's dirty ring; `None` when there are only dirty logs. [`KvmOptions::dirty_ring`] says when
+    /// rings are used.
+    ///
+    /// [`KvmOptions::dirty_ring`]: super::KvmOptions::dirty_ring
     pub dirty_ring: Option<u32>,
     /// Writes to some ports and memory-mapped registers can be queued.
     pub coalesced_io: bool,

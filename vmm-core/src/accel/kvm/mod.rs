@@ -2,7 +2,8 @@
 //!
 //! Interrupt controllers and timers (local APICs, IO-APIC, PIC, PIT) live in the kernel. Message-signalled interrupts
 //! go straight to the local APICs, or through an irqfd when a back-end in another process needs a descriptor.
-//! Doorbells are ioeventfds. Dirty pages come through rings where the kernel has them, else from the dirty log.
+//! Doorbells are ioeventfds. Dirty pages come through rings where the kernel has them (see [`KvmOptions::dirty_ring`]),
+//! else from the dirty log.
 //!
 //! # Signals
 //! To stop a vCPU that is inside the guest, its thread must get a signal. No handler is installed: the signal is
@@ -49,14 +50,16 @@ pub struct KvmOptions {
     /// Whether the software CPU executes an instruction that the kernel's emulator does not know, and the vCPU goes on:
     /// for a KVM that is software itself. Without it such an instruction ends the run with a fault.
     pub assist: bool,
-    /// Pages that a vCPU can write between two harvests of its dirty ring; rounded to what the host allows. With 0, and
-    /// on hosts without dirty rings, the dirty log is used.
+    /// Pages that a vCPU can write between two harvests of its dirty ring, rounded to what the host allows. With 0, and on
+    /// hosts without dirty rings, the dirty log is used. 4096 by default, and 0 on a KVM that is software itself: that
+    /// emulates many instructions without a look at the ring, which loses entries when it overflows meanwhile.
     pub dirty_ring: u32,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { kick_signal: libc::SIGRTMAX() - 2, pit: true, assist: false, dirty_ring: 4096 }
+        let dirty_ring = if KvmHypervisor::is_software() { 0 } else { 4096 };
+        Self { kick_signal: libc::SIGRTMAX() - 2, pit: true, assist: false, dirty_ring }
     }
 }
 

@@ -215,9 +215,9 @@ impl Vm for KvmVm {
         let fd = &self.shared.fd;
         let mut dirty = match &self.shared.dirty_rings {
             Some(rings) => rings.take(fd, index).map_err(os("KVM_RESET_DIRTY_RINGS"))?,
-            None => fd
-                .get_dirty_log(index as u32, region.size() as usize)
-                .map_err(failed("KVM_GET_DIRTY_LOG"))?,
+            None => {
+                fd.get_dirty_log(index as u32, region.size() as usize).map_err(failed("KVM_GET_DIRTY_LOG"))?
+            }
         };
         if let Some(ram) = &self.shared.assistants_ram {
             let assisted = ram
