@@ -1,6 +1,6 @@
 //! Building a machine from its configuration.
 
-use std::sync::Arc;
+use std::sync::{Arc, Once, Weak};
 
 use parking_lot::Mutex;
 
@@ -155,9 +155,7 @@ impl VmBuilder {
 
         let insert = |base: u64, len: u64, device: Arc<dyn BusDevice>| ports.insert(base, len, device);
         insert(COM1, 8, serial.clone())?;
-        insert(CMOS, 2, Arc::new(Rtc::new()))?;
-        // Choosing a CMOS register does nothing by itself. (The PCI address port has the reset register within it.)
-        accel.coalesce_writes(IoAddress::Port(CMOS as u16), 1)?;
+        insert(CMOS, 2, Arc::new(Cmos { rtc: Rtc::new(), vm: Arc::downgrade(&accel), told: Once::new() }))?;
         insert(I8042_COMMAND, 1, Arc::new(I8042::new(power.clone())))?;
         insert(PM_BASE.into(), PM_SIZE.into(), pm.clone())?;
         insert(PVPANIC_PORT.into(), 1, Arc::new(Pvpanic::new(power.clone())))?;
@@ -249,6 +247,31 @@ impl VmBuilder {
             *vm.devices.gdb.lock() = Some(server);
         }
         Ok(vm)
+    }
+}
+
+/// The clock's ports. Choosing a register does nothing by itself, so the accelerator may queue that: from the first time
+/// on, as many guests never do it. (The PCI address port has the reset register within it: that cannot wait.)
+struct Cmos {
+    rtc: Rtc,
+    vm: Weak<dyn accel::Vm>,
+    told: Once,
+}
+
+impl BusDevice for Cmos {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.rtc.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.rtc.write(offset, data);
+        self.told.call_once(|| {
+            if let Some(vm) = self.vm.upgrade()
+                && let Err(error) = vm.coalesce_writes(IoAddress::Port(CMOS as u16), 1)
+            {
+                tracing::debug!(%error, "Writes to the CMOS index are not queued");
+            }
+        });
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::device::{Interrupt, VirtioDevice};
-use super::iov::borrow;
+use super::doorbells::Doorbells;
 use super::state::{QueueArea, Register, Virtio};
 use crate::accel::{IoAddress, Vm};
 use crate::bus::BusDevice;
@@ -70,10 +70,8 @@ impl Interrupt for MmioInterrupt {
 pub struct VirtioMmio {
     virtio: Virtio,
     interrupt: Arc<MmioInterrupt>,
-    vm: Weak<dyn Vm>,
     base: u64,
-    /// Which queues' notifications the accelerator signals directly.
-    doorbells: Vec<bool>,
+    doorbells: Doorbells,
 }
 
 impl VirtioMmio {
@@ -90,16 +88,13 @@ impl VirtioMmio {
     ) -> io::Result<Arc<Self>> {
         let interrupt = Arc::new(MmioInterrupt { line, status: Mutex::new(0) });
         let virtio = Virtio::new(device, memory, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
-        let mut doorbells = Vec::new();
-        for (index, kick) in virtio.kicks().iter().enumerate() {
-            let address = IoAddress::Mmio(base + NOTIFY);
-            let added = vm.add_doorbell(address, 4, Some(index as u64), borrow(kick));
-            doorbells.push(added.unwrap_or_else(|error| {
-                tracing::debug!(%error, "No doorbell; notifications take the slow path");
-                false
-            }));
-        }
-        Ok(Arc::new(Self { virtio, interrupt, vm: Arc::downgrade(vm), base, doorbells }))
+        Ok(Arc::new(Self { virtio, interrupt, base, doorbells: Doorbells::new(vm) }))
+    }
+
+    /// Lets the accelerator signal notifications once the driver is ready.
+    fn add_doorbells(&self) {
+        let address = IoAddress::Mmio(self.base + NOTIFY);
+        self.doorbells.add(&self.virtio, |index| (address, 4, Some(index as u64)));
     }
 
     /// The device and its negotiation state.
@@ -167,8 +162,11 @@ impl BusDevice for VirtioMmio {
             _ => {
                 if let Some(register) = register(offset) {
                     self.virtio.write(register, value);
-                    if register == Register::Status && value == 0 {
-                        self.interrupt.acknowledge(u32::MAX);
+                    if register == Register::Status {
+                        match value {
+                            0 => self.interrupt.acknowledge(u32::MAX),
+                            _ => self.add_doorbells(),
+                        }
                     }
                 }
             }
@@ -179,6 +177,8 @@ impl BusDevice for VirtioMmio {
 impl Lifecycle for VirtioMmio {
     fn start(&self) -> Result<(), LifecycleError> {
         self.virtio.start();
+        // A driver whose state was loaded is ready already.
+        self.add_doorbells();
         Ok(())
     }
 
@@ -210,13 +210,6 @@ impl Lifecycle for VirtioMmio {
 
 impl Drop for VirtioMmio {
     fn drop(&mut self) {
-        let Some(vm) = self.vm.upgrade() else { return };
-        for (index, kick) in self.virtio.kicks().iter().enumerate() {
-            if self.doorbells[index] {
-                let address = IoAddress::Mmio(self.base + NOTIFY);
-                // The VM goes away next; a doorbell it lost already is no loss.
-                let _ = vm.remove_doorbell(address, 4, Some(index as u64), borrow(kick));
-            }
-        }
+        self.doorbells.remove(&self.virtio);
     }
 }

@@ -13,6 +13,7 @@ pub mod blk;
 mod chain;
 pub mod console;
 mod device;
+mod doorbells;
 pub mod iov;
 pub mod mmio;
 pub mod net;

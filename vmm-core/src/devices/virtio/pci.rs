@@ -3,12 +3,12 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
 use super::device::{Interrupt, VirtioDevice};
-use super::iov::borrow;
+use super::doorbells::Doorbells;
 use super::state::{QueueArea, Register, Virtio};
 use crate::accel::{AccelError, IoAddress, Vm};
 use crate::lifecycle::{Lifecycle, LifecycleError};
@@ -142,9 +142,9 @@ pub struct VirtioPci {
     config: Mutex<ConfigSpace>,
     /// Offset of the capability through which BARs are reached from configuration space.
     window: usize,
-    vm: Weak<dyn Vm>,
-    /// Where the BAR is, and which queues' notifications the accelerator signals directly.
-    doorbells: Mutex<Option<(u64, Vec<bool>)>>,
+    doorbells: Doorbells,
+    /// Where the BAR is.
+    base: Mutex<Option<u64>>,
 }
 
 /// Base class, subclass and interface by device ID.
@@ -224,8 +224,8 @@ impl VirtioPci {
             interrupt,
             config: Mutex::new(config),
             window,
-            vm: Arc::downgrade(vm),
-            doorbells: Mutex::new(None),
+            doorbells: Doorbells::new(vm),
+            base: Mutex::new(None),
         }))
     }
 
@@ -300,8 +300,11 @@ impl VirtioPci {
             _ => {
                 if let Some(register) = self.common(offset) {
                     self.virtio.write(register, value);
-                    if register == Register::Status && value == 0 {
-                        self.interrupt.reset();
+                    if register == Register::Status {
+                        match value {
+                            0 => self.interrupt.reset(),
+                            _ => self.add_doorbells(),
+                        }
                     }
                 }
             }
@@ -321,28 +324,11 @@ impl VirtioPci {
             .then_some((offset, len))
     }
 
-    fn ring_doorbells(&self, base: u64) -> Vec<bool> {
-        let Some(vm) = self.vm.upgrade() else { return Vec::new() };
-        let add = |(index, kick)| {
-            let address = IoAddress::Mmio(base + NOTIFY + index as u64 * NOTIFY_STRIDE);
-            vm.add_doorbell(address, 2, None, borrow(kick)).unwrap_or_else(|error| {
-                tracing::debug!(%error, "No doorbell; notifications take the slow path");
-                false
-            })
-        };
-        self.virtio.kicks().iter().enumerate().map(add).collect()
-    }
-
-    fn remove_doorbells(&self) {
-        let Some((base, added)) = self.doorbells.lock().take() else { return };
-        let Some(vm) = self.vm.upgrade() else { return };
-        for (index, kick) in self.virtio.kicks().iter().enumerate() {
-            if added.get(index) == Some(&true) {
-                let address = IoAddress::Mmio(base + NOTIFY + index as u64 * NOTIFY_STRIDE);
-                if let Err(error) = vm.remove_doorbell(address, 2, None, borrow(kick)) {
-                    tracing::warn!(%error, "A doorbell is stuck");
-                }
-            }
+    /// Lets the accelerator signal notifications once the driver is ready.
+    fn add_doorbells(&self) {
+        if let Some(base) = *self.base.lock() {
+            let address = |index| IoAddress::Mmio(base + NOTIFY + index as u64 * NOTIFY_STRIDE);
+            self.doorbells.add(&self.virtio, |index| (address(index), 2, None));
         }
     }
 }
@@ -379,10 +365,12 @@ impl PciFunction for VirtioPci {
     }
 
     fn bar_mapped(&self, _bar: usize, base: Option<u64>) {
-        self.remove_doorbells();
-        if let Some(base) = base {
-            *self.doorbells.lock() = Some((base, self.ring_doorbells(base)));
+        {
+            let mut current = self.base.lock();
+            self.doorbells.remove(&self.virtio);
+            *current = base;
         }
+        self.add_doorbells();
     }
 
     fn config_read(&self, offset: usize, data: &mut [u8]) -> bool {
@@ -425,6 +413,8 @@ impl PciFunction for VirtioPci {
 impl Lifecycle for VirtioPci {
     fn start(&self) -> Result<(), LifecycleError> {
         self.virtio.start();
+        // A driver whose state was loaded is ready already.
+        self.add_doorbells();
         Ok(())
     }
 
@@ -483,6 +473,6 @@ struct Saved {
 
 impl Drop for VirtioPci {
     fn drop(&mut self) {
-        self.remove_doorbells();
+        self.doorbells.remove(&self.virtio);
     }
 }
