@@ -8,7 +8,7 @@ use std::sync::Arc;
 use fuzz::reached;
 use libfuzzer_sys::fuzz_target;
 use softcpu::{
-    Budget, Bus, Clock, Cpu, CpuConfig, CpuState, GuestMemory, Local, MsrFault, Segment, SegmentAttributes,
+    Budget, Bus, Clock, Cpu, CpuConfig, CpuState, GuestMemory, NoApic, Segment, SegmentAttributes,
 };
 
 struct Nothing;
@@ -22,35 +22,6 @@ impl Bus for Nothing {
         data.fill(0x5a);
     }
     fn io_write(&self, _: u32, _: u16, _: &[u8]) {}
-}
-
-impl Local for Nothing {
-    fn pending(&mut self) -> bool {
-        false
-    }
-    fn acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-    fn read_msr(&mut self, _: u32, _: u64) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn write_msr(&mut self, _: u32, _: u64, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn cr8(&mut self) -> u8 {
-        0
-    }
-    fn set_cr8(&mut self, _: u8) {}
-    fn mmio_page(&self) -> Option<u64> {
-        None
-    }
-    fn mmio_read(&mut self, _: u32, _: &mut [u8], _: u64) {}
-    fn mmio_write(&mut self, _: u32, _: &[u8], _: u64) {}
-    fn deadline(&mut self) -> Option<u64> {
-        None
-    }
-    fn timer(&mut self, _: u64) {}
-    fn init(&mut self) {}
 }
 
 const RAM: usize = 1 << 20;
@@ -72,7 +43,7 @@ fn execute(mode: usize, code: &[u8], translate: bool) -> u64 {
     let mut config = CpuConfig::new(Arc::new(Clock::deterministic(1_000_000)));
     config.seed = Some(1);
     config.translate_after = translate.then_some(2);
-    let mut cpu = Cpu::new(config, memory.clone(), Arc::new(Nothing), Box::new(Nothing));
+    let mut cpu = Cpu::new(config, memory.clone(), Arc::new(Nothing), Box::new(NoApic));
     memory.write(CODE, &code[..code.len().min(RAM - CODE as usize)]).expect("code");
     // One 1 GiB page, identity-mapped for everybody.
     memory.write(PML4, &0x2007u64.to_le_bytes()).expect("table");

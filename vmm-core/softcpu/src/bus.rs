@@ -28,43 +28,64 @@ pub struct MsrFault;
 /// latest some thousand instructions later, at once when it is halted). After each call that may change
 /// the answer (MSR, MMIO and CR8 writes, timer expiry) the processor asks again by itself.
 ///
-/// Times are in units of the guest's time-stamp counter, see [`Clock`].
+/// Times are in units of the guest's time-stamp counter, see [`Clock`]. The methods' defaults are those of a
+/// processor without a local APIC, [`NoApic`].
 ///
 /// [`CpuHandle::interrupt`]: crate::CpuHandle::interrupt
 /// [`Clock`]: crate::Clock
 pub trait Local: std::any::Any + Send {
     /// Whether an interrupt is waiting that the task priority lets through (including ExtINT from an
     /// 8259 wired to LINT0).
-    fn pending(&mut self) -> bool;
+    fn pending(&mut self) -> bool {
+        false
+    }
     /// The interrupt acknowledge cycle: takes the highest-priority deliverable interrupt and returns its
     /// vector, or `None` if there is none any more.
-    fn acknowledge(&mut self) -> Option<u8>;
+    fn acknowledge(&mut self) -> Option<u8> {
+        None
+    }
     /// Reads IA32_APIC_BASE (0x1b), IA32_TSC_DEADLINE (0x6e0) or an x2APIC register (0x800..=0x8ff).
     ///
     /// # Errors
     /// The register does not exist in the current mode.
-    fn read_msr(&mut self, msr: u32, tsc: u64) -> Result<u64, MsrFault>;
+    fn read_msr(&mut self, _msr: u32, _tsc: u64) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
     /// Writes one of the registers of [`Local::read_msr`].
     ///
     /// # Errors
     /// The register does not exist in the current mode, or the value is reserved.
-    fn write_msr(&mut self, msr: u32, value: u64, tsc: u64) -> Result<(), MsrFault>;
+    fn write_msr(&mut self, _msr: u32, _value: u64, _tsc: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
     /// The task priority class, bits 3:0 (`MOV reg, CR8`).
-    fn cr8(&mut self) -> u8;
+    fn cr8(&mut self) -> u8 {
+        0
+    }
     /// Sets the task priority class (`MOV CR8, reg`).
-    fn set_cr8(&mut self, priority: u8);
+    fn set_cr8(&mut self, _priority: u8) {}
     /// Guest-physical address of the xAPIC register page, or `None` while the APIC is disabled or in
     /// x2APIC mode. The processor asks again after each write of IA32_APIC_BASE and after a reset.
-    fn mmio_page(&self) -> Option<u64>;
+    fn mmio_page(&self) -> Option<u64> {
+        None
+    }
     /// Reads the xAPIC register page; `offset` is below 0x1000.
-    fn mmio_read(&mut self, offset: u32, data: &mut [u8], tsc: u64);
+    fn mmio_read(&mut self, _offset: u32, _data: &mut [u8], _tsc: u64) {}
     /// Writes the xAPIC register page.
-    fn mmio_write(&mut self, offset: u32, data: &[u8], tsc: u64);
+    fn mmio_write(&mut self, _offset: u32, _data: &[u8], _tsc: u64) {}
     /// When the APIC timer expires next. The processor calls [`Local::timer`] as soon as its time-stamp
     /// counter has reached that value, also while it is halted.
-    fn deadline(&mut self) -> Option<u64>;
+    fn deadline(&mut self) -> Option<u64> {
+        None
+    }
     /// The time-stamp counter has reached [`Local::deadline`].
-    fn timer(&mut self, tsc: u64);
+    fn timer(&mut self, _tsc: u64) {}
     /// INIT was delivered to this processor: reset the APIC to its state after INIT.
-    fn init(&mut self);
+    fn init(&mut self) {}
 }
+
+/// A processor without a local APIC: nothing interrupts it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoApic;
+
+impl Local for NoApic {}

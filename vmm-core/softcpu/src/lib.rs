@@ -15,22 +15,7 @@
 //! ```
 //! use std::sync::Arc;
 //!
-//! use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, CpuState, Exit, GuestMemory, Local, MsrFault};
-//! # struct NoApic;
-//! # impl Local for NoApic {
-//! #     fn pending(&mut self) -> bool { false }
-//! #     fn acknowledge(&mut self) -> Option<u8> { None }
-//! #     fn read_msr(&mut self, _: u32, _: u64) -> Result<u64, MsrFault> { Err(MsrFault) }
-//! #     fn write_msr(&mut self, _: u32, _: u64, _: u64) -> Result<(), MsrFault> { Err(MsrFault) }
-//! #     fn cr8(&mut self) -> u8 { 0 }
-//! #     fn set_cr8(&mut self, _: u8) {}
-//! #     fn mmio_page(&self) -> Option<u64> { None }
-//! #     fn mmio_read(&mut self, _: u32, data: &mut [u8], _: u64) { data.fill(0) }
-//! #     fn mmio_write(&mut self, _: u32, _: &[u8], _: u64) {}
-//! #     fn deadline(&mut self) -> Option<u64> { None }
-//! #     fn timer(&mut self, _: u64) {}
-//! #     fn init(&mut self) {}
-//! # }
+//! use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, CpuState, Exit, GuestMemory, NoApic};
 //! # struct NoDevices;
 //! # impl Bus for NoDevices {
 //! #     fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) { data.fill(0xff) }
@@ -48,7 +33,7 @@
 //! unsafe { memory.add_region(0, 4096, ram.0.as_mut_ptr(), false) }?;
 //! memory.write(0x100, &[0xb8, 6, 0, 0xbb, 7, 0, 0xf7, 0xe3, 0xf4])?;
 //!
-//! // `NoDevices` and `NoApic` implement the two traits by doing nothing.
+//! // `NoDevices` implements `Bus` by doing nothing.
 //! let config = CpuConfig::new(Arc::new(Clock::host(1_000_000)));
 //! let mut cpu = Cpu::new(config, memory, Arc::new(NoDevices), Box::new(NoApic));
 //! let mut state = CpuState::reset(); // real mode
@@ -101,7 +86,7 @@ mod mmu;
 mod ops;
 mod state;
 
-pub use bus::{Bus, Local, MsrFault};
+pub use bus::{Bus, Local, MsrFault, NoApic};
 pub use clock::Clock;
 pub use config::{CpuConfig, CpuModel, CpuidEntry};
 pub use cpu::Cpu;

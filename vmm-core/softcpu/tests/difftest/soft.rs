@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, CpuState, CpuidEntry, GuestMemory, Local, MsrFault};
+use softcpu::{Budget, Bus, Clock, Cpu, CpuConfig, CpuState, CpuidEntry, GuestMemory, NoApic};
 
 use super::guest::{self, CODE_GPA, DATA_GPA, KERNEL_CS, RAM};
 use super::layout::{CODE, DATA_LENGTH, INSTRUCTION, Mode};
@@ -26,37 +26,6 @@ impl Bus for NoDevices {
         data.fill(0xff);
     }
     fn io_write(&self, _vcpu: u32, _port: u16, _data: &[u8]) {}
-}
-
-struct NoApic;
-
-impl Local for NoApic {
-    fn pending(&mut self) -> bool {
-        false
-    }
-    fn acknowledge(&mut self) -> Option<u8> {
-        None
-    }
-    fn read_msr(&mut self, _msr: u32, _tsc: u64) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn write_msr(&mut self, _msr: u32, _value: u64, _tsc: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn cr8(&mut self) -> u8 {
-        0
-    }
-    fn set_cr8(&mut self, _priority: u8) {}
-    fn mmio_page(&self) -> Option<u64> {
-        None
-    }
-    fn mmio_read(&mut self, _offset: u32, _data: &mut [u8], _tsc: u64) {}
-    fn mmio_write(&mut self, _offset: u32, _data: &[u8], _tsc: u64) {}
-    fn deadline(&mut self) -> Option<u64> {
-        None
-    }
-    fn timer(&mut self, _tsc: u64) {}
-    fn init(&mut self) {}
 }
 
 /// The software processor and its guest.

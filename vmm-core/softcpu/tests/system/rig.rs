@@ -86,15 +86,6 @@ impl Local for Queue {
         self.deadline = value;
         Ok(())
     }
-    fn cr8(&mut self) -> u8 {
-        0
-    }
-    fn set_cr8(&mut self, _: u8) {}
-    fn mmio_page(&self) -> Option<u64> {
-        None
-    }
-    fn mmio_read(&mut self, _: u32, _: &mut [u8], _: u64) {}
-    fn mmio_write(&mut self, _: u32, _: &[u8], _: u64) {}
     fn deadline(&mut self) -> Option<u64> {
         (self.deadline != 0).then_some(self.deadline)
     }
@@ -102,7 +93,6 @@ impl Local for Queue {
         self.deadline = 0;
         self.vectors.lock().unwrap().push_back(0x40);
     }
-    fn init(&mut self) {}
 }
 
 /// Host memory that outlives the processors.

@@ -140,12 +140,6 @@ impl InKernel {
 }
 
 impl Local for InKernel {
-    fn pending(&mut self) -> bool {
-        false
-    }
-    fn acknowledge(&mut self) -> Option<u8> {
-        None
-    }
     fn read_msr(&mut self, _msr: u32, _tsc: u64) -> Result<u64, MsrFault> {
         self.refuse();
         Err(MsrFault)
@@ -161,14 +155,4 @@ impl Local for InKernel {
     fn set_cr8(&mut self, _priority: u8) {
         self.refuse();
     }
-    fn mmio_page(&self) -> Option<u64> {
-        None
-    }
-    fn mmio_read(&mut self, _offset: u32, _data: &mut [u8], _tsc: u64) {}
-    fn mmio_write(&mut self, _offset: u32, _data: &[u8], _tsc: u64) {}
-    fn deadline(&mut self) -> Option<u64> {
-        None
-    }
-    fn timer(&mut self, _tsc: u64) {}
-    fn init(&mut self) {}
 }
