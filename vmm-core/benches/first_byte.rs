@@ -1,14 +1,17 @@
 //! From the start of a VMM's process to the first byte that its guest prints on the serial port; the VMM's memory at
-//! that moment, with one disk and one network card configured; and the cost of a port exit. `nacre run` side by side
+//! that moment, with one disk and one network card configured; and the processor time of a port exit. `nacre run` side by side
 //! with every other VMM on this host.
 //!
 //!     tests/bench/first-byte [--runs N] [--accel kvm|soft]
 //!
-//! builds `nacre` and runs this. The others are QEMU's microvm (Debian package qemu-system-x86), and Firecracker and
+//! builds `nacre` and runs this. `KVM alone` is a program of nothing but the calls that KVM needs: what it takes is the
+//! host's, and only what is above it can be a VMM's. The others are QEMU's microvm (Debian package qemu-system-x86), and Firecracker and
 //! Cloud Hypervisor where they are on the PATH.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
+#[path = "floor/mod.rs"]
+mod floor;
 #[path = "../tests/guests/mod.rs"]
 mod guests;
 
@@ -23,6 +26,8 @@ use std::time::{Duration, Instant};
 /// Port writes of the second guest.
 const EXITS: u32 = 100_000;
 const PATIENCE: Duration = Duration::from_secs(20);
+/// The argument that makes this program the floor.
+const FLOOR: &str = "--floor";
 
 struct Options {
     nacre: PathBuf,
@@ -33,13 +38,25 @@ struct Options {
 /// What one run showed.
 struct Run {
     time: Duration,
+    /// Processor time of all its threads.
+    cpu: Duration,
     resident_kib: u64,
     private_kib: u64,
+}
+
+/// A VMM with what its runs showed.
+struct Measured {
+    name: &'static str,
+    start: Start,
+    quick: Vec<Run>,
+    exits: Vec<Run>,
+    failure: Option<String>,
 }
 
 /// A VMM's row of the table.
 struct Row {
     first_byte_ms: f64,
+    cpu_ms: f64,
     resident_mib: f64,
     private_mib: f64,
     exit_us: f64,
@@ -97,6 +114,10 @@ fn vmms(options: &Options, files: &Files) -> Vec<(&'static str, Start)> {
                 command
             }),
         ));
+    }
+    if options.accel == "kvm" {
+        let me = std::env::current_exe().unwrap();
+        vmms.push(("KVM alone", Box::new(move |kernel| command(&me, &[FLOOR, kernel]))));
     }
     if on_path("qemu-system-x86_64") {
         let accel = if options.accel == "soft" { "tcg" } else { "kvm" };
@@ -176,9 +197,10 @@ fn measure(mut command: Command) -> Result<Run, String> {
         seen.extend_from_slice(&buffer[..n]);
         // Firmware may print before the guest does.
         if seen.ends_with(b"A") {
+            let cpu = cpu_of(child.0.id())?;
             let (resident_kib, private_kib) = memory_of(child.0.id())?;
             drop(watchdog);
-            return Ok(Run { time, resident_kib, private_kib });
+            return Ok(Run { time, cpu, resident_kib, private_kib });
         }
     }
 }
@@ -211,6 +233,17 @@ impl Drop for Watchdog {
     }
 }
 
+/// Processor time of all threads.
+fn cpu_of(pid: u32) -> Result<Duration, String> {
+    let mut nanoseconds = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task")).map_err(|e| e.to_string())? {
+        let path = task.map_err(|e| e.to_string())?.path().join("schedstat");
+        let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
+        nanoseconds += text.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    }
+    Ok(Duration::from_nanos(nanoseconds))
+}
+
 /// Resident and private memory in KiB.
 fn memory_of(pid: u32) -> Result<(u64, u64), String> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).map_err(|e| e.to_string())?;
@@ -226,21 +259,34 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn row(start: &Start, files: &Files, runs: usize) -> Result<Row, String> {
-    let guest = |name: &str| -> Result<Vec<Run>, String> {
-        let kernel = files.path(name);
-        (0..runs).map(|_| measure(start(&kernel))).collect()
-    };
-    let quick = guest("quick")?;
-    let exits = guest("exits")?;
-    let ms = |runs: &[Run]| median(runs.iter().map(|r| r.time.as_secs_f64() * 1e3).collect());
-    let mib = |kib: fn(&Run) -> u64| median(quick.iter().map(|r| kib(r) as f64 / 1024.0).collect());
-    Ok(Row {
-        first_byte_ms: ms(&quick),
-        resident_mib: mib(|r| r.resident_kib),
-        private_mib: mib(|r| r.private_kib),
-        exit_us: (ms(&exits) - ms(&quick)) * 1e3 / f64::from(EXITS),
-    })
+impl Measured {
+    /// One run with each guest.
+    fn measure(&mut self, files: &Files) {
+        if self.failure.is_some() {
+            return;
+        }
+        for (guest, runs) in [("quick", &mut self.quick), ("exits", &mut self.exits)] {
+            match measure((self.start)(&files.path(guest))) {
+                Ok(run) => runs.push(run),
+                Err(error) => self.failure = Some(error),
+            }
+        }
+    }
+
+    fn row(&self) -> Row {
+        let ms = |runs: &[Run], what: fn(&Run) -> Duration| {
+            median(runs.iter().map(|r| what(r).as_secs_f64() * 1e3).collect())
+        };
+        let mib = |kib: fn(&Run) -> u64| median(self.quick.iter().map(|r| kib(r) as f64 / 1024.0).collect());
+        let cpu_ms = ms(&self.quick, |r| r.cpu);
+        Row {
+            first_byte_ms: ms(&self.quick, |r| r.time),
+            cpu_ms,
+            resident_mib: mib(|r| r.resident_kib),
+            private_mib: mib(|r| r.private_kib),
+            exit_us: (ms(&self.exits, |r| r.cpu) - cpu_ms) * 1e3 / f64::from(EXITS),
+        }
+    }
 }
 
 fn options() -> Result<Options, String> {
@@ -268,37 +314,50 @@ fn options() -> Result<Options, String> {
 }
 
 fn main() -> Result<(), String> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == FLOOR) {
+        floor::run(Path::new(&arguments.next().unwrap()));
+    }
     let options = options()?;
     let files = Files::new();
+    let mut all: Vec<Measured> = vmms(&options, &files)
+        .into_iter()
+        .map(|(name, start)| Measured { name, start, quick: Vec::new(), exits: Vec::new(), failure: None })
+        .collect();
+    // In turns: what else the host does meanwhile is the same for all.
+    for _ in 0..options.runs {
+        all.iter_mut().for_each(|vmm| vmm.measure(&files));
+    }
     println!(
-        "{:<22} {:>13} {:>13} {:>13} {:>10}   ours/theirs: byte, rss, private, exit",
-        "vmm", "first byte ms", "resident MiB", "private MiB", "exit us"
+        "{:<22} {:>13} {:>8} {:>13} {:>12} {:>12}   ours/theirs: byte, cpu, rss, private, exit",
+        "vmm", "first byte ms", "cpu ms", "resident MiB", "private MiB", "exit cpu us"
     );
     let mut ours: Option<Row> = None;
-    for (name, start) in vmms(&options, &files) {
-        match row(&start, &files, options.runs) {
-            Ok(row) => {
-                let Row { first_byte_ms: byte, resident_mib: rss, private_mib: private, exit_us: exit } = row;
-                print!("{name:<22} {byte:>13.2} {rss:>13.2} {private:>13.2} {exit:>10.2}");
-                match &ours {
-                    Some(o) => println!(
-                        "   {:.3} {:.2} {:.2} {:.2}",
-                        o.first_byte_ms / byte,
-                        o.resident_mib / rss,
-                        o.private_mib / private,
-                        o.exit_us / exit
-                    ),
-                    None => println!(),
-                }
-                ours = ours.or(Some(row));
+    for vmm in &all {
+        let name = vmm.name;
+        if let Some(error) = &vmm.failure {
+            println!("{name:<22} failed: {error}");
+            if name == "nacre" {
+                return Err("nacre failed".into());
             }
-            Err(error) => {
-                println!("{name:<22} failed: {error}");
-                if name == "nacre" {
-                    return Err("nacre failed".into());
-                }
-            }
+            continue;
         }
+        let row = vmm.row();
+        let Row { first_byte_ms: byte, cpu_ms: cpu, resident_mib: rss, private_mib: private, exit_us: exit } =
+            row;
+        print!("{name:<22} {byte:>13.2} {cpu:>8.2} {rss:>13.2} {private:>12.2} {exit:>12.2}");
+        match &ours {
+            Some(o) => println!(
+                "   {:.2} {:.2} {:.2} {:.2} {:.2}",
+                o.first_byte_ms / byte,
+                o.cpu_ms / cpu,
+                o.resident_mib / rss,
+                o.private_mib / private,
+                o.exit_us / exit
+            ),
+            None => println!(),
+        }
+        ours = ours.or(Some(row));
     }
     Ok(())
 }

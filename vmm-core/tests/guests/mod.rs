@@ -3,7 +3,9 @@
 use iced_x86::code_asm::{CodeAssembler, al, dx, ecx};
 
 /// Where the guests are linked to.
-const ADDRESS: u64 = 0x20_0000;
+pub const ADDRESS: u64 = 0x20_0000;
+/// Where their code is in the file.
+pub const CODE_OFFSET: usize = 0x1000;
 /// The PVH note: name `Xen`, type 18 (XEN_ELFNOTE_PHYS32_ENTRY), the entry point as the value.
 const PVH_NOTE_TYPE: u32 = 18;
 
@@ -18,7 +20,6 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
         note.extend(word.to_le_bytes());
     }
     // The segment's offset in the file agrees with its address modulo the page size.
-    let code_at = 0x1000;
     let mut file = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     // Executable, x86-64, version 1.
     file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
@@ -36,10 +37,10 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
             file.extend(word.to_le_bytes());
         }
     };
-    segment(1, 7, code_at, ADDRESS, code.len(), 0x1000);
+    segment(1, 7, CODE_OFFSET, ADDRESS, code.len(), 0x1000);
     segment(4, 4, note_at, ADDRESS + 0x1000, note.len(), 4);
     file.extend(note);
-    file.resize(code_at, 0);
+    file.resize(CODE_OFFSET, 0);
     file.extend(code);
     file
 }
