@@ -6,19 +6,22 @@ mod disk;
 mod run;
 mod schema;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
 /// Runs virtual machines and manages their disks.
 #[derive(Parser)]
-#[command(name = "nacre", version, max_term_width = 100)]
+#[command(name = "nacre", version, max_term_width = WIDTH)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
+/// Longest lines of help.
+const WIDTH: usize = 100;
 /// Exit status for a command line that is not understood.
 const WRONG_COMMAND_LINE: u8 = 2;
 
@@ -40,9 +43,19 @@ enum Command {
     },
 }
 
+/// The command that the arguments say. A machine starts without the descriptions of all other commands.
+fn parse(arguments: Vec<OsString>) -> Result<Command, clap::Error> {
+    if arguments.get(1).is_some_and(|first| first == "run") {
+        let run = run::Args::command().name("run").bin_name("nacre run").max_term_width(WIDTH);
+        let matches = run.try_get_matches_from(arguments.into_iter().skip(1))?;
+        return Ok(Command::Run(Box::new(run::Args::from_arg_matches(&matches)?)));
+    }
+    Ok(Cli::try_parse_from(arguments)?.command)
+}
+
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let command = match parse(std::env::args_os().collect()) {
+        Ok(command) => command,
         // Help and the version: printed as they are, with status 0.
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => {
@@ -51,7 +64,7 @@ fn main() -> ExitCode {
         }
     };
     daemons::log_to_stderr("NACRE_LOG", LevelFilter::WARN);
-    let result = match cli.command {
+    let result = match command {
         Command::Run(args) => run::run(*args),
         Command::Accel(args) => accel::run(&args),
         Command::Disk(args) => disk::run(args),
@@ -75,5 +88,20 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// `run` is parsed by itself: it must be the same command.
+    #[test]
+    fn run_is_the_same_alone_and_among_the_others() {
+        let help = |parse: fn(Vec<OsString>) -> Result<Command, clap::Error>, line: &[&str]| {
+            let line = line.iter().map(OsString::from).collect();
+            parse(line).err().expect("no machine is started").render().to_string()
+        };
+        for line in
+            [&["nacre", "run", "--help"][..], &["nacre", "run", "-h"], &["nacre", "run", "--no-such-option"]]
+        {
+            let among = |line| Cli::try_parse_from(line).map(|cli: Cli| cli.command);
+            assert_eq!(help(parse, line), help(among, line), "{line:?}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! `nacre run`: one machine in this process, its console on the terminal.
 
+mod footprint;
 mod metrics;
 mod options;
 mod pairs;
@@ -75,6 +76,7 @@ fn run_once(
         }
     }
     vm.start()?;
+    footprint::release_code();
     let reason = signals.wait(&vm).context("Cannot wait for the machine")?;
     drop(metrics);
     drop(vm);
