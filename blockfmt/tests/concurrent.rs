@@ -6,13 +6,13 @@ mod common;
 
 use blockfmt::format::LayerOptions;
 use blockfmt::format::qcow2::{Qcow2, Qcow2Options};
-use blockfmt::job::{self, JobControl, Mirror, MirrorMode};
+use blockfmt::job::{self, JobControl, Migration, Mirror, MirrorMode};
 use blockfmt::storage::{Fault, FaultStorage, FileOptions, FileStorage, Operation};
-use blockfmt::{CreateOptions, Disk, Format, Layer, OpenOptions, Storage};
+use blockfmt::{CreateOptions, Disk, Error, Format, Layer, OpenOptions, Storage};
 use common::{Rng, qemu, text};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
 
 const THREADS: u64 = 4;
 const SECTOR: u64 = 512;
@@ -31,9 +31,12 @@ fn sector(tag: u64) -> Vec<u8> {
     }
 }
 
+/// Requests hold it shared; who wants a moment without any takes it alone.
+type Pause = RwLock<()>;
+
 /// One thread: random requests on the sectors that it owns, in the first half of the disk single sectors in
 /// clusters shared with other threads, in the second half whole areas.
-fn worker(disk: &Disk, me: u64, cluster: u64) -> Vec<(u64, Allowed)> {
+fn worker(disk: &Disk, pause: &Pause, me: u64, cluster: u64) -> Vec<(u64, Allowed)> {
     let mut rng = Rng(me * 77 + 5);
     let mut tag = me << 40;
     let half = SIZE / 2 / SECTOR;
@@ -56,6 +59,7 @@ fn worker(disk: &Disk, me: u64, cluster: u64) -> Vec<(u64, Allowed)> {
             }
             allowed.push(value);
         };
+        let _running = pause.read().unwrap();
         match rng.below(6) {
             0..=2 => {
                 tag += 1;
@@ -96,19 +100,21 @@ fn worker(disk: &Disk, me: u64, cluster: u64) -> Vec<(u64, Allowed)> {
 fn torture(
     disk: &Disk,
     cluster: u64,
-    beside: impl FnOnce(&AtomicBool) + Send,
+    beside: impl FnOnce(&AtomicBool, &Pause) + Send,
     calm: impl FnOnce(),
 ) -> Vec<(u64, Allowed)> {
-    let done = AtomicBool::new(false);
+    let (done, pause) = (AtomicBool::new(false), Pause::default());
     let known: Vec<_> = std::thread::scope(|scope| {
-        let beside = scope.spawn(|| beside(&done));
+        let pause = &pause;
+        let beside = scope.spawn(|| beside(&done, pause));
         let flusher = scope.spawn(|| {
             while !done.load(Ordering::Acquire) {
                 let _ = disk.flush(); // a failure is repaired by a later flush
                 std::thread::yield_now();
             }
         });
-        let workers: Vec<_> = (0..THREADS).map(|me| scope.spawn(move || worker(disk, me, cluster))).collect();
+        let workers: Vec<_> =
+            (0..THREADS).map(|me| scope.spawn(move || worker(disk, pause, me, cluster))).collect();
         let known = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
         done.store(true, Ordering::Release);
         flusher.join().unwrap();
@@ -144,7 +150,7 @@ fn threads_do_not_disturb_each_other() {
         let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
         let disk = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
-        let known = torture(&disk, cluster_size, |_| (), || ());
+        let known = torture(&disk, cluster_size, |_, _| (), || ());
         verify(&disk, &known);
         drop(disk);
         verify(&OpenOptions::new(Format::Qcow2).open(&path).unwrap(), &known);
@@ -185,7 +191,7 @@ fn failing_storage_loses_nothing_that_was_acknowledged() {
         let storage = failing_file(&path, &failing);
         let disk = OpenOptions::new(Format::Qcow2).open_storage(storage, &path).unwrap();
         failing.store(true, Ordering::Release);
-        let known = torture(&disk, cluster_size, |_| (), || failing.store(false, Ordering::Release));
+        let known = torture(&disk, cluster_size, |_, _| (), || failing.store(false, Ordering::Release));
         verify(&disk, &known);
         disk.close().unwrap();
         drop(disk);
@@ -200,18 +206,22 @@ struct Jobs<'a> {
     qcow2: Qcow2Options,
     failing: Option<&'a Arc<AtomicBool>>,
     images: u64,
+    /// The kind of the last job.
+    next: usize,
     /// How many jobs of each kind ended well.
-    completed: [u64; 4],
+    completed: [u64; KINDS],
 }
 
+const KINDS: usize = 9;
+
 impl Jobs<'_> {
-    /// A new image, perhaps on top of the present one.
-    fn image(&mut self, disk: &Disk, child: bool) -> Arc<dyn Layer> {
+    /// A new image, perhaps on top of a layer.
+    fn image(&mut self, disk: &Disk, parent: Option<usize>) -> Arc<dyn Layer> {
         self.images += 1;
         let path = self.dir.join(format!("{}.qcow2", self.images));
-        let mut create = CreateOptions::new(Format::Qcow2, SIZE).qcow2(self.qcow2.clone());
-        if child {
-            create = create.backing(disk.layers()[0].storage().name(), Format::Qcow2);
+        let mut create = CreateOptions::new(Format::Qcow2, disk.size()).qcow2(self.qcow2.clone());
+        if let Some(layer) = parent {
+            create = create.backing(disk.layers()[layer].storage().name(), Format::Qcow2);
         }
         create.create(&path).unwrap();
         let storage: Arc<dyn Storage> = match self.failing {
@@ -227,26 +237,76 @@ impl Jobs<'_> {
         }
     }
 
-    fn one(&mut self, disk: &Disk, rng: &mut Rng) -> blockfmt::Result<usize> {
+    /// Tries a job again if a fault hit it, at last without faults: there are too many for a long job to end.
+    fn persist(&self, mut job: impl FnMut() -> blockfmt::Result<()>) -> blockfmt::Result<()> {
+        let Some(failing) = self.failing else { return job() };
+        for _ in 0..2 {
+            match job() {
+                Err(Error::InvalidOption(_)) | Ok(()) => return Ok(()),
+                Err(_) => {}
+            }
+        }
+        failing.store(false, Ordering::Release);
+        let result = job();
+        failing.store(true, Ordering::Release);
+        result
+    }
+
+    fn one(&mut self, disk: &Disk, rng: &mut Rng, pause: &Pause) -> blockfmt::Result<usize> {
         let control = JobControl::new();
-        let kind = if disk.layers().len() > 4 { 2 } else { rng.below(4) as usize };
+        self.next = (self.next + 1) % KINDS;
+        let kind = self.next;
+        if disk.layers().len() > 4 {
+            self.persist(|| job::stream(disk, 0, None, &control))?;
+        }
+        if matches!(kind, 1 | 5) && disk.layers().len() == 1 {
+            let child = self.image(disk, Some(0));
+            disk.push_layer(child)?;
+        }
+        let layers = disk.layers().len() as u64;
         match kind {
             0 => {
-                let child = self.image(disk, true);
+                let child = self.image(disk, Some(0));
                 disk.push_layer(child)?;
             }
-            1 if disk.layers().len() > 1 => {
-                // The active layer or one in the middle.
-                let below = disk.layers().len() as u64 - 1;
-                job::commit(disk, rng.below(below) as usize, &control)?;
+            // The active layer or one in the middle.
+            1 => {
+                let index = rng.below(layers - 1) as usize;
+                self.persist(|| job::commit(disk, index, &control))?;
             }
-            2 => job::stream(disk, 0, None, &control)?,
+            2 => self.persist(|| job::stream(disk, 0, None, &control))?,
+            3 | 4 => {
+                let child = self.image(disk, Some(0));
+                drop(Migration::start(disk, child, None)?);
+                self.persist(|| {
+                    let migration = Migration::resume(disk, None)?;
+                    if kind == 3 { migration.run(&control) } else { migration.undo(&control) }
+                })?;
+            }
+            5 => {
+                let index = 1 + rng.below(layers - 1) as usize;
+                self.persist(|| job::remove(disk, index, &control).map(drop))?;
+            }
+            6 => disk.resize(SIZE + rng.below(16) * 65536)?,
+            7 => {
+                let _alone = pause.write().unwrap();
+                let child = self.image(disk, Some(0));
+                disk.push_layer(child)?;
+                for _ in 0..20 {
+                    // What is taken back need not succeed.
+                    let _ = disk.write_at(&rng.bytes(70_000), rng.below(SIZE - 70_000));
+                }
+                let back = self.image(disk, Some(1));
+                self.persist(|| disk.roll_back_to(1, back.clone()))?;
+            }
             _ => {
-                let modes = [MirrorMode::Background, MirrorMode::WriteBlocking];
-                let target = Disk::from_layers(vec![self.image(disk, false)], false)?;
-                let mirror = Mirror::start(disk, &target, modes[rng.below(2) as usize], None)?;
-                mirror.run(&control)?.pivot(&control)?;
-                return Ok(3);
+                let mode = [MirrorMode::Background, MirrorMode::WriteBlocking][rng.below(2) as usize];
+                let target = self.image(disk, None);
+                self.persist(|| {
+                    let target = Disk::from_layers(vec![target.clone()], false)?;
+                    let mirror = Mirror::start(disk, &target, mode, None)?;
+                    mirror.run(&control)?.pivot(&control)
+                })?;
             }
         }
         Ok(kind)
@@ -263,13 +323,13 @@ impl Jobs<'_> {
         }
     }
 
-    fn run(&mut self, disk: &Disk, done: &AtomicBool) {
+    fn run(&mut self, disk: &Disk, done: &AtomicBool, pause: &Pause) {
         let mut rng = Rng(4711);
         for _ in 0..JOBS {
             if done.load(Ordering::Acquire) {
                 break;
             }
-            match self.one(disk, &mut rng) {
+            match self.one(disk, &mut rng, pause) {
                 Ok(kind) => self.completed[kind] += 1,
                 Err(error) => assert!(self.failing.is_some(), "{error}"),
             }
@@ -280,29 +340,35 @@ impl Jobs<'_> {
 
 /// Requests, snapshots and jobs at the same time; afterwards the disk is what its chain of files says.
 fn jobs_and_requests(faults: bool) {
-    let mut completed = [0; 4];
-    for (cluster_size, extended_l2) in variants() {
+    let mut completed = [0; KINDS];
+    for (n, (cluster_size, extended_l2)) in variants().into_iter().enumerate() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
         let failing = Arc::new(AtomicBool::new(false));
         let failing_if_wanted = faults.then_some(&failing);
-        let mut jobs =
-            Jobs { dir: dir.path(), qcow2, failing: failing_if_wanted, images: 0, completed: [0; 4] };
+        let mut jobs = Jobs {
+            dir: dir.path(),
+            qcow2,
+            failing: failing_if_wanted,
+            images: 0,
+            next: 3 * n,
+            completed: [0; KINDS],
+        };
         let first = dir.path().join("first.qcow2");
         CreateOptions::new(Format::Qcow2, SIZE).create(&first).unwrap();
         let disk = OpenOptions::new(Format::Qcow2).open(&first).unwrap();
-        let top = jobs.image(&disk, true);
+        let top = jobs.image(&disk, Some(0));
         disk.push_layer(top).unwrap();
         failing.store(faults, Ordering::Release);
         let calm = || failing.store(false, Ordering::Release);
-        let known = torture(&disk, cluster_size, |done| jobs.run(&disk, done), calm);
+        let known = torture(&disk, cluster_size, |done, pause| jobs.run(&disk, done, pause), calm);
         verify(&disk, &known);
         disk.close().unwrap();
         let path = disk.layers()[0].storage().name();
         drop(disk);
         check(Path::new(&path));
         verify(&OpenOptions::new(Format::Qcow2).open(&path).unwrap(), &known);
-        (0..4).for_each(|kind| completed[kind] += jobs.completed[kind]);
+        (0..KINDS).for_each(|kind| completed[kind] += jobs.completed[kind]);
     }
     assert!(completed.iter().all(|count| *count > 0), "every kind of job has to end well: {completed:?}");
 }

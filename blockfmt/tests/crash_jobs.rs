@@ -8,6 +8,7 @@ mod common;
 use blockfmt::format::LayerOptions;
 use blockfmt::format::qcow2::{Qcow2, Qcow2Options};
 use blockfmt::format::vhd::Vhd;
+use blockfmt::format::vhdx::{Vhdx, VhdxOptions};
 use blockfmt::job::{self, ConvertOptions, JobControl, Migration, Mirror, MirrorMode};
 use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{BackingRef, CreateOptions, Disk, Format, Layer, Storage};
@@ -23,9 +24,25 @@ const REDIRECTED: u64 = 1 << 41;
 /// Files of a chain "base" <- "mid" <- "top", and another base and an empty target.
 const NAMES: [&str; 5] = ["base", "mid", "top", "other", "target"];
 
+/// The formats of "base", "mid", "top" and "other", and of "target".
+#[derive(Clone, Copy)]
+struct Formats {
+    chain: Format,
+    target: Format,
+}
+
+const QCOW2: Formats = Formats { chain: Format::Qcow2, target: Format::Qcow2 };
+
+impl Formats {
+    fn of(self, name: &str) -> Format {
+        if name == "target" { self.target } else { self.chain }
+    }
+}
+
 struct Rig {
     start: Vec<MemoryStorage>,
-    target_format: Format,
+    /// What "mid" shows.
+    mid: History,
     history: History,
 }
 
@@ -44,15 +61,16 @@ fn index(name: &str) -> usize {
 fn layers(
     files: &[Arc<RecordingStorage>],
     name: &str,
-    target: Format,
+    formats: Formats,
 ) -> blockfmt::Result<Vec<Arc<dyn Layer>>> {
     let mut out: Vec<Arc<dyn Layer>> = Vec::new();
     let mut next = Some(name.to_owned());
     while let Some(name) = next {
         let storage: Arc<dyn Storage> = files[index(&name)].clone();
         let options = LayerOptions::default();
-        let layer: Arc<dyn Layer> = match (name.as_str(), target) {
-            ("target", Format::Vhd) => Arc::new(Vhd::open(storage, &options)?),
+        let layer: Arc<dyn Layer> = match formats.of(&name) {
+            Format::Vhd => Arc::new(Vhd::open(storage, &options)?),
+            Format::Vhdx => Arc::new(Vhdx::open(storage, &options)?),
             _ => Arc::new(Qcow2::open(storage, &options)?),
         };
         next = layer.backing().map(|b| b.path);
@@ -62,40 +80,47 @@ fn layers(
 }
 
 impl Rig {
-    fn new(rng: &mut Rng, cluster_size: u64, target_format: Format) -> Self {
-        let start: Vec<_> = NAMES.iter().map(|_| MemoryStorage::new()).collect();
-        let files = group(&start);
+    fn new(rng: &mut Rng, cluster_size: u64, formats: Formats) -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let qcow2 = Qcow2Options { cluster_size, ..Qcow2Options::default() };
-        for (n, file) in files.iter().enumerate() {
-            let format = if NAMES[n] == "target" { target_format } else { Format::Qcow2 };
-            let mut options = CreateOptions::new(format, SIZE).qcow2(qcow2.clone());
+        for (n, name) in NAMES.iter().enumerate() {
+            let mut options = CreateOptions::new(formats.of(name), SIZE).qcow2(qcow2.clone());
             options.vhd.block_size = 512 << 10;
+            options.vhdx = VhdxOptions { block_size: Some(1 << 20), ..VhdxOptions::default() };
             if let Some(parent) = match n {
                 1 => Some("base"),
                 2 => Some("mid"),
                 _ => None,
             } {
-                options = options.backing(parent, Format::Qcow2);
+                options = options.backing(parent, formats.chain);
             }
-            options.create_on(file.clone()).unwrap();
+            // A VHDX looks at the file that becomes its parent.
+            options.create(&dir.path().join(name)).unwrap();
         }
+        let start =
+            NAMES.map(|name| MemoryStorage::from_bytes(&std::fs::read(dir.path().join(name)).unwrap()));
+        let files = group(&start);
         let filled = SIZE / SECTOR as u64 * 3 / 4;
         let mut history = History::new(filled);
-        let base = Disk::from_layers(layers(&files, "base", target_format).unwrap(), false).unwrap();
+        let base = Disk::from_layers(layers(&files, "base", formats).unwrap(), false).unwrap();
         base.write_at(&(1..=filled).flat_map(sector).collect::<Vec<_>>(), 0).unwrap();
         drop(base);
-        let other = Disk::from_layers(layers(&files, "other", target_format).unwrap(), false).unwrap();
+        let other = Disk::from_layers(layers(&files, "other", formats).unwrap(), false).unwrap();
         other.write_at(&rng.bytes(SIZE as usize / 2), SIZE / 4).unwrap();
         drop(other);
+        let mut mid = history.present();
         for name in ["mid", "top"] {
-            let disk = Disk::from_layers(layers(&files, name, target_format).unwrap(), false).unwrap();
+            let disk = Disk::from_layers(layers(&files, name, formats).unwrap(), false).unwrap();
             history.run(&disk, None, rng, 20);
             disk.close().unwrap();
+            if name == "mid" {
+                mid = history.present();
+            }
         }
         history.settle();
         // The recorders share what they wrap only by name: take the contents out.
         let start = files.iter().map(image).collect();
-        Rig { start, target_format, history }
+        Rig { start, mid, history }
     }
 }
 
@@ -109,6 +134,7 @@ fn image(file: &Arc<RecordingStorage>) -> MemoryStorage {
 /// A job: the files, the disk that is in use, and the control.
 type Run = fn(&[Arc<RecordingStorage>], &Disk, &JobControl) -> blockfmt::Result<()>;
 
+#[derive(Clone, Copy)]
 struct Scenario {
     name: &'static str,
     run: Run,
@@ -120,20 +146,23 @@ struct Scenario {
     copies: bool,
     /// Whether the job makes "target" itself and redirects the disk there.
     redirects: bool,
-    target: Format,
+    /// Whether it takes the disk back to what "mid" holds.
+    reverts: bool,
+    formats: Formats,
 }
 
 impl Scenario {
     fn check(&self, seed: u64, cluster_size: u64) {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut rng = Rng(seed);
-        let Rig { mut start, target_format, history } = Rig::new(&mut rng, cluster_size, self.target);
+        let formats = self.formats;
+        let Rig { mut start, mid, history } = Rig::new(&mut rng, cluster_size, formats);
         if self.redirects {
             start[index("target")] = MemoryStorage::new();
         }
         let original = history.contents();
         let files = group(&start);
-        let disk = Disk::from_layers(layers(&files, "top", target_format).unwrap(), false).unwrap();
+        let disk = Disk::from_layers(layers(&files, "top", formats).unwrap(), false).unwrap();
         let guest = Arc::new(Mutex::new((history, Rng(seed + 1000))));
         let control = JobControl::new().on_progress({
             let (guest, disk, record, busy) = (guest.clone(), disk.clone(), files[0].clone(), self.busy);
@@ -149,10 +178,16 @@ impl Scenario {
             }
         });
         (self.run)(&files, &disk, &control).unwrap();
+        assert_eq!(self.after, disk.layers()[0].storage().name(), "{}", self.name);
         drop(control); // with its handle to the disk
         files[0].mark(DONE);
         let mut guest = guest.lock().unwrap();
         let (history, guest_rng) = &mut *guest;
+        if self.reverts {
+            history.becomes(&mid);
+            history.marks += 1;
+            files[0].mark(history.marks);
+        }
         history.run(&disk, Some(&files[0]), guest_rng, 15);
         drop(disk);
 
@@ -180,8 +215,9 @@ impl Scenario {
                     std::fs::write(dir.path().join(name), image.to_vec()).unwrap();
                 }
                 for (n, image) in images.iter().enumerate() {
-                    let exists = if self.redirects { redirected } else { self.target == Format::Qcow2 };
-                    if (NAMES[n] != "target" || exists)
+                    let exists = !self.redirects || redirected;
+                    if formats.of(NAMES[n]) == Format::Qcow2
+                        && (NAMES[n] != "target" || exists)
                         && let Some(report) = corruptions(image, dir.path())
                     {
                         panic!("{what}: {}: {report}", NAMES[n]);
@@ -194,9 +230,8 @@ impl Scenario {
                 (false, true) => "target",
                 (false, false) => "top",
             };
-            let open = |name| {
-                Disk::from_layers(layers(&survivors, name, target_format).expect(&what), false).unwrap()
-            };
+            let open =
+                |name| Disk::from_layers(layers(&survivors, name, formats).expect(&what), false).unwrap();
             let disk = open(active);
             history.check(&disk, mark, &what);
             if done && self.copies {
@@ -204,7 +239,7 @@ impl Scenario {
                 open("target").read_at(&mut seen, 0).expect(&what);
                 assert!(seen == original, "{what}: the copy is not what was copied");
             }
-            if !done && round % 4 == 0 {
+            if !done && !self.reverts && round % 4 == 0 {
                 // Start it again; it changes nothing that the guest sees.
                 let mut before = vec![0; SIZE as usize];
                 disk.read_at(&mut before, 0).unwrap();
@@ -223,7 +258,7 @@ impl Scenario {
 }
 
 fn target(files: &[Arc<RecordingStorage>], format: Format) -> blockfmt::Result<Disk> {
-    Disk::from_layers(layers(files, "target", format)?, false)
+    Disk::from_layers(layers(files, "target", Formats { target: format, ..QCOW2 })?, false)
 }
 
 #[test]
@@ -235,7 +270,8 @@ fn merging() {
         busy: true,
         copies: false,
         redirects: false,
-        target: Format::Qcow2,
+        reverts: false,
+        formats: QCOW2,
     };
     plain.check(1, 65536);
     plain.check(2, 4096);
@@ -258,7 +294,8 @@ fn pulling() {
         busy: true,
         copies: false,
         redirects: false,
-        target: Format::Qcow2,
+        reverts: false,
+        formats: QCOW2,
     };
     all.check(11, 65536);
     all.check(12, 4096);
@@ -271,13 +308,103 @@ fn pulling() {
     Scenario {
         name: "rebase",
         run: |files, disk, control| {
-            let new = layers(files, "other", Format::Qcow2)?;
+            let new = layers(files, "other", QCOW2)?;
             let reference = BackingRef { path: "other".into(), format: Some("qcow2".into()) };
             job::rebase(disk, &new, Some(&reference), control)
         },
         ..all
     }
     .check(14, 16384);
+}
+
+#[test]
+fn merging_and_pulling_in_vhdx() {
+    let commit = Scenario {
+        name: "commit of the active VHDX",
+        run: |_, disk, control| job::commit(disk, 0, control),
+        after: "mid",
+        busy: true,
+        copies: false,
+        redirects: false,
+        reverts: false,
+        formats: Formats { chain: Format::Vhdx, ..QCOW2 },
+    };
+    commit.check(51, 65536);
+    Scenario {
+        name: "stream of VHDX",
+        run: |_, disk, control| job::stream(disk, 0, None, control),
+        after: "top",
+        ..commit
+    }
+    .check(52, 65536);
+}
+
+#[test]
+fn deleting_snapshots() {
+    let pulled = Scenario {
+        name: "deletion by pulling up",
+        run: |_, disk, control| match disk.layers().len() {
+            3 => job::remove(disk, 1, control).map(|gone| assert_eq!(gone, "mid")),
+            _ => Ok(()),
+        },
+        after: "top",
+        busy: true,
+        copies: false,
+        redirects: false,
+        reverts: false,
+        formats: QCOW2,
+    };
+    pulled.check(61, 65536);
+    let inner = Scenario {
+        name: "deletion by merging an inner layer",
+        run: |_, disk, control| match disk.layers().len() {
+            3 => job::remove(disk, 2, control).map(|gone| assert_eq!(gone, "mid")),
+            _ => Ok(()),
+        },
+        ..pulled
+    };
+    inner.check(62, 16384);
+    let merged = Scenario {
+        name: "deletion by merging the active layer",
+        run: |files, disk, control| {
+            let first = disk.layers()[0].storage().name() == "top";
+            if first {
+                let file = files[index("target")].clone();
+                CreateOptions::new(Format::Qcow2, SIZE)
+                    .backing("top", Format::Qcow2)
+                    .create_on(file.clone())?;
+                disk.push_layer(Arc::new(Qcow2::open(file, &LayerOptions::default())?))?;
+                files[0].mark(REDIRECTED);
+            }
+            // A second run may find that the guest wrote more to "target" than there is below.
+            job::remove(disk, 1, control).map(|gone| assert!(!first || gone == "target"))
+        },
+        redirects: true,
+        ..pulled
+    };
+    merged.check(63, 4096);
+}
+
+#[test]
+fn rolling_back() {
+    let back = Scenario {
+        name: "roll-back",
+        run: |files, disk, _| {
+            let file = files[index("target")].clone();
+            CreateOptions::new(Format::Qcow2, SIZE).backing("mid", Format::Qcow2).create_on(file.clone())?;
+            disk.roll_back_to(1, Arc::new(Qcow2::open(file, &LayerOptions::default())?))?;
+            files[0].mark(REDIRECTED);
+            Ok(())
+        },
+        after: "target",
+        busy: false,
+        copies: false,
+        redirects: true,
+        reverts: true,
+        formats: QCOW2,
+    };
+    back.check(71, 65536);
+    back.check(72, 4096);
 }
 
 #[test]
@@ -300,7 +427,8 @@ fn redirecting() {
         busy: true,
         copies: false,
         redirects: true,
-        target: Format::Qcow2,
+        reverts: false,
+        formats: QCOW2,
     };
     migration.check(41, 65536);
     migration.check(42, 4096);
@@ -318,7 +446,8 @@ fn copying() {
         busy: true,
         copies: false,
         redirects: false,
-        target: Format::Qcow2,
+        reverts: false,
+        formats: QCOW2,
     };
     mirror.check(21, 65536);
     Scenario {
@@ -327,19 +456,22 @@ fn copying() {
             let target = target(files, Format::Vhd)?;
             Mirror::start(disk, &target, MirrorMode::WriteBlocking, None)?.run(control)?.pivot(control)
         },
-        target: Format::Vhd,
+        formats: Formats { target: Format::Vhd, ..QCOW2 },
         ..mirror
     }
     .check(22, 65536);
-    for format in [Format::Qcow2, Format::Vhd] {
+    for format in [Format::Qcow2, Format::Vhd, Format::Vhdx] {
         let run: Run = match format {
             Format::Qcow2 => {
                 |files, disk, control| job::backup(disk, &target(files, Format::Qcow2)?, None, control)
             }
-            _ => |files, disk, control| job::backup(disk, &target(files, Format::Vhd)?, None, control),
+            Format::Vhd => {
+                |files, disk, control| job::backup(disk, &target(files, Format::Vhd)?, None, control)
+            }
+            _ => |files, disk, control| job::backup(disk, &target(files, Format::Vhdx)?, None, control),
         };
-        Scenario { name: "backup", run, after: "top", copies: true, target: format, ..mirror }
-            .check(23, 4096);
+        let formats = Formats { target: format, ..QCOW2 };
+        Scenario { name: "backup", run, after: "top", copies: true, formats, ..mirror }.check(23, 4096);
     }
     Scenario {
         name: "compressing conversion",
@@ -354,7 +486,8 @@ fn copying() {
         busy: false,
         copies: true,
         redirects: false,
-        target: Format::Qcow2,
+        reverts: false,
+        formats: QCOW2,
     }
     .check(25, 65536);
 }

@@ -128,25 +128,44 @@ impl Disk {
     ///
     /// Fails while a job sees the disk's changes. The size becomes that of the layer.
     pub fn roll_back(&self, index: usize, path: &Path, options: &CreateOptions) -> Result<()> {
-        let _claim = self.claim()?;
+        let _claim = self.claim_to_roll_back(index)?;
+        self.with_child_of(index, path, options, |layer| self.continue_in(index, layer))
+    }
+
+    /// [`roll_back`](Disk::roll_back) to an empty layer that names layer number `index` as its parent. The new layer is
+    /// durable when this returns: after a crash the disk is to be opened by it.
+    pub fn roll_back_to(&self, index: usize, layer: Arc<dyn Layer>) -> Result<()> {
+        let _claim = self.claim_to_roll_back(index)?;
+        self.continue_in(index, layer)
+    }
+
+    fn claim_to_roll_back(&self, index: usize) -> Result<Claim> {
         if self.0.read_only {
             return Err(Error::ReadOnly);
         }
         if index == 0 {
             return Err(Error::InvalidOption("The active image is no snapshot".into()));
         }
+        self.claim()
+    }
+
+    /// Puts `layer` on top of layer number `index`, in the place of those above.
+    fn continue_in(&self, index: usize, layer: Arc<dyn Layer>) -> Result<()> {
         let before = self.size();
-        self.with_child_of(index, path, options, |layer| {
+        {
             let mut closed = self.0.gate.close();
             let mut state = State::clone(closed.get());
             state.check_unobserved()?;
-            layer.note_parent(&*state.layers[index])?;
+            let parent = state.layers.get(index).ok_or_else(|| Error::no_layer(index))?;
+            if layer.size() != parent.size() {
+                return Err(Error::InvalidOption("The new layer has another size than its parent".into()));
+            }
+            layer.note_parent(&**parent)?;
             layer.flush()?;
             state.top().close()?;
             state.layers.splice(..index, [layer]);
             closed.set(Arc::new(state));
-            Ok(())
-        })?;
+        }
         let after = self.size();
         if after != before {
             self.report_size(after);

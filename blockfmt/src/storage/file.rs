@@ -436,6 +436,10 @@ impl Storage for FileStorage {
         Some(self.raw())
     }
 
+    fn alignment(&self) -> usize {
+        self.align
+    }
+
     fn set_lock(&self, mode: LockMode) -> Result<()> {
         if let Some(lease) = self.lease.as_ref().filter(|_| mode != LockMode::None) {
             lease.change(mode)?;
