@@ -411,6 +411,8 @@ pub unsafe extern "C" fn nacre_vm_wait(
             StopReason::TripleFault => (NACRE_STOP_TRIPLE_FAULT, 0, None),
             StopReason::Exit(code) => (NACRE_STOP_EXIT, code, None),
             StopReason::Stopped => (NACRE_STOP_STOPPED, 0, None),
+            // This library moves no machine.
+            StopReason::Moved => (NACRE_STOP_STOPPED, 0, None),
             StopReason::Error(text) => (NACRE_STOP_ERROR, 0, Some(text)),
         };
         // SAFETY: promised by the caller.

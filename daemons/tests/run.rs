@@ -303,3 +303,115 @@ fn metrics_are_served_on_a_socket() {
     session.end(6);
     assert!(!socket.exists());
 }
+
+/// A guest that prints a dot whenever it has counted far enough, for ever.
+fn dots(dir: &TempDir) -> PathBuf {
+    // mov ecx, 0x4000; loop $; dot; jmp to the first
+    let dot = out(0x3f8, b'.');
+    let mut code = vec![0xb9, 0x00, 0x40, 0x00, 0x00, 0xe2, 0xfe];
+    code.extend(&dot);
+    let back = -(code.len() as i8 + 2);
+    code.extend([0xeb, back as u8]);
+    kernel(dir, "dots", &code)
+}
+
+/// Waits until the file has more dots than `after`; returns how many.
+#[track_caller]
+fn more_dots(file: &Path, after: u64) -> u64 {
+    for _ in 0..60_000 {
+        let now = std::fs::metadata(file).map_or(0, |m| m.len());
+        if now > after {
+            return now;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    panic!("the guest prints nothing more into {}", file.display());
+}
+
+fn vm(socket: &Path, command: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nacre")).arg("vm").arg(socket).args(command).output().unwrap()
+}
+
+/// Ends a process that was started.
+struct Ended(Child);
+
+impl Ended {
+    #[track_caller]
+    fn status(mut self) -> Option<i32> {
+        self.0.wait().unwrap().code()
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It has usually ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_machine_is_saved_and_moved() {
+    let dir = TempDir::new().unwrap();
+    let kernel = dots(&dir);
+    let path = |name: &str| dir.path().join(name);
+    let disk = path("disk");
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    // Each process prints into a file of its own, and takes commands on a socket of its own.
+    let run = |name: &str, origin: &[&std::ffi::OsStr]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nacre"));
+        command.args(["run", "--accel", "soft", "--disk"]);
+        command.arg(format!("path={},format=raw", disk.display()));
+        command.arg("--console").arg(format!("file={}", path(name).display()));
+        command.arg("--control").arg(path(&format!("{name}.sock"))).args(origin).stdin(Stdio::null());
+        Ended(command.spawn().unwrap())
+    };
+    let control = |name: &str| path(&format!("{name}.sock"));
+    let first = run("first", &["--kernel".as_ref(), kernel.as_ref()]);
+    more_dots(&path("first"), 3);
+
+    // Paused it prints nothing, and goes on.
+    assert!(vm(&control("first"), &["pause"]).status.success());
+    let text = String::from_utf8(vm(&control("first"), &["status"]).stdout).unwrap();
+    assert!(text.contains("\"state\":\"paused\""), "{text}");
+    assert!(vm(&control("first"), &["resume"]).status.success());
+    let dots = more_dots(&path("first"), 0);
+    more_dots(&path("first"), dots);
+    refused(&vm(&control("first"), &["cancel"]), &["No migration"]);
+    refused(&vm(&control("first"), &["migrate", "unix:/nonexistent"]), &["Nobody waits"]);
+    refused(&vm(&path("no.sock"), &["status"]), &["--control"]);
+
+    // Into a file, and out of it.
+    let saved = path("saved");
+    let output = vm(&control("first"), &["snapshot", saved.to_str().unwrap(), "--then", "stop"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(first.status(), Some(6));
+    let second = run("second", &["--restore".as_ref(), saved.as_ref()]);
+    more_dots(&path("second"), 3);
+
+    // To another process.
+    let address = format!("unix:{}", path("move").display());
+    let third = run("third", &["--incoming".as_ref(), address.as_ref()]);
+    while !path("move").exists() {
+        std::thread::yield_now();
+    }
+    let output = vm(&control("second"), &["migrate", &address]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && text.contains("\"confirmed\":true"), "{text}");
+    assert_eq!(second.status(), Some(7));
+    more_dots(&path("third"), 3);
+    while !control("third").exists() {
+        std::thread::yield_now();
+    }
+    assert!(vm(&control("third"), &["stop"]).status.success());
+    assert_eq!(third.status(), Some(6));
+    assert!(!path("move").exists() && !control("third").exists());
+
+    // A process that waits for a machine can be ended.
+    let waiting = run("fourth", &["--incoming".as_ref(), address.as_ref()]);
+    while !path("move").exists() {
+        std::thread::yield_now();
+    }
+    kill(Pid::from_raw(waiting.0.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(waiting.status(), Some(6));
+}

@@ -10,6 +10,7 @@
 //! - [`acpi`]: the tables that describe the machine to the guest.
 //! - [`boot`]: kernel and firmware loaders.
 //! - [`socket`]: Unix sockets that clients connect to.
+//! - [`migration`]: the stream that carries a machine to a file or to another host.
 //! - [`machine`]: composes all of these into a running virtual machine.
 //!
 //! Most programs want a [`machine::Vm`]. Which accelerators work on this host, and how fast, is measured, not assumed:
@@ -41,5 +42,6 @@ pub mod interrupt;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 pub mod pci;
 pub mod socket;

@@ -38,7 +38,13 @@ impl IoBus for NoDevices {
 }
 
 fn spec() -> VmSpec {
-    VmSpec { memory: GuestMemory::flat(1 << 20).unwrap(), vcpus: 1, model: None, bus: Arc::new(NoDevices) }
+    VmSpec {
+        memory: GuestMemory::flat(1 << 20).unwrap(),
+        vcpus: 1,
+        model: None,
+        tsc_khz: None,
+        bus: Arc::new(NoDevices),
+    }
 }
 
 /// A vCPU in flat 32-bit mode, about to execute `code`.

@@ -38,6 +38,9 @@ pub struct AgentConfig {
     /// The API over TCP for other machines, encrypted, with certificates on both sides.
     #[serde(default)]
     pub remote: Option<RemoteConfig>,
+    /// How VMs move between hosts while they run. Without it a VM stays where it was started.
+    #[serde(default)]
+    pub migration: Option<MigrationConfig>,
     /// Where the cluster's state is kept.
     pub store: StoreConfig,
     /// The shared volumes that carry leases; the same order on every host.
@@ -97,6 +100,19 @@ pub struct RemoteConfig {
     pub address: SocketAddr,
     /// A directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`.
     pub certificates: PathBuf,
+}
+
+/// Moves of VMs between hosts. Their memory crosses the network neither encrypted nor authenticated: the first link of
+/// the hosts must be one that only they use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationConfig {
+    /// The first of a thousand TCP ports at each host's first address; a VM has the port of its number. The same on
+    /// every host.
+    pub port: u16,
+    /// Bytes a second at most for each VM while its guest runs.
+    #[serde(default)]
+    pub bandwidth: Option<u64>,
 }
 
 /// One of this host's network links.

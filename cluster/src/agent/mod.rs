@@ -17,7 +17,8 @@ mod workers;
 pub use api::{ApiReply, ApiRequest, HostEntry, LeaseEntry, LocalEntry, LockEntry, Status, VmEntry};
 pub use config::{
     AgentConfig, BalanceConfig, BalanceMode, ConfigError, FenceTimers, HaSection, HeartbeatConfig,
-    HostConfig, LinkConfig, RemoteConfig, StoreConfig, VolumeConfig, WatchdogConfig, resource_name,
+    HostConfig, LinkConfig, MigrationConfig, RemoteConfig, StoreConfig, VolumeConfig, WatchdogConfig,
+    resource_name,
 };
 pub use runner::{VmEvents, VmRunner};
 pub use server::{ApiServer, Connection, Secure, ask, ask_tcp};

@@ -4,6 +4,7 @@
 /// the state that XSAVE adds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(64))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct FpuState {
     /// x87 control word.
     pub fcw: u16,
@@ -69,6 +70,7 @@ impl Default for FpuState {
 /// | 14 | D/B: 32-bit default size |
 /// | 15 | G: limit counts pages |
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SegmentAttributes(pub u16);
 
 impl SegmentAttributes {
@@ -116,6 +118,7 @@ impl SegmentAttributes {
 
 /// A segment register with its hidden part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct Segment {
     /// The visible selector.
     pub selector: u16,
@@ -129,6 +132,7 @@ pub struct Segment {
 
 /// GDTR or IDTR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct DescriptorTable {
     /// Linear address of the table.
     pub base: u64,
@@ -138,6 +142,7 @@ pub struct DescriptorTable {
 
 /// What a processor does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum MpState {
     /// Executes instructions.
     #[default]
@@ -154,6 +159,7 @@ pub enum MpState {
 /// belong to [`Local`](crate::Local).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[expect(missing_docs, reason = "the fields are named after the architectural registers")]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct Msrs {
     pub efer: u64,
     pub star: u64,
@@ -176,6 +182,7 @@ pub struct Msrs {
 
 /// Everything that an instruction can observe of its processor, except for the local APIC.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct CpuState {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: the order of the instruction encoding.
     pub gpr: [u64; 16],
@@ -227,6 +234,9 @@ const DATA16: SegmentAttributes = SegmentAttributes(0x93);
 const CODE16: SegmentAttributes = SegmentAttributes(0x9b);
 
 impl CpuState {
+    /// The bits of CR4 that this processor has: TSD, DE, PSE, PAE, MCE, PGE, PCE, OSFXSR, OSXMMEXCPT, FSGSBASE and SMEP.
+    pub const CR4_KNOWN: u64 = 0x7ff & !3 | 1 << 16 | 1 << 20;
+
     /// The state after RESET (APM volume 2, table 14-1): real mode at F000:FFF0 with a base of
     /// 0xffff_0000.
     pub fn reset() -> Self {

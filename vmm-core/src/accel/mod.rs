@@ -6,6 +6,7 @@
 
 pub mod kvm;
 pub mod probe;
+mod profile;
 pub mod soft;
 mod state;
 
@@ -19,6 +20,7 @@ pub use softcpu::CpuState;
 
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
+pub use profile::{CpuProfile, FeatureWord};
 pub use state::{
     ApicState, ChipsetState, ExtraState, IoApicState, PendingEvent, PicState, PitCounterState, PitState,
 };
@@ -81,6 +83,9 @@ pub struct VmSpec {
     pub vcpus: u32,
     /// The features that CPUID shows at most. `None`: all that the accelerator has.
     pub model: Option<CpuModel>,
+    /// Frequency of the time-stamp counter, for a guest that knows it from where it ran before. `None`: the
+    /// accelerator's own.
+    pub tsc_khz: Option<u32>,
     /// Where accesses that are not RAM go.
     pub bus: Arc<dyn IoBus>,
 }
@@ -319,6 +324,12 @@ pub trait Vcpu: Send {
     fn set_extra_state(&mut self, _state: &ExtraState) -> Result<(), AccelError> {
         Err(AccelError::Unsupported("loading the local APIC".into()))
     }
+
+    /// What the guest knows of this processor and relies on wherever it runs.
+    ///
+    /// # Errors
+    /// Fails when the host refuses.
+    fn profile(&mut self) -> Result<CpuProfile, AccelError>;
 
     /// Loads architectural state; drops a pending event.
     ///

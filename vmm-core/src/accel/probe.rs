@@ -215,7 +215,13 @@ impl Guest {
         }
         let code = [KERNEL_INSTRUCTIONS, LOOP_CODE].concat();
         memory.write(CODE, &code).map_err(|e| no_memory(&e))?;
-        let vm = hypervisor.create_vm(VmSpec { memory, vcpus: 1, model: None, bus: Arc::new(NoDevices) })?;
+        let vm = hypervisor.create_vm(VmSpec {
+            memory,
+            vcpus: 1,
+            model: None,
+            tsc_khz: None,
+            bus: Arc::new(NoDevices),
+        })?;
         Ok(Self { cpu: vm.create_vcpu(0)? })
     }
 

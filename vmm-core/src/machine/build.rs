@@ -10,11 +10,11 @@ use super::devices::{self, Attached};
 use super::gdb::GdbServer;
 use super::metrics::{BusCounters, Sources};
 use super::vcpu::{Control, pin};
-use super::{Devices, Vm, VmError, entry, layout};
+use super::{Devices, Unit, Vm, VmError, entry, layout};
 use crate::accel::kvm::{KvmHypervisor, KvmOptions};
 use crate::accel::{self, CpuModel, Hypervisor, IoAddress, IoBus, VmSpec, probe};
 use crate::acpi::{self, MmioDevice, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
-use crate::boot::{self, BootSource};
+use crate::boot::{self, BootSource, Entry as BootEntry};
 use crate::bus::{Bus, BusDevice};
 use crate::devices::legacy::{
     AcpiPm, DebugConsole, DebugExit, FW_CFG, FwCfg, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink,
@@ -22,8 +22,8 @@ use crate::devices::legacy::{
     TEST_SCRATCH, TEST_SCRATCH_BYTES, TestFlush, TestIrqs, TestScratch,
 };
 use crate::devices::virtio::VirtioDevice;
-use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
+use crate::migration::Description;
 
 const COM1: u64 = 0x3f8;
 const CMOS: u64 = 0x70;
@@ -32,6 +32,13 @@ const DEBUG_CONSOLE: u64 = 0xe9;
 const DEBUG_EXIT: u64 = 0xf4;
 /// Guests write a byte or a double-word.
 const DEBUG_EXIT_SIZE: u64 = 4;
+
+/// What a guest that comes from elsewhere knows of its machine.
+pub(super) struct Known<'a> {
+    pub(super) description: &'a Description,
+    /// Frequency of the time-stamp counter, when it has to stay.
+    pub(super) tsc_khz: Option<u32>,
+}
 
 /// Builds a [`Vm`].
 pub struct VmBuilder {
@@ -107,6 +114,11 @@ impl VmBuilder {
     /// Fails, with nothing left behind, when the configuration is impossible, a file cannot be used, or the host or the
     /// accelerator refuses.
     pub fn build(self) -> Result<Vm, VmError> {
+        self.build_for(None)
+    }
+
+    /// Builds a machine for a guest that knows it as `known`, or for one that boots.
+    pub(super) fn build_for(self, known: Option<Known<'_>>) -> Result<Vm, VmError> {
         let config = &self.config;
         if config.cpus == 0 || config.cpus > 255 {
             return Err(VmError::Config(format!("{} vCPUs; give the guest 1 to 255", config.cpus)));
@@ -126,7 +138,13 @@ impl VmBuilder {
             CpuModelChoice::V1 => CpuModel::V1,
             CpuModelChoice::V2 => CpuModel::V2,
         });
-        let spec = VmSpec { memory: memory.clone(), vcpus: config.cpus, model, bus: buses };
+        let spec = VmSpec {
+            memory: memory.clone(),
+            vcpus: config.cpus,
+            model,
+            tsc_khz: known.as_ref().and_then(|known| known.tsc_khz),
+            bus: buses,
+        };
         let accel = hypervisor.create_vm(spec)?;
         let host = |what| move |source| VmError::Host { what, source };
         let control =
@@ -155,7 +173,9 @@ impl VmBuilder {
 
         let insert = |base: u64, len: u64, device: Arc<dyn BusDevice>| ports.insert(base, len, device);
         insert(COM1, 8, serial.clone())?;
-        insert(CMOS, 2, Arc::new(Cmos { rtc: Rtc::new(), vm: Arc::downgrade(&accel), told: Once::new() }))?;
+        let rtc = Arc::new(Rtc::new());
+        let cmos = Cmos { rtc: rtc.clone(), vm: Arc::downgrade(&accel), told: Once::new() };
+        insert(CMOS, 2, Arc::new(cmos))?;
         insert(I8042_COMMAND, 1, Arc::new(I8042::new(power.clone())))?;
         insert(PM_BASE.into(), PM_SIZE.into(), pm.clone())?;
         insert(PVPANIC_PORT.into(), 1, Arc::new(Pvpanic::new(power.clone())))?;
@@ -182,7 +202,8 @@ impl VmBuilder {
         } else {
             Attached::pci(accel.clone(), memory.clone(), mmio.clone(), ports.clone(), power.clone())?
         };
-        let sources = devices::attach_all(&mut attached, config)?;
+        let description = known.as_ref().map(|known| known.description);
+        let (sources, moving) = devices::attach_all(&mut attached, config, description)?;
         let (virtio_console, held) = devices::open_console(&config.console_ports, &control.events)?;
         if let Some(device) = virtio_console {
             attached.add(device)?;
@@ -191,17 +212,11 @@ impl VmBuilder {
             attached.add(device)?;
         }
 
-        let platform = platform(config, &memory, numa, attached.mmio_devices.clone());
-        let rsdp = acpi::write(&memory, layout::ACPI_AREA, &platform)?;
-        write_generation_id(&memory).map_err(host("random bytes"))?;
-        let source = BootSource {
-            kernel: &config.boot.kernel,
-            initrd: config.boot.initrd.as_deref(),
-            command_line: &config.boot.command_line,
-            rsdp,
-            memory_map: &layout::memory_map(&memory),
+        let boot_entry = match known {
+            // Its memory comes from where it ran.
+            Some(_) => None,
+            None => Some(load_guest(config, &memory, numa, attached.mmio_devices.clone())?),
         };
-        let boot_entry = boot::load(&memory, &source)?;
 
         let running = console.connect(serial.clone(), self.filter)?;
         let vm = Vm {
@@ -209,28 +224,34 @@ impl VmBuilder {
             threads: Mutex::default(),
             lifecycle: Mutex::new(false),
             kind: hypervisor.kind(),
+            cpus: config.cpus,
             memory,
             devices: Devices {
                 mmio,
                 ports,
-                units: std::iter::once(pm.clone() as Arc<dyn Lifecycle>)
-                    .chain([serial as Arc<dyn Lifecycle>])
+                units: [Unit::new("pm", pm.clone()), Unit::new("serial", serial), Unit::new("rtc", rtc)]
+                    .into_iter()
                     .chain(attached.units)
                     .collect(),
+                disks: moving.disks,
+                macs: moving.macs,
+                unsaved: config.test_devices.then_some("it has test devices"),
+                unobserved: attached.unobserved,
                 pm,
                 consoles: Mutex::new(std::iter::once(running).chain(held).collect()),
                 gdb: Mutex::new(None),
             },
             sources: Sources { bus: counters, ..sources },
             accel: accel.clone(),
+            moving: Mutex::default(),
         };
         // All vCPUs exist before the first thread runs: an error then drops `vm`, which ends the threads.
         let mut vcpus = Vec::new();
         for id in 0..config.cpus {
             let mut vcpu = accel.create_vcpu(id)?;
-            if id == 0 {
+            if let (0, Some(boot_entry)) = (id, &boot_entry) {
                 let mut state = vcpu.state()?;
-                entry::apply(&mut state, &boot_entry);
+                entry::apply(&mut state, boot_entry);
                 vcpu.set_state(&state)?;
             }
             vcpus.push(vcpu);
@@ -253,7 +274,7 @@ impl VmBuilder {
 /// The clock's ports. Choosing a register does nothing by itself, so the accelerator may queue that: from the first time
 /// on, as many guests never do it. (The PCI address port has the reset register within it: that cannot wait.)
 struct Cmos {
-    rtc: Rtc,
+    rtc: Arc<Rtc>,
     vm: Weak<dyn accel::Vm>,
     told: Once,
 }
@@ -273,6 +294,26 @@ impl BusDevice for Cmos {
             }
         });
     }
+}
+
+/// Puts the ACPI tables and the kernel into a new machine's memory.
+fn load_guest(
+    config: &VmConfig,
+    memory: &GuestMemory,
+    numa: Vec<NumaNode>,
+    mmio: Vec<MmioDevice>,
+) -> Result<BootEntry, VmError> {
+    let platform = platform(config, memory, numa, mmio);
+    let rsdp = acpi::write(memory, layout::ACPI_AREA, &platform)?;
+    write_generation_id(memory)?;
+    let source = BootSource {
+        kernel: &config.boot.kernel,
+        initrd: config.boot.initrd.as_deref(),
+        command_line: &config.boot.command_line,
+        rsdp,
+        memory_map: &layout::memory_map(memory),
+    };
+    Ok(boot::load(memory, &source)?)
 }
 
 /// The accelerator that the configuration names; KVM with the software CPU's assistance if `assist` says so.
@@ -308,8 +349,9 @@ fn platform(config: &VmConfig, memory: &GuestMemory, numa: Vec<NumaNode>, mmio: 
 }
 
 /// Gives this run of the machine an identifier of its own.
-fn write_generation_id(memory: &GuestMemory) -> std::io::Result<()> {
-    memory.write(layout::GENERATION_ID, &random::<16>()?).map_err(std::io::Error::other)
+pub(super) fn write_generation_id(memory: &GuestMemory) -> Result<(), VmError> {
+    let write = |id: [u8; 16]| memory.write(layout::GENERATION_ID, &id).map_err(std::io::Error::other);
+    random().and_then(write).map_err(|source| VmError::Host { what: "random bytes", source })
 }
 
 /// Random bytes of the host.

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use blockfmt::{Format, OpenOptions, OpenPolicy};
-
 use super::config::{ConsoleConfig, ConsolePortConfig, DiskConfig, NetBackendConfig, NetConfig, VmConfig};
 use super::console::{self, RunningConsole};
+use super::disk::MachineDisk;
 use super::events::{Events, VmEvent};
 use super::metrics::Sources;
-use super::{VmError, layout};
+use super::{Unit, VmError, layout};
 use crate::accel;
 use crate::acpi::MmioDevice;
 use crate::bus::Bus;
@@ -19,8 +18,8 @@ use crate::devices::virtio::mmio::MMIO_SIZE;
 use crate::devices::virtio::net::{NetBackend, NetOptions, StreamBackend, TapBackend};
 use crate::devices::virtio::vhost_user::VhostUserNetOptions;
 use crate::devices::virtio::{Blk, Console, Net, Rng, VhostUser, VirtioDevice, VirtioMmio, VirtioPci, Vsock};
-use crate::lifecycle::Lifecycle;
 use crate::memory::GuestMemory;
+use crate::migration::Description;
 use crate::pci::{HostBridge, Identity, PciRoot, PciWindows};
 
 /// The "format" of a disk that another process serves.
@@ -48,7 +47,16 @@ pub(super) struct Attached {
     pci: Option<Arc<PciRoot>>,
     /// What ACPI tells of devices over MMIO.
     pub(super) mmio_devices: Vec<MmioDevice>,
-    pub(super) units: Vec<Arc<dyn Lifecycle>>,
+    pub(super) units: Vec<Unit>,
+    /// A device whose writes to guest memory nobody here sees.
+    pub(super) unobserved: Option<&'static str>,
+}
+
+/// What of the devices a machine that moves tells of or takes along.
+#[derive(Default)]
+pub(super) struct Moving {
+    pub(super) disks: Vec<Arc<MachineDisk>>,
+    pub(super) macs: Vec<[u8; 6]>,
 }
 
 impl Attached {
@@ -74,17 +82,20 @@ impl Attached {
         let ecam = layout::PCI_ECAM;
         mmio.insert(ecam.start, ecam.end - ecam.start, root.ecam())?;
         ports.insert(PCI_CONFIG, 8, root.config_ports())?;
-        let units = vec![root.clone() as Arc<dyn Lifecycle>];
-        Ok(Self { accel, memory, mmio, pci: Some(root), mmio_devices: Vec::new(), units })
+        let units = vec![Unit::new("pci", root.clone())];
+        Ok(Self { accel, memory, mmio, pci: Some(root), mmio_devices: Vec::new(), units, unobserved: None })
     }
 
     /// Each device has a register page and an interrupt of its own.
     pub(super) fn mmio(accel: Arc<dyn accel::Vm>, memory: GuestMemory, mmio: Arc<Bus>) -> Self {
-        Self { accel, memory, mmio, pci: None, mmio_devices: Vec::new(), units: Vec::new() }
+        Self { accel, memory, mmio, pci: None, mmio_devices: Vec::new(), units: Vec::new(), unobserved: None }
     }
 
     /// Attaches one device at the next free place.
     pub(super) fn add(&mut self, device: Arc<dyn VirtioDevice>) -> Result<(), VmError> {
+        if device.writes_unobserved() {
+            self.unobserved = Some(device.name());
+        }
         if let Some(pci) = &self.pci {
             let function = VirtioPci::new(&self.accel, self.memory.clone(), device)?;
             pci.add(function, pci.free_slot()?)?;
@@ -101,21 +112,25 @@ impl Attached {
             .map_err(|source| VmError::Host { what: "event descriptors", source })?;
         self.mmio.insert(base, MMIO_SIZE, device.clone())?;
         self.mmio_devices.push(MmioDevice { address: base as u32, gsi });
-        self.units.push(device);
+        self.units.push(Unit::new(format!("mmio{index}"), device));
         Ok(())
     }
 }
 
-/// Attaches all devices of the configuration.
-pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<Sources, VmError> {
-    let mut sources = Sources::default();
+/// Attaches all devices of the configuration; `known` is what a guest that comes from elsewhere knows of them.
+pub(super) fn attach_all(
+    attached: &mut Attached,
+    config: &VmConfig,
+    known: Option<&Description>,
+) -> Result<(Sources, Moving), VmError> {
+    let (mut sources, mut moving) = (Sources::default(), Moving::default());
     for (index, disk) in config.disks.iter().enumerate() {
         let name = name(&disk.id, "disk", index);
-        attached.add(open_disk(disk, name, &mut sources)?)?;
+        attached.add(open_disk(disk, name, known, &mut sources, &mut moving)?)?;
     }
     for (index, net) in config.nets.iter().enumerate() {
         let name = name(&net.id, "net", index);
-        attached.add(open_net(net, name, &mut sources)?)?;
+        attached.add(open_net(net, name, known, &mut sources, &mut moving)?)?;
     }
     if let Some(vsock) = &config.vsock {
         let fail = |source| VmError::Vsock { path: vsock.socket.clone(), source };
@@ -130,7 +145,7 @@ pub(super) fn attach_all(attached: &mut Attached, config: &VmConfig) -> Result<S
         attached.add(balloon.clone())?;
         sources.balloon = Some(balloon);
     }
-    Ok(sources)
+    Ok((sources, moving))
 }
 
 /// The virtio console, unless it has no ports, and what must live as long as it.
@@ -170,19 +185,21 @@ fn name(id: &str, kind: &str, index: usize) -> String {
 fn open_disk(
     config: &DiskConfig,
     name: String,
+    known: Option<&Description>,
     sources: &mut Sources,
+    moving: &mut Moving,
 ) -> Result<Arc<dyn VirtioDevice>, VmError> {
     if config.format == VHOST_USER {
         return Ok(VhostUser::blk(&config.path, config.queues.max(1), QUEUE_SIZE)?);
     }
-    let fail = |source| VmError::Disk { path: config.path.clone(), source };
-    let format: Format = config.format.parse().map_err(fail)?;
-    let disk = OpenOptions::new(format)
-        .read_only(config.readonly)
-        .direct(config.direct)
-        .policy(OpenPolicy::same_directory().allow(&config.allow))
-        .open(&config.path)
-        .map_err(fail)?;
+    let shape =
+        match known {
+            None => None,
+            Some(known) => Some(*known.disks.get(moving.disks.len()).ok_or_else(|| {
+                VmError::Incompatible(format!("it has {} disks, not more", known.disks.len()))
+            })?),
+        };
+    let disk = MachineDisk::new(config, shape)?;
     let options = BlkOptions {
         serial: config.id.clone(),
         queues: config.queues,
@@ -190,7 +207,8 @@ fn open_disk(
         limits: config.limits.limits(),
         ..BlkOptions::default()
     };
-    let blk = Blk::new(Arc::new(disk), &options);
+    let blk = Blk::new(disk.clone(), &options);
+    moving.disks.push(disk);
     sources.disks.push((name, blk.clone()));
     Ok(blk)
 }
@@ -198,9 +216,17 @@ fn open_disk(
 fn open_net(
     config: &NetConfig,
     name: String,
+    known: Option<&Description>,
     sources: &mut Sources,
+    moving: &mut Moving,
 ) -> Result<Arc<dyn VirtioDevice>, VmError> {
-    let mac = mac_address(config.mac.as_deref())?;
+    // Without one in the configuration the guest keeps the one that it knows.
+    let old = known.and_then(|known| known.macs.get(moving.macs.len()));
+    let mac = match (&config.mac, old) {
+        (None, Some(mac)) => *mac,
+        (text, _) => mac_address(text.as_deref())?,
+    };
+    moving.macs.push(mac);
     let backend: Arc<dyn NetBackend> = match &config.backend {
         NetBackendConfig::Tap(name) => Arc::new(TapBackend::open(name, config.queues.max(1))?),
         NetBackendConfig::Unix(path) => {

@@ -23,6 +23,8 @@ pub enum StopReason {
     Exit(u8),
     /// The owner stopped it.
     Stopped,
+    /// It goes on elsewhere: a live migration succeeded.
+    Moved,
     /// A vCPU or a device failed; the text says what and what to do.
     Error(String),
 }

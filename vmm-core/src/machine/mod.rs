@@ -18,11 +18,13 @@ mod build;
 mod config;
 mod console;
 mod devices;
+mod disk;
 mod entry;
 mod events;
 mod gdb;
 mod layout;
 mod metrics;
+mod transfer;
 mod vcpu;
 
 use std::path::PathBuf;
@@ -40,11 +42,13 @@ pub use self::config::{
 use self::console::RunningConsole;
 pub use self::console::{ConsoleError, InputFilter};
 pub use self::devices::mac_address;
+use self::disk::MachineDisk;
 pub use self::events::{Events, StopReason, VmEvent};
 pub use self::gdb::GdbError;
 use self::gdb::GdbServer;
 use self::metrics::Sources;
 pub use self::metrics::{BusMetrics, CpuMetrics, DiskMetrics, Metrics, NetMetrics};
+pub use self::transfer::{AfterSnapshot, RestoreOptions, SnapshotReport};
 use self::vcpu::Control;
 use crate::accel::{self, AccelError, AccelKind};
 use crate::acpi::AcpiError;
@@ -57,6 +61,7 @@ use crate::devices::virtio::pci::VirtioPciError;
 use crate::devices::virtio::vhost_user::VhostUserError;
 use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::memory::{GuestMemory, MapError};
+use crate::migration::{MigrationError, StreamError};
 use crate::pci::PciError;
 
 /// Why a machine cannot be built or controlled.
@@ -146,6 +151,27 @@ pub enum VmError {
     /// The machine has stopped.
     #[error("The machine has stopped; build a new one")]
     Stopped,
+    /// A saved machine, or one that is received, cannot be read, or the state cannot be written.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// A file for a machine's state cannot be opened or made.
+    #[error("Cannot use the snapshot {}", path.display())]
+    Snapshot {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The saved or received machine does not fit this configuration or this host.
+    #[error("This machine cannot go on here: {0}")]
+    Incompatible(String),
+    /// The machine has a part whose state cannot be saved.
+    #[error("This machine cannot be saved or moved: {0}")]
+    CannotSave(String),
+    /// A live migration failed.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
 }
 
 /// A virtual machine. All methods may be called from any thread.
@@ -155,10 +181,25 @@ pub struct Vm {
     /// Serialises changes of the machine's state.
     lifecycle: Mutex<bool>,
     kind: AccelKind,
+    cpus: u32,
     memory: GuestMemory,
     devices: Devices,
     sources: Sources,
     accel: Arc<dyn accel::Vm>,
+    /// One snapshot or migration at a time.
+    moving: Mutex<()>,
+}
+
+/// A part of the machine with a lifecycle, by the name that its state has in a snapshot.
+struct Unit {
+    name: String,
+    lifecycle: Arc<dyn Lifecycle>,
+}
+
+impl Unit {
+    fn new(name: impl Into<String>, lifecycle: Arc<dyn Lifecycle>) -> Self {
+        Self { name: name.into(), lifecycle }
+    }
 }
 
 /// What is connected to the machine. Dropped before the accelerator's VM.
@@ -166,7 +207,12 @@ struct Devices {
     mmio: Arc<Bus>,
     ports: Arc<Bus>,
     /// Everything with a lifecycle, in the order in which it starts.
-    units: Vec<Arc<dyn Lifecycle>>,
+    units: Vec<Unit>,
+    disks: Vec<Arc<MachineDisk>>,
+    macs: Vec<[u8; 6]>,
+    /// Why the machine cannot be saved, or cannot move while it runs, if it cannot.
+    unsaved: Option<&'static str>,
+    unobserved: Option<&'static str>,
     pm: Arc<AcpiPm>,
     consoles: Mutex<Vec<RunningConsole>>,
     gdb: Mutex<Option<GdbServer>>,
@@ -178,13 +224,18 @@ impl Vm {
         VmBuilder::new(config)
     }
 
-    /// Starts the devices and lets the vCPUs run. Also continues after [`Vm::pause`].
+    /// Starts the devices and lets the vCPUs run. Also continues after [`Vm::pause`], and opens the disks of a machine that
+    /// was parked in a migration.
     ///
     /// # Errors
-    /// Fails when the machine has stopped or a device's back-end cannot be started.
+    /// Fails when the machine has stopped, a disk cannot be opened again or a device's back-end cannot be started.
     pub fn start(&self) -> Result<(), VmError> {
         let mut started = self.lifecycle.lock();
-        self.devices.units.iter().try_for_each(|unit| unit.start())?;
+        if self.control.ending().is_some() {
+            return Err(VmError::Stopped);
+        }
+        self.open_disks()?;
+        self.start_units()?;
         let event = if *started { VmEvent::Resumed } else { VmEvent::Started };
         // The first run of a machine that is debugged is the debugger's to start.
         let held = !*started && self.devices.gdb.lock().is_some();
@@ -209,9 +260,17 @@ impl Vm {
         if !self.control.pause() {
             return Err(VmError::Stopped);
         }
-        self.devices.units.iter().try_for_each(|unit| unit.pause())?;
+        self.pause_units()?;
         self.control.events.push(VmEvent::Paused);
         Ok(())
+    }
+
+    fn start_units(&self) -> Result<(), LifecycleError> {
+        self.devices.units.iter().try_for_each(|unit| unit.lifecycle.start())
+    }
+
+    fn pause_units(&self) -> Result<(), LifecycleError> {
+        self.devices.units.iter().try_for_each(|unit| unit.lifecycle.pause())
     }
 
     /// Presses the power button; a guest that listens shuts down.
@@ -299,7 +358,7 @@ impl Drop for Vm {
             let _ = thread.join();
         }
         for unit in &self.devices.units {
-            if let Err(error) = unit.pause() {
+            if let Err(error) = unit.lifecycle.pause() {
                 tracing::error!(%error, "A device did not complete its requests");
             }
         }

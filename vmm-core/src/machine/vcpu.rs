@@ -40,13 +40,15 @@ struct State {
     debug_stop: Option<(u32, DebugExit)>,
     /// The only vCPU that runs, while a debugger steps it.
     only: Option<u32>,
+    /// vCPUs wait for a moment although the machine runs.
+    held: bool,
 }
 
 impl State {
     fn waits(&self, id: u32) -> bool {
         match self.phase {
             Phase::Waiting => true,
-            Phase::Running => self.only.is_some_and(|only| only != id),
+            Phase::Running => self.held || self.only.is_some_and(|only| only != id),
             Phase::Stopping => false,
         }
     }
@@ -79,6 +81,7 @@ impl Control {
                 jobs: Vec::new(),
                 debug_stop: None,
                 only: None,
+                held: false,
             }),
             changed: Condvar::new(),
             handles: Mutex::default(),
@@ -221,6 +224,26 @@ impl Control {
         s.jobs.clear();
         self.changed.notify_all();
         true
+    }
+
+    /// Whether the vCPUs may run.
+    pub(super) fn is_running(&self) -> bool {
+        self.state.lock().phase == Phase::Running
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_held(&self) -> bool {
+        self.state.lock().held
+    }
+
+    /// Makes vCPUs wait without pausing the machine, or lets them go on.
+    pub(super) fn hold(&self, held: bool) {
+        self.state.lock().held = held;
+        if held {
+            self.kick();
+        } else {
+            self.changed.notify_all();
+        }
     }
 
     /// Makes all vCPUs wait, and returns when they do; false when the machine has stopped.

@@ -209,7 +209,7 @@ impl Machine {
 
     pub fn with_memory(target: &Target, vcpus: u32, memory: GuestMemory) -> Self {
         let bus = Arc::new(TestBus::default());
-        let spec = VmSpec { memory: memory.clone(), vcpus, model: None, bus: bus.clone() };
+        let spec = VmSpec { memory: memory.clone(), vcpus, model: None, tsc_khz: None, bus: bus.clone() };
         let vm = target.hypervisor.create_vm(spec).unwrap();
         let cpu = vm.create_vcpu(0).unwrap();
         bus.handles.lock().unwrap().push(cpu.handle());

@@ -108,7 +108,7 @@ pub fn port_exits_complete_before_a_kick(target: &Target) {
     });
     memory.write(CODE, &code).unwrap();
     let bus = std::sync::Arc::new(KickingBus { handle: Default::default() });
-    let spec = vmm_core::accel::VmSpec { memory, vcpus: 1, model: None, bus: bus.clone() };
+    let spec = vmm_core::accel::VmSpec { memory, vcpus: 1, model: None, tsc_khz: None, bus: bus.clone() };
     let vm = target.hypervisor.create_vm(spec).unwrap();
     let mut cpu = vm.create_vcpu(0).unwrap();
     assert!(bus.handle.set(cpu.handle()).is_ok());

@@ -67,8 +67,13 @@ pub fn cpu_ids_are_checked(target: &Target) {
     assert!(machine.vm.create_vcpu(0).is_err(), "taken");
     assert!(machine.vm.create_vcpu(1).is_err(), "more than were asked for");
     for vcpus in [0, u32::MAX] {
-        let spec =
-            VmSpec { memory: GuestMemory::flat(RAM).unwrap(), vcpus, model: None, bus: machine.bus.clone() };
+        let spec = VmSpec {
+            memory: GuestMemory::flat(RAM).unwrap(),
+            vcpus,
+            model: None,
+            tsc_khz: None,
+            bus: machine.bus.clone(),
+        };
         assert!(target.hypervisor.create_vm(spec).is_err(), "{vcpus} vCPUs");
     }
 }

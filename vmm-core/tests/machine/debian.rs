@@ -1,8 +1,15 @@
 //! Unmodified Debian kernels to userland on the software CPU.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use vmm_core::machine::{AccelChoice, ConsoleConfig, ConsolePortConfig, MemoryConfig, StopReason, VmConfig};
+use vmm_core::machine::{
+    AccelChoice, AfterSnapshot, ConsoleConfig, ConsolePortConfig, MemoryConfig, RestoreOptions, StopReason,
+    Vm, VmBuilder, VmConfig,
+};
+use vmm_core::migration::{MigrateOptions, Monitor};
 
 use super::images::images;
 
@@ -111,6 +118,66 @@ fn debian_stable_boots_from_a_differencing_disk() {
         boots(config, &["check: disk ok"]);
         assert!(std::fs::metadata(&child).unwrap().len() > 8 << 20, "the child has what the guest wrote");
     }
+}
+
+/// A machine that prints into a buffer.
+struct Printing(Arc<Mutex<Vec<u8>>>);
+
+impl Printing {
+    fn builder(config: &VmConfig) -> (VmBuilder, Self) {
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let sink = text.clone();
+        let output = move |data: &[u8]| sink.lock().unwrap().extend_from_slice(data);
+        (Vm::builder(config.clone()).serial_output(output), Self(text))
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, vm: &Vm, text: &str) {
+        while !self.text().contains(text) {
+            assert_eq!(vm.stop_reason(), None, "{text:?} is missing:\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// A guest moves to another machine while it boots, and into a file while it writes to its disk; where it goes on it reads
+/// back what it wrote before and after.
+#[test]
+fn debian_moves_while_it_works() {
+    let images = images("", &["kernel", "initrd", "rootfs"]);
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(&images, 2, "root=/dev/vda rw nacre.check=disk");
+    (config.rng, config.balloon) = (true, true);
+    add_root(&mut config, &images, dir.path());
+    let (builder, output) = Printing::builder(&config);
+    let first = builder.build().unwrap();
+    first.start().unwrap();
+    output.wait_for(&first, "initrd: userland reached");
+
+    let (source, target) = UnixStream::pair().unwrap();
+    let (builder, output) = Printing::builder(&config);
+    let options = RestoreOptions::default();
+    let second = std::thread::scope(|scope| {
+        let received = scope.spawn(|| builder.receive(target, &options));
+        first.migrate(source, &MigrateOptions::default(), &Monitor::default()).unwrap();
+        received.join().unwrap().unwrap()
+    });
+    assert_eq!(first.wait(), StopReason::Moved);
+    drop(first);
+    output.wait_for(&second, "check: address");
+
+    let saved = dir.path().join("saved");
+    second.snapshot(&saved, AfterSnapshot::Stop).unwrap();
+    drop(second);
+    let (builder, output) = Printing::builder(&config);
+    let third = builder.restore(&saved, &options).unwrap();
+    third.start().unwrap();
+    assert_eq!(third.wait(), StopReason::PowerOff, "{}", output.text());
+    assert!(output.text().contains("check: disk ok"), "{}", output.text());
 }
 
 /// A damaged or too large kernel is an error before anything runs.

@@ -6,6 +6,9 @@ mod debian;
 mod gdb;
 mod guest;
 mod images;
+mod migration;
+mod moving;
+mod snapshot;
 mod virtio;
 
 use std::path::Path;

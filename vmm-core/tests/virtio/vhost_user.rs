@@ -325,7 +325,7 @@ fn code_from_a_back_end_is_decoded_anew() {
 
     let memory = GuestMemory::flat(MEMORY).unwrap();
     let bus = Arc::new(Stop { value: AtomicU8::new(0xff), vcpu: OnceLock::new() });
-    let spec = VmSpec { memory: memory.clone(), vcpus: 1, model: None, bus: bus.clone() };
+    let spec = VmSpec { memory: memory.clone(), vcpus: 1, model: None, tsc_khz: None, bus: bus.clone() };
     let vm = SoftHypervisor::new().create_vm(spec).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     assert!(bus.vcpu.set(vcpu.handle()).is_ok());

@@ -1,5 +1,6 @@
 //! `nacre-node`: the agent of one host of a cluster.
 
+mod moves;
 mod process;
 mod signs;
 
@@ -10,6 +11,7 @@ use anyhow::{Context, Result};
 use blockfmt::nbd::TlsServer;
 use clap::{Parser, ValueEnum};
 use cluster::agent::{Agent, AgentConfig, AgentEnd, ApiServer, Connection, Secure};
+use moves::Moves;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -98,7 +100,8 @@ fn run(args: &Args) -> Result<ExitCode> {
     let (socket, remote) = (config.socket.clone(), config.remote.clone());
     let secure = remote.as_ref().map(|r| secure(&r.certificates)).transpose()?;
     let dir = config.state.join("vms");
-    let agent = Agent::start(config, |events| Ok(ProcessRunner::new(program, dir, reset, events)?))?;
+    let moves = Moves::new(&config);
+    let agent = Agent::start(config, |events| Ok(ProcessRunner::new(program, dir, reset, moves, events)?))?;
     let context = || format!("Cannot offer the API at {}", socket.display());
     let api = ApiServer::start(&socket, agent.handle()).with_context(context)?;
     let remote_api = match (remote, secure) {

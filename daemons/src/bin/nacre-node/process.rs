@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use cluster::agent::{VmEvents, VmRunner};
 use cluster::ha::{Signs, VmSpec};
 use cluster::node::{VmAction, VmEvent};
-use cluster::types::{Resources, VmId};
+use cluster::types::{HostId, Resources, VmId};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
+use crate::moves::{self, Moves};
 use crate::signs::{Watch, direct_port};
 
 /// How often the processes are looked at.
@@ -47,10 +48,13 @@ pub struct ProcessRunner {
     program: PathBuf,
     dir: PathBuf,
     reset: Reset,
+    moves: Option<Moves>,
     events: VmEvents,
     vms: Arc<Vms>,
     stop: Arc<AtomicBool>,
     reaper: Option<JoinHandle<()>>,
+    /// Threads that talk to processes; they end with what they say, or with the process.
+    talks: Vec<JoinHandle<()>>,
     /// MHz of one processor.
     speed: u64,
 }
@@ -61,7 +65,13 @@ fn lock(vms: &Vms) -> MutexGuard<'_, BTreeMap<VmId, Vm>> {
 
 impl ProcessRunner {
     /// Makes a runner that keeps its files in `dir`. Processes that a former life left are killed first.
-    pub fn new(program: PathBuf, dir: PathBuf, reset: Reset, events: VmEvents) -> io::Result<Self> {
+    pub fn new(
+        program: PathBuf,
+        dir: PathBuf,
+        reset: Reset,
+        moves: Option<Moves>,
+        events: VmEvents,
+    ) -> io::Result<Self> {
         fs::create_dir_all(&dir)?;
         kill_leftovers(&dir)?;
         let vms: Arc<Vms> = Arc::default();
@@ -74,17 +84,23 @@ impl ProcessRunner {
             }
         })?;
         let speed = processor_speed();
-        Ok(ProcessRunner { program, dir, reset, events, vms, stop, reaper: Some(reaper), speed })
+        let (reaper, talks) = (Some(reaper), Vec::new());
+        Ok(ProcessRunner { program, dir, reset, moves, events, vms, stop, reaper, talks, speed })
     }
 
-    fn start(&self, spec: &VmSpec, epoch: u64) -> io::Result<()> {
-        let file = |end: &str| self.dir.join(format!("{}.{end}", spec.id.0));
+    /// Starts a VM's process: it boots, or waits for a machine at an address.
+    fn start(&self, spec: &VmSpec, epoch: u64, incoming: Option<&str>) -> io::Result<()> {
+        let file = |end: &str| self.file(spec.id, end);
         let (heartbeats, metrics) = (file("heartbeats"), file("metrics"));
         let (definition, beats) = direct_port(&spec.definition, &heartbeats);
         fs::write(file("json"), definition)?;
         let log = File::create(file("log"))?;
         let mut command = Command::new(&self.program);
         command.args(["run", "--restart", "--config"]).arg(file("json")).arg("--metrics").arg(&metrics);
+        command.arg("--control").arg(file("control"));
+        if let Some(address) = incoming {
+            command.args(["--incoming", address]);
+        }
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         let parent = nix::unistd::getpid();
         let prepare = move || {
@@ -117,14 +133,70 @@ impl ProcessRunner {
         Ok(())
     }
 
-    fn signal(&self, vm: VmId, epoch: u64, signal: Signal) {
-        let vms = lock(&self.vms);
-        if let Some(vm) = vms.get(&vm).filter(|v| v.epoch == epoch)
-            && let Ok(pid) = i32::try_from(vm.child.id())
-        {
-            // It is not reaped before it leaves the map, so the number is still its own.
-            let _ = kill(Pid::from_raw(pid), signal);
+    fn file(&self, vm: VmId, end: &str) -> PathBuf {
+        self.dir.join(format!("{}.{end}", vm.0))
+    }
+
+    /// Talks to a VM's process on a thread of its own; `talk` gets the process's control socket.
+    fn talk(&mut self, vm: VmId, epoch: u64, talk: impl FnOnce(&Path) -> Said + Send + 'static) {
+        self.talks.retain(|t| !t.is_finished());
+        let (events, vms, control) = (self.events.clone(), self.vms.clone(), self.file(vm, "control"));
+        let run = move || match talk(&control) {
+            Said::Event(event, why) => events.tell(vm, epoch, event, why),
+            // Its end is told when it is reaped.
+            Said::Broken(why) => {
+                tracing::error!(vm = vm.0, why, "a VM's process is killed");
+                signal(&vms, vm, epoch, Signal::SIGKILL);
+            }
+        };
+        match std::thread::Builder::new().name("vm-talk".into()).spawn(run) {
+            Ok(thread) => self.talks.push(thread),
+            Err(error) => {
+                tracing::error!(vm = vm.0, %error, "no thread to talk to a VM's process, which is killed");
+                signal(&self.vms, vm, epoch, Signal::SIGKILL);
+            }
         }
+    }
+
+    fn move_to(&mut self, vm: VmId, epoch: u64, host: HostId) {
+        let Some(moves) = self.moves.clone() else {
+            let why = format!("It cannot move to {host}: this host's configuration has no `migration`");
+            return self.events.tell(vm, epoch, VmEvent::MoveFailed, Some(why));
+        };
+        self.talk(vm, epoch, move |control| match moves.send(control, vm, host) {
+            Ok(()) => Said::Event(VmEvent::Quiesced, None),
+            Err(why) if moves::runs(control) => {
+                Said::Event(VmEvent::MoveFailed, Some(format!("It did not move to {host}: {why}")))
+            }
+            Err(why) => Said::Broken(format!("It neither moved nor goes on: {why}")),
+        });
+    }
+
+    fn receive(&self, spec: &VmSpec, epoch: u64, from: HostId) {
+        let address = self.moves.as_ref().and_then(|moves| moves.here(spec.id));
+        let failed = match address.map(|address| self.start(spec, epoch, Some(&address))) {
+            Some(Ok(())) => return,
+            Some(Err(error)) => format!("{} cannot be run: {error}", self.program.display()),
+            None => format!("It cannot be received from {from}: the configuration has no port for it"),
+        };
+        self.events.tell(spec.id, epoch, VmEvent::Exited, Some(failed));
+    }
+}
+
+/// What came of talking to a VM's process.
+enum Said {
+    Event(VmEvent, Option<String>),
+    /// The process is of no use any more.
+    Broken(String),
+}
+
+fn signal(vms: &Vms, vm: VmId, epoch: u64, signal: Signal) {
+    let vms = lock(vms);
+    if let Some(vm) = vms.get(&vm).filter(|v| v.epoch == epoch)
+        && let Ok(pid) = i32::try_from(vm.child.id())
+    {
+        // It is not reaped before it leaves the map, so the number is still its own.
+        let _ = kill(Pid::from_raw(pid), signal);
     }
 }
 
@@ -132,30 +204,29 @@ impl VmRunner for ProcessRunner {
     fn act(&mut self, vm: VmId, epoch: u64, action: VmAction) {
         let tell = |event, why: String| self.events.tell(vm, epoch, event, Some(why));
         match action {
-            VmAction::Start(spec) => match self.start(&spec, epoch) {
+            VmAction::Start(spec) => match self.start(&spec, epoch, None) {
                 Ok(()) => tell(VmEvent::Started, "Its process was started".into()),
                 Err(error) => {
                     tell(VmEvent::Exited, format!("{} cannot be run: {error}", self.program.display()));
                 }
             },
-            VmAction::Stop => self.signal(vm, epoch, Signal::SIGTERM),
+            VmAction::Stop => signal(&self.vms, vm, epoch, Signal::SIGTERM),
             VmAction::Kill => {
                 if lock(&self.vms).get(&vm).is_some_and(|v| v.epoch == epoch) {
-                    self.signal(vm, epoch, Signal::SIGKILL);
+                    signal(&self.vms, vm, epoch, Signal::SIGKILL);
                 } else {
                     tell(VmEvent::Exited, "It had no process".into());
                 }
             }
-            VmAction::MoveTo(host) => {
-                tell(
-                    VmEvent::MoveFailed,
-                    format!("It cannot move to {host} while it runs; stop it to move it"),
-                );
+            VmAction::MoveTo(host) => self.move_to(vm, epoch, host),
+            VmAction::Receive { spec, from } => self.receive(&spec, epoch, from),
+            VmAction::Resume => {
+                let (began, stop) = ("It goes on here after a move", self.stop.clone());
+                self.talk(vm, epoch, move |control| match moves::resume(control, &stop) {
+                    Ok(()) => Said::Event(VmEvent::Started, Some(began.into())),
+                    Err(why) => Said::Broken(format!("It cannot go on after a move: {why}")),
+                });
             }
-            VmAction::Receive { from, .. } => {
-                tell(VmEvent::Exited, format!("It cannot be received from {from} while it runs"));
-            }
-            VmAction::Resume => {}
         }
     }
 
@@ -204,6 +275,11 @@ impl Drop for ProcessRunner {
         for vm in vms.values_mut() {
             let _ = vm.child.wait();
         }
+        drop(vms);
+        for talk in self.talks.drain(..) {
+            // Who talked to a process that is gone has nothing to wait for.
+            let _ = talk.join();
+        }
     }
 }
 
@@ -212,7 +288,7 @@ fn reap(vms: &Vms, events: &VmEvents, dir: &Path) {
     let mut vms = lock(vms);
     vms.retain(|id, vm| match vm.child.try_wait() {
         Ok(Some(status)) => {
-            for end in ["pid", "heartbeats", "metrics"] {
+            for end in ["pid", "heartbeats", "metrics", "control"] {
                 // Without heartbeats, or when it ended in an orderly manner, some are gone already.
                 let _ = fs::remove_file(dir.join(format!("{}.{end}", id.0)));
             }
@@ -233,6 +309,7 @@ fn reason(status: ExitStatus) -> String {
         (Some(4), _) => "The guest's kernel panicked".into(),
         (Some(5), _) => "The guest caused a triple fault".into(),
         (Some(6), _) => "It was stopped".into(),
+        (Some(7), _) => "It was moved away by hand".into(),
         (Some(code @ 64..), _) => format!("The guest ended itself with code {}", code - 64),
         (Some(code), _) => format!("It ended with status {code}"),
         (None, signal) => format!("It was killed by signal {}", signal.unwrap_or_default()),

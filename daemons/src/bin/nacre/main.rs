@@ -5,6 +5,7 @@ mod cluster;
 mod disk;
 mod run;
 mod schema;
+mod vm;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -28,6 +29,7 @@ const WRONG_COMMAND_LINE: u8 = 2;
 #[derive(Subcommand)]
 enum Command {
     Run(Box<run::Args>),
+    Vm(vm::Args),
     Accel(accel::Args),
     Disk(disk::Args),
     Cluster(cluster::Args),
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
     daemons::log_to_stderr("NACRE_LOG", LevelFilter::WARN);
     let result = match command {
         Command::Run(args) => run::run(*args),
+        Command::Vm(args) => vm::run(args),
         Command::Accel(args) => accel::run(&args),
         Command::Disk(args) => disk::run(args),
         Command::Cluster(args) => cluster::run(args),

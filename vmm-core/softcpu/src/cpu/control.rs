@@ -1,6 +1,7 @@
 //! Control and debug registers.
 
 use super::{CR0_PE, CR4_DE, Cpu, EFER_LMA, EFER_LME, Fault, seg, vector};
+use crate::CpuState;
 use crate::mmu::walk::{CR0_PG, CR0_WP, CR4_PAE, CR4_PGE, CR4_PSE, CR4_SMEP};
 
 const CR0_ET: u64 = 1 << 4;
@@ -8,8 +9,6 @@ const CR0_NW: u64 = 1 << 29;
 const CR0_CD: u64 = 1 << 30;
 /// CR0 bits that exist.
 const CR0_KNOWN: u64 = 0xe005_003f;
-/// VME, PVI, TSD, DE, PSE, PAE, MCE, PGE, PCE, OSFXSR, OSXMMEXCPT, FSGSBASE and SMEP.
-const CR4_KNOWN: u64 = 0x7ff & !3 | 1 << 16 | CR4_SMEP;
 const DR7_GD: u64 = 1 << 13;
 
 impl Cpu {
@@ -79,7 +78,7 @@ impl Cpu {
 
     /// MOV to CR4.
     pub(crate) fn set_cr4(&mut self, value: u64) -> Result<(), Fault> {
-        if value & !CR4_KNOWN != 0 || self.long_mode() && value & CR4_PAE == 0 {
+        if value & !CpuState::CR4_KNOWN != 0 || self.long_mode() && value & CR4_PAE == 0 {
             return Err(self.gp());
         }
         let changed = value ^ self.cr4;

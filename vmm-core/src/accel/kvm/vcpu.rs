@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use kvm_bindings::{
     CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, KVM_GUESTDBG_USE_SW_BP,
-    kvm_guest_debug,
+    KVM_MAX_CPUID_ENTRIES, kvm_guest_debug,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -15,8 +15,8 @@ use super::kick::Kicker;
 use super::vm::Shared;
 use super::{coalesced, failed, fault, msr, os, state, sys};
 use crate::accel::{
-    AccelError, BreakKind, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint, IoBus, Vcpu,
-    VcpuExit, VcpuHandle,
+    AccelError, BreakKind, CpuProfile, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint,
+    IoBus, Vcpu, VcpuExit, VcpuHandle,
 };
 use crate::memory::{GuestMemory, PAGE_SIZE};
 
@@ -74,6 +74,19 @@ impl KvmVcpu {
             debug: DebugControl::default(),
             assistant: None,
             stopped_at: None,
+        })
+    }
+
+    /// Gives the time-stamp counter a frequency that the guest knows already.
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), AccelError> {
+        let own = self.fd.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?;
+        if own == khz {
+            return Ok(());
+        }
+        self.fd.set_tsc_khz(khz).map_err(|_| {
+            AccelError::Unsupported(format!(
+                "a time-stamp counter of {khz} kHz: it has {own} kHz here, and this host's processors do not scale it"
+            ))
         })
     }
 
@@ -256,6 +269,16 @@ impl Vcpu for KvmVcpu {
 
     fn set_extra_state(&mut self, state: &ExtraState) -> Result<(), AccelError> {
         state::write_extra(&self.fd, state, self.vm.host.saved_msrs()?)
+    }
+
+    fn profile(&mut self) -> Result<CpuProfile, AccelError> {
+        let khz = self.fd.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?;
+        let cpuid = self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_CPUID2"))?;
+        let entry = |leaf, subleaf| {
+            let found = cpuid.as_slice().iter().find(|e| e.function == leaf && e.index == subleaf);
+            found.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
+        };
+        Ok(CpuProfile::new(khz, entry))
     }
 
     fn handle(&self) -> Arc<dyn VcpuHandle> {

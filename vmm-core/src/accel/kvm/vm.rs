@@ -46,6 +46,7 @@ pub struct Shared {
     pub(super) host: Arc<Host>,
     pub vcpus: u32,
     model: Option<CpuModel>,
+    tsc_khz: Option<u32>,
 }
 
 impl Shared {
@@ -114,6 +115,7 @@ impl KvmVm {
             host: Arc::clone(host),
             vcpus: spec.vcpus,
             model: spec.model,
+            tsc_khz: spec.tsc_khz,
         });
         Ok(Arc::new(Self { shared, tracking: AtomicBool::new(false) }))
     }
@@ -132,7 +134,11 @@ impl Vm for KvmVm {
             model: shared.model,
         };
         let cpuid = cpuid::for_vcpu(shared.host.supported_cpuid()?, topology)?;
-        Ok(Box::new(KvmVcpu::new(Arc::clone(shared), id, &cpuid)?))
+        let vcpu = KvmVcpu::new(Arc::clone(shared), id, &cpuid)?;
+        if let Some(khz) = shared.tsc_khz {
+            vcpu.set_tsc_khz(khz)?;
+        }
+        Ok(Box::new(vcpu))
     }
 
     fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, AccelError> {

@@ -34,7 +34,7 @@ use super::{AccelError, AccelKind, ChipsetState, Hypervisor, IOAPIC_PINS, IoAddr
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::{GuestMemory, WriteObserver};
 
-/// Frequency of the time-stamp counter: 1 GHz, so that a tick is a nanosecond.
+/// Frequency of the time-stamp counter, unless the guest knows another: 1 GHz, so that a tick is a nanosecond.
 const TSC_KHZ: u32 = 1_000_000;
 /// APIC IDs above are broadcast addresses.
 const MAX_VCPUS: u32 = 255;
@@ -66,7 +66,7 @@ impl Hypervisor for SoftHypervisor {
         }
         let ram = ram(&spec.memory)?;
         spec.memory.set_write_observer(Some(Box::new(Observer(Arc::downgrade(&ram)))));
-        let clock = Arc::new(Clock::host(TSC_KHZ));
+        let clock = Arc::new(Clock::host(spec.tsc_khz.unwrap_or(TSC_KHZ)));
         let apics = Apics::new(spec.vcpus);
         let pit = Pit::new(clock.clone(), Arc::new(Line::new(apics.clone(), 0)));
         let bus = Arc::new(SoftBus::new(spec.bus, apics.clone(), pit.clone()));

@@ -9,8 +9,8 @@ use super::bus::SoftBus;
 use super::lapic::{Apics, Lapic, LocalApic};
 use super::walk;
 use crate::accel::{
-    AccelError, BreakKind, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint, Vcpu, VcpuExit,
-    VcpuHandle,
+    AccelError, BreakKind, CpuProfile, CpuState, DebugControl, DebugExit, ExtraState, HardwareBreakpoint,
+    Vcpu, VcpuExit, VcpuHandle,
 };
 use crate::memory::GuestMemory;
 
@@ -25,6 +25,7 @@ pub(super) struct SoftVcpu {
     breakpoints: Vec<u64>,
     /// Keeps the host memory mapped that `cpu` executes from.
     memory: GuestMemory,
+    profile: CpuProfile,
 }
 
 impl SoftVcpu {
@@ -36,10 +37,14 @@ impl SoftVcpu {
         apics: &Arc<Apics>,
         lapic: &Arc<Lapic>,
     ) -> Self {
+        let model = config.model;
+        let profile = CpuProfile::new(config.clock.khz(), |leaf, subleaf| {
+            model.features(leaf, subleaf).unwrap_or_default()
+        });
         let local = LocalApic::new(apics.clone(), lapic.clone(), config.clock.clone());
         let cpu = Cpu::new(config, ram, bus.clone(), Box::new(local));
         lapic.attach(cpu.handle());
-        Self { cpu, breakpoints: Vec::new(), memory }
+        Self { cpu, breakpoints: Vec::new(), memory, profile }
     }
 }
 
@@ -60,11 +65,17 @@ fn check(state: &CpuState) -> Result<(), AccelError> {
     const LMA: u64 = 1 << 10;
     /// SCE, LME, LMA, NXE, AutoIBRS.
     const EFER: u64 = 0x20_0d01;
+    /// XSAVE is not there, and so XCR0 stays as after a reset.
+    const XCR0: u64 = 1;
     let (cr0, efer) = (state.cr0, state.msrs.efer);
     let what = if cr0 & (PE | PG) == PG || cr0 & (NW | CD) == NW || cr0 >> 32 != 0 {
         format!("CR0 {cr0:#x}")
     } else if efer & !EFER != 0 || (efer & LMA != 0) != (efer & LME != 0 && cr0 & PG != 0) {
         format!("EFER {efer:#x}")
+    } else if state.cr4 & !CpuState::CR4_KNOWN != 0 {
+        format!("CR4 {:#x}", state.cr4)
+    } else if state.xcr0 & !XCR0 != 0 {
+        format!("XCR0 {:#x}", state.xcr0)
     } else {
         return Ok(());
     };
@@ -96,6 +107,10 @@ impl Vcpu for SoftVcpu {
 
     fn state(&mut self) -> Result<CpuState, AccelError> {
         Ok(self.cpu.state())
+    }
+
+    fn profile(&mut self) -> Result<CpuProfile, AccelError> {
+        Ok(self.profile.clone())
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), AccelError> {

@@ -1,6 +1,7 @@
 //! ACPI fixed hardware: PM1a event and control blocks, PM timer, GPE0, and the reset register.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -44,18 +45,34 @@ struct Registers {
     gpe_enable: u8,
 }
 
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    registers: Registers,
+    /// What the timer shows.
+    timer: u32,
+}
+
 /// The ACPI power management registers (ACPI 6.5, section 4.8).
 pub struct AcpiPm {
     registers: Mutex<Registers>,
     sci: Arc<dyn IrqLine>,
     power: PowerSink,
     epoch: Instant,
+    /// What the timer was ahead of `epoch` by when its state was loaded, in ticks.
+    timer_ahead: AtomicU32,
 }
 
 impl AcpiPm {
     /// Registers that raise `sci` (level-triggered) and report to `power`.
     pub fn new(sci: Arc<dyn IrqLine>, power: PowerSink) -> Self {
-        Self { registers: Mutex::default(), sci, power, epoch: Instant::now() }
+        Self {
+            registers: Mutex::default(),
+            sci,
+            power,
+            epoch: Instant::now(),
+            timer_ahead: AtomicU32::new(0),
+        }
     }
 
     /// Presses the power button: a guest that listens shuts down.
@@ -77,7 +94,8 @@ impl AcpiPm {
     }
 
     fn timer(&self) -> u32 {
-        ((self.epoch.elapsed().as_nanos() * PM_TIMER_HZ / 1_000_000_000) as u32) & 0xff_ffff
+        let ticks = (self.epoch.elapsed().as_nanos() * PM_TIMER_HZ / 1_000_000_000) as u32;
+        ticks.wrapping_add(self.timer_ahead.load(Ordering::Relaxed)) & 0xff_ffff
     }
 }
 
@@ -134,13 +152,15 @@ impl Lifecycle for AcpiPm {
     }
 
     fn save(&self) -> Result<serde_json::Value, LifecycleError> {
-        serde_json::to_value(*self.registers.lock()).map_err(|e| LifecycleError::State(e.to_string()))
+        let saved = Saved { registers: *self.registers.lock(), timer: self.timer() };
+        serde_json::to_value(saved).map_err(|e| LifecycleError::State(e.to_string()))
     }
 
     fn restore(&self, state: &serde_json::Value) -> Result<(), LifecycleError> {
-        let loaded = Registers::deserialize(state).map_err(|e| LifecycleError::State(e.to_string()))?;
+        let loaded = Saved::deserialize(state).map_err(|e| LifecycleError::State(e.to_string()))?;
+        self.timer_ahead.fetch_add(loaded.timer.wrapping_sub(self.timer()), Ordering::Relaxed);
         let mut r = self.registers.lock();
-        *r = loaded;
+        *r = loaded.registers;
         self.update(&r);
         Ok(())
     }
@@ -148,7 +168,7 @@ impl Lifecycle for AcpiPm {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
 
     use super::*;
 
@@ -198,8 +218,12 @@ mod tests {
         pm1.write(2, &[0, 1]);
         pm1.press_power_button();
         let (pm2, line, _) = pm();
-        pm2.restore(&pm1.save().unwrap()).unwrap();
+        let mut saved = pm1.save().unwrap();
+        // Seconds from wrapping around, and seconds away from what the timer of a new machine shows.
+        saved["timer"] = 0x80_0000.into();
+        pm2.restore(&saved).unwrap();
         assert!(line.0.load(Ordering::Relaxed));
+        assert!((0x80_0000..0xff_0000).contains(&pm2.timer()), "{:#x}", pm2.timer());
         assert!(pm2.restore(&serde_json::json!({"status": "x"})).is_err());
     }
 }

@@ -3,9 +3,10 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
-use crate::lifecycle::Lifecycle;
+use crate::lifecycle::{Lifecycle, LifecycleError};
 
 const SECONDS: u8 = 0;
 const MINUTES: u8 = 2;
@@ -28,6 +29,17 @@ const HOURS_24: u8 = 1 << 1;
 const STATUS_A_DEFAULT: u8 = 0x26;
 /// Status D: the battery is good.
 const VALID: u8 = 1 << 7;
+
+/// Ten thousand years in seconds.
+const MAX_OFFSET: i64 = 10_000 * 366 * 86_400;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    index: u8,
+    memory: Vec<u8>,
+    offset: i64,
+}
 
 struct State {
     index: u8,
@@ -173,7 +185,24 @@ impl BusDevice for Rtc {
     }
 }
 
-impl Lifecycle for Rtc {}
+impl Lifecycle for Rtc {
+    fn save(&self) -> Result<serde_json::Value, LifecycleError> {
+        let s = self.state.lock();
+        let saved = Saved { index: s.index, memory: s.memory.to_vec(), offset: s.offset };
+        serde_json::to_value(saved).map_err(|e| LifecycleError::State(e.to_string()))
+    }
+
+    fn restore(&self, state: &serde_json::Value) -> Result<(), LifecycleError> {
+        let saved = Saved::deserialize(state).map_err(|e| LifecycleError::State(e.to_string()))?;
+        let memory = saved.memory.try_into();
+        let memory =
+            memory.map_err(|_| LifecycleError::State("its clock's memory has another size".into()))?;
+        // A guest sets its clock by years, not by ages: sums with the host's time must not overflow.
+        let offset = saved.offset.clamp(-MAX_OFFSET, MAX_OFFSET);
+        *self.state.lock() = State { index: saved.index & 0x7f, memory, offset };
+        Ok(())
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -215,5 +244,14 @@ mod tests {
         assert_eq!(get(&rtc, STATUS_D), VALID);
         set(&rtc, 0x40, 0x77);
         assert_eq!(get(&rtc, 0x40), 0x77);
+
+        // Another clock goes on with the same time and memory.
+        let other = Rtc::new();
+        other.restore(&rtc.save().unwrap()).unwrap();
+        assert_eq!(get(&other, 0x40), 0x77);
+        assert_eq!([CENTURY, YEAR, MONTH, DAY].map(|i| get(&other, i)), [20, 31, 12, 5]);
+        let mut cut = rtc.save().unwrap();
+        cut["memory"].as_array_mut().unwrap().pop();
+        assert!(other.restore(&cut).is_err());
     }
 }

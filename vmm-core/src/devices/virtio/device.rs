@@ -175,6 +175,12 @@ pub trait VirtioDevice: Send + Sync {
     /// The driver reset the device; its handlers are gone.
     fn reset(&self) {}
 
+    /// Whether something outside of this process writes to guest memory without the memory's observer hearing of it, so
+    /// that a machine with this device cannot move while it runs.
+    fn writes_unobserved(&self) -> bool {
+        false
+    }
+
     /// State beyond the queues and the transport's registers.
     ///
     /// # Errors

@@ -111,6 +111,8 @@ enum Handlers {
 struct State {
     /// Whether the machine lets devices work.
     started: bool,
+    /// The state was loaded: the driver looks at the configuration anew when the device starts.
+    loaded: bool,
     handlers: Handlers,
     registers: Registers,
 }
@@ -126,6 +128,7 @@ struct Registers {
 
 #[derive(Serialize, Deserialize)]
 struct Saved {
+    kind: u32,
     status: u8,
     registers: Registers,
     device: serde_json::Value,
@@ -155,7 +158,8 @@ impl Virtio {
         let env = Environment { memory, shared, kicks: Arc::new(kicks), name: device.name() };
         let registers =
             Registers { device_select: 0, driver_select: 0, driver_features: 0, queue_select: 0, queues };
-        let state = Mutex::new(State { started: false, handlers: Handlers::Inactive, registers });
+        let state =
+            Mutex::new(State { started: false, loaded: false, handlers: Handlers::Inactive, registers });
         Ok(Self { device, env, state })
     }
 
@@ -453,6 +457,10 @@ impl Virtio {
         let mut state = self.state.lock();
         state.started = true;
         self.run(&mut state);
+        if std::mem::take(&mut state.loaded) {
+            // What is behind the device may differ from what the driver knows.
+            self.env.shared.config_changed();
+        }
     }
 
     /// Completes everything in flight and keeps the device from working until [`Self::start`].
@@ -472,7 +480,12 @@ impl Virtio {
             return Err(LifecycleError::State("the device is not paused".into()));
         }
         let device = self.device.save()?;
-        Ok(serde_json::json!({ "status": self.status(), "registers": state.registers, "device": device }))
+        Ok(serde_json::json!({
+            "kind": self.device.device_type(),
+            "status": self.status(),
+            "registers": state.registers,
+            "device": device,
+        }))
     }
 
     /// Loads what [`Self::save`] returned, while paused.
@@ -484,6 +497,9 @@ impl Virtio {
         let mut state = self.state.lock();
         if state.started {
             return Err(LifecycleError::State("the device is not paused".into()));
+        }
+        if saved.kind != self.device.device_type() {
+            return Err(LifecycleError::State("it is a device of another kind".into()));
         }
         let same = |(a, b): (&QueueRegisters, &QueueRegisters)| a.max == b.max;
         let (new, old) = (&saved.registers.queues, &state.registers.queues);
@@ -498,6 +514,7 @@ impl Virtio {
         self.device.restore(&saved.device)?;
         state.registers = saved.registers;
         self.env.shared.status.store(saved.status, Ordering::Release);
+        state.loaded = true;
         Ok(())
     }
 }

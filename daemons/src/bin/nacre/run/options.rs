@@ -6,9 +6,11 @@ use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use vmm_core::machine::{
     AccelChoice, ConsoleConfig, ConsolePortConfig, CpuModelChoice, DiskConfig, GdbConfig, LimitConfig,
-    NetBackendConfig, NetConfig, VmConfig, VsockConfig,
+    NetBackendConfig, NetConfig, RestoreOptions, VmConfig, VsockConfig,
 };
 
+use super::address::Address;
+use super::origin::Origin;
 use super::pairs::Pairs;
 
 const HELP: &str = "\
@@ -20,6 +22,7 @@ Exit status:
   4       the guest's kernel panicked
   5       the guest caused a triple fault
   6       ended by Ctrl-A x or a signal
+  7       the machine was moved: it runs in another process now
   64 + n  a test guest wrote n to the debug-exit port
 
 Ctrl-A x ends the machine; Ctrl-A Ctrl-A sends Ctrl-A.
@@ -29,7 +32,12 @@ Examples:
   nacre run --kernel vmlinuz --disk path=child.qcow2,format=qcow2 --cmdline 'console=ttyS0 root=/dev/vda rw'
   nacre run --kernel vmlinuz --console off --virtio-console pty --virtio-console socket=agent.sock,name=agent \\
             --cmdline console=hvc0
-  nacre run --config machine.json";
+  nacre run --config machine.json --control vm.sock      # then: nacre vm --help
+  nacre run --config machine.json --restore saved
+  nacre run --config machine.json --incoming unix:move.sock
+
+A machine that is restored or comes in needs the same options as where it ran, but for the kernel. Disks are not part of
+a saved machine: they must be as they were when it was saved.";
 
 /// Boot a kernel in a virtual machine and connect its serial console to the terminal.
 #[derive(Parser)]
@@ -39,7 +47,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Linux bzImage or ELF file to boot.
-    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "restore", "incoming"])]
     kernel: Option<PathBuf>,
     /// Initial RAM disk.
     #[arg(long, value_name = "FILE")]
@@ -92,6 +100,19 @@ pub struct Args {
     /// Offer counters in the text format of Prometheus, over HTTP on this Unix socket.
     #[arg(long, value_name = "SOCKET")]
     metrics: Option<PathBuf>,
+    /// Take commands (see `nacre vm`) on this Unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+    /// Go on with the machine that `nacre vm snapshot` saved in this file, instead of booting.
+    #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
+    restore: Option<PathBuf>,
+    /// Wait for a machine that `nacre vm migrate` sends to this address, instead of booting: unix:PATH, or
+    /// tcp:HOST:PORT on a network that only trusted programs use.
+    #[arg(long, value_name = "ADDRESS")]
+    incoming: Option<Address>,
+    /// With --restore and --incoming: take a guest that may know processor features which are missing here.
+    #[arg(long)]
+    any_processor: bool,
     /// Start the guest again when it asks for a reset.
     #[arg(long)]
     restart: bool,
@@ -134,6 +155,20 @@ impl Args {
 
     pub fn metrics(&self) -> Option<PathBuf> {
         self.metrics.clone()
+    }
+
+    pub fn control(&self) -> Option<PathBuf> {
+        self.control.clone()
+    }
+
+    /// Where the machine comes from.
+    pub fn origin(&self) -> Origin {
+        let options = RestoreOptions { check_processors: !self.any_processor, ..RestoreOptions::default() };
+        match (&self.restore, &self.incoming) {
+            (Some(file), _) => Origin::File(file.clone(), options),
+            (None, Some(address)) => Origin::Connection(address.clone(), options),
+            (None, None) => Origin::Boot,
+        }
     }
 
     /// The configuration that the file and the options describe.

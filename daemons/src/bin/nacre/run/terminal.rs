@@ -117,6 +117,31 @@ impl Signals {
         self.received.get()
     }
 
+    /// Waits until `fd` is readable; false when a signal came first.
+    pub fn wait_or(&self, fd: &impl AsFd) -> io::Result<bool> {
+        loop {
+            if self.received() {
+                return Ok(false);
+            }
+            let wanted = |fd| PollFd::new(fd, PollFlags::POLLIN);
+            let mut fds = [wanted(self.signals.as_fd()), wanted(fd.as_fd())];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(error) if error != Errno::EINTR => return Err(error.into()),
+                _ if fds[1].any().unwrap_or(false) => return Ok(true),
+                _ => {}
+            }
+        }
+    }
+
+    /// Whether a signal came, after waiting for one for at most so many milliseconds.
+    pub fn received_within(&self, milliseconds: u8) -> io::Result<bool> {
+        let mut fds = [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(milliseconds)) {
+            Err(error) if error != Errno::EINTR => Err(error.into()),
+            _ => Ok(self.received()),
+        }
+    }
+
     /// Waits for the end of a machine that was started, which the first signal brings about.
     pub fn wait(&self, vm: &Vm) -> io::Result<StopReason> {
         loop {

@@ -332,6 +332,11 @@ impl VirtioDevice for VhostUser {
         self.core.active.store(1, Ordering::Release);
     }
 
+    /// Only while there is an observer are buffers relayed.
+    fn writes_unobserved(&self) -> bool {
+        true
+    }
+
     fn save(&self) -> Result<serde_json::Value, LifecycleError> {
         Ok(serde_json::json!({ "pairs": self.core.active.load(Ordering::Acquire) }))
     }
