@@ -51,6 +51,7 @@ mod security;
 mod service;
 mod shaper;
 mod shared;
+mod spin;
 mod stats;
 mod switch;
 mod switch_bonds;

@@ -300,6 +300,13 @@ impl Switch {
             }
         }
         n += f.release().0;
+        f.notify();
+        // Polled queues want no wake-ups; this also gives back what was received.
+        for entry in ports.iter() {
+            for queue in 0..entry.port.rx_queues() {
+                entry.port.arm(queue, false);
+            }
+        }
         drop(f);
         housekeep(&self.shared);
         n

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use crate::bond::{Bond, BondConfig};
 use crate::clock::Nanos;
 use crate::config::{PortKind, SHAPED_BOND, SwitchConfig};
+use crate::datapath::transmit::send_own;
 use crate::error::{Error, Result};
 use crate::packet::Packet;
 use crate::packet::key::mac_bytes;
 use crate::packet::vlan::{TPID_C, VlanOp};
-use crate::port::{Batch, BondPort, PortId};
+use crate::port::{BondPort, PortId};
 use crate::port_config::PortConfig;
 use crate::shared::{PortTable, Shared};
 use crate::switch::Switch;
@@ -93,8 +94,7 @@ pub(crate) fn tick_bonds(shared: &Shared, now: Nanos) {
 
 fn send(ports: &PortTable, port: PortId, frame: &[u8]) {
     if let Some(p) = ports.get(port) {
-        let packet = Packet::from_frame(frame);
-        p.port.transmit(0, &Batch::all(std::slice::from_ref(&packet)));
+        send_own(&*p.port, &Packet::from_frame(frame));
     }
 }
 
@@ -116,7 +116,7 @@ fn announce(shared: &Shared, ports: &PortTable, bond: &Bond) {
             VlanOp::Push { tpid: TPID_C, tci: r.vlan }.apply(&mut packet);
         }
         if let Some(p) = ports.get(member) {
-            p.port.transmit(0, &Batch::all(std::slice::from_ref(&packet)));
+            send_own(&*p.port, &packet);
         }
     }
 }

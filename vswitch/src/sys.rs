@@ -186,6 +186,20 @@ pub fn prefetch<T>(p: *const T) {
     let _ = p;
 }
 
+/// Asks the CPU for the cache line at `p`, which need not be a valid address, to be written.
+#[inline(always)]
+pub fn prefetch_write(p: *mut u8) {
+    // The intrinsic would make it a prefetch for reading, as not every x86-64 has the instruction; those without ignore
+    // it.
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: prefetchw has no effect on memory or registers whatever the address.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) p, options(nostack, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// Receives bytes and descriptors from a Unix stream socket.
 pub fn recv_with_fds(fd: RawFd, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };

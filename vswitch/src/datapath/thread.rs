@@ -137,12 +137,14 @@ impl Loop {
             let (_, due) = self.forwarder.release();
             rounds = rounds.saturating_add(1);
             if self.awake == 0 {
+                self.forwarder.notify();
                 self.sleep(due)?;
             } else if rounds >= ROUNDS_PER_EVENT_CHECK && self.awake < self.queues.len() {
                 rounds = 0;
                 self.wait(0)?;
             }
         }
+        self.forwarder.notify();
         Ok(())
     }
 

@@ -4,9 +4,9 @@
 use crate::clock::Nanos;
 use crate::packet::offload::{self, OffloadCaps};
 use crate::packet::{BURST, Packet};
-use crate::port::Batch;
+use crate::port::{Batch, Port, PortId};
 use crate::shaper::{Offered, Shaper};
-use crate::shared::PortEntry;
+use crate::shared::{PortEntry, PortTable};
 use crate::stats::WorkerStats;
 
 /// Most bursts that one look at a shaper lets out, so that others get their turn.
@@ -28,6 +28,26 @@ pub(super) struct Scratch {
     finished: Vec<Packet>,
     released: Vec<Packet>,
     passed: Vec<u16>,
+    /// Ports and queues whose peers are to be notified.
+    owed: Vec<(PortId, usize)>,
+}
+
+impl Scratch {
+    /// Notifies the peers that packets were sent to. A while after sending is best, see [`Port::notify`].
+    #[inline]
+    pub fn notify(&mut self, ports: &PortTable) {
+        for (port, queue) in self.owed.drain(..) {
+            if let Some(entry) = ports.get(port) {
+                entry.port.notify(queue);
+            }
+        }
+    }
+}
+
+/// Sends a packet of the switch's own.
+pub(crate) fn send_own(port: &dyn Port, packet: &Packet) {
+    port.transmit(0, &Batch::all(std::slice::from_ref(packet)));
+    port.notify(0);
 }
 
 /// Sends the packets at the places in `index`.
@@ -53,6 +73,9 @@ pub(super) fn send(entry: &PortEntry, worker: usize, packets: &[Packet], index: 
         }
     }
     transmit(entry, queue, stats, &Batch::select(packets, &index[start..]));
+    if !s.owed.contains(&(entry.id, queue)) {
+        s.owed.push((entry.id, queue));
+    }
 }
 
 /// Sends what the port's shaper lets out, and queues the rest.
@@ -117,6 +140,7 @@ pub(crate) fn hand_over(entry: &PortEntry, old: &Shaper, worker: usize) {
             for burst in waiting.chunks(BURST) {
                 send(entry, worker, burst, &ALL[..burst.len()], &mut s);
             }
+            s.owed.into_iter().for_each(|(_, queue)| entry.port.notify(queue));
         }
     }
 }

@@ -111,6 +111,8 @@ impl Forwarder {
             }
             return false;
         }
+        // By the ports that the packets went out of.
+        self.notify();
         self.collect_stats();
         self.cache.clear();
         self.flow_position = position;
@@ -139,8 +141,16 @@ impl Forwarder {
         self.cache.retain(keep, |mut f| settle(&mut f));
     }
 
+    /// Notifies the peers that packets were sent to. Call it before sleeping.
+    #[inline]
+    pub fn notify(&mut self) {
+        self.scratch.notify(&self.ports);
+    }
+
     /// Adds what flows counted to their rules and records, and forgets flows that ended.
     pub fn collect_stats(&mut self) {
+        // Guests that are gone by now need their memory back.
+        self.burst.release();
         let now = self.shared.clock.now();
         let keep = |_: &CacheKey, _: &CacheKey, f: &mut Flow| {
             settle(f);
@@ -153,6 +163,8 @@ impl Forwarder {
     pub fn run_queue(&mut self, entry: &PortEntry, queue: usize) -> usize {
         self.burst.clear();
         entry.port.receive(queue, &mut self.burst);
+        // Of the burst before, whose stores had time to finish while this one was read.
+        self.notify();
         let n = self.burst.len();
         if n > 0 {
             let now = self.shared.clock.now();
@@ -339,7 +351,8 @@ impl Forwarder {
         };
         x.run(&verdict.ops, 0);
         self.flush();
-        self.burst.clear();
+        self.notify();
+        self.burst.release();
     }
 
     /// Whether this worker looks after the shaper of a port whoever fills it.
@@ -375,38 +388,33 @@ impl Forwarder {
     /// Sends everything that was enqueued.
     fn flush(&mut self) {
         while let Some(port) = self.active.pop() {
-            let mut q = std::mem::take(&mut self.out[port as usize]);
-            if let Some(entry) = self.ports.get(port).cloned() {
-                self.send(&entry, &q);
+            let q = &mut self.out[port as usize];
+            if let Some(entry) = self.ports.get(port) {
+                self.undo.clear();
+                for (&i, &tag) in q.index.iter().zip(&q.tags) {
+                    if tag != VlanOp::None {
+                        let p = self.burst.packet_mut(usize::from(i));
+                        self.undo.push((i, tag.inverse(p)));
+                        tag.apply(p);
+                    }
+                }
+                let packets = self.burst.packets();
+                match &entry.limits.shaper {
+                    None => transmit::send(entry, self.id, packets, &q.index, &mut self.scratch),
+                    Some(shaper) => {
+                        let now = self.shared.clock.now();
+                        transmit::shape(entry, shaper, self.id, packets, &q.index, now, &mut self.scratch);
+                        if shaper.is_waiting() && !self.shaped.contains(&entry.id) {
+                            self.shaped.push(entry.id);
+                        }
+                    }
+                }
+                for (i, op) in self.undo.drain(..) {
+                    op.apply(self.burst.packet_mut(usize::from(i)));
+                }
             }
             q.index.clear();
             q.tags.clear();
-            self.out[port as usize] = q;
-        }
-    }
-
-    fn send(&mut self, entry: &PortEntry, q: &OutQueue) {
-        self.undo.clear();
-        for (&i, &tag) in q.index.iter().zip(&q.tags) {
-            if tag != VlanOp::None {
-                let p = self.burst.packet_mut(usize::from(i));
-                self.undo.push((i, tag.inverse(p)));
-                tag.apply(p);
-            }
-        }
-        let packets = self.burst.packets();
-        match &entry.limits.shaper {
-            None => transmit::send(entry, self.id, packets, &q.index, &mut self.scratch),
-            Some(shaper) => {
-                let now = self.shared.clock.now();
-                transmit::shape(entry, shaper, self.id, packets, &q.index, now, &mut self.scratch);
-                if shaper.is_waiting() && !self.shaped.contains(&entry.id) {
-                    self.shaped.push(entry.id);
-                }
-            }
-        }
-        for (i, op) in self.undo.drain(..) {
-            op.apply(self.burst.packet_mut(usize::from(i)));
         }
     }
 }

@@ -8,6 +8,8 @@ use super::{FRAME_MAX, FRAME_MIN, Packet};
 /// Most packets that one receive call takes from a queue, so that no port starves the others.
 pub const BURST: usize = 32;
 
+/// Most guests whose memory is held from one burst to the next.
+const HELD_MAX: usize = 64;
 /// Most packets in a burst, copies included.
 const COPIES_MAX: usize = 16_384;
 
@@ -16,7 +18,8 @@ const COPIES_MAX: usize = 16_384;
 pub struct Burst {
     packets: Vec<Packet>,
     len: usize,
-    memory: Option<Arc<dyn Any + Send + Sync>>,
+    /// Guest memory that packets of this burst, or of those before it, lie in.
+    memory: Vec<Arc<dyn Any + Send + Sync>>,
     /// Frames that the port refused while it filled the burst (too long, too short, malformed descriptors).
     pub errors: u32,
 }
@@ -27,13 +30,21 @@ impl Burst {
         Self { packets: (0..BURST).map(|_| Packet::default()).collect(), ..Self::default() }
     }
 
-    /// Drops all packets and the hold on guest memory.
+    /// Drops all packets. The hold on guest memory stays, for the next ones: see [`Burst::release`].
     #[inline]
     pub fn clear(&mut self) {
         self.packets[..self.len].iter_mut().for_each(Packet::clear);
         self.len = 0;
         self.errors = 0;
-        self.memory = None;
+        if self.memory.len() > HELD_MAX {
+            self.memory.clear();
+        }
+    }
+
+    /// Drops all packets and the hold on guest memory, which may then be unmapped.
+    pub fn release(&mut self) {
+        self.clear();
+        self.memory.clear();
     }
 
     /// Number of packets.
@@ -115,9 +126,11 @@ impl Burst {
         Some(self.len - 1)
     }
 
-    /// Keeps guest memory mapped until the burst is cleared.
+    /// Keeps guest memory mapped until the burst is released. Memory that is held already costs no atomic operation.
     #[inline]
-    pub(crate) fn hold(&mut self, memory: Arc<dyn Any + Send + Sync>) {
-        self.memory = Some(memory);
+    pub(crate) fn hold<T: Any + Send + Sync>(&mut self, memory: &Arc<T>) {
+        if !self.memory.iter().any(|m| std::ptr::addr_eq(Arc::as_ptr(m), Arc::as_ptr(memory))) {
+            self.memory.push(memory.clone());
+        }
     }
 }

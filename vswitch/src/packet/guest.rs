@@ -79,7 +79,7 @@ impl GuestTail {
     /// Appends a segment; `false` when the packet has as many as it may.
     ///
     /// # Safety
-    /// `ptr..ptr + len` must lie in a mapping of the guest memory that the packet's burst holds until it is
+    /// `ptr..ptr + len` must lie in a mapping of the guest memory that the packet's burst holds at least until it is
     /// cleared.
     #[inline]
     pub unsafe fn push(&mut self, ptr: *const u8, len: usize) -> bool {

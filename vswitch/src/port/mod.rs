@@ -105,13 +105,21 @@ pub trait Port: Send + Sync {
     /// Moves received packets into `burst`, as many as there are and as fit.
     fn receive(&self, queue: usize, burst: &mut Burst);
 
-    /// Says that the packets of the last [`Port::receive`] on this queue are no longer needed.
+    /// Says that the packets of the last [`Port::receive`] on this queue are no longer needed. The peer may learn of it
+    /// at the next [`Port::receive`] or [`Port::arm`] only.
     fn complete(&self, queue: usize) {
         let _ = queue;
     }
 
-    /// Sends packets; returns how many, counted from the first, were taken. The rest is dropped.
+    /// Sends packets; returns how many, counted from the first, were taken. The rest is dropped. A sleeping peer may
+    /// need [`Port::notify`] to wake up.
     fn transmit(&self, queue: usize, batch: &Batch<'_>) -> usize;
+
+    /// Wakes the peer, if it wants that, for what was sent on a queue since the last call. Apart from
+    /// [`Port::transmit`], since to find out what the peer wants takes long right after writing to its memory.
+    fn notify(&self, queue: usize) {
+        let _ = queue;
+    }
 
     /// A descriptor, the same for the port's life, that becomes readable when an armed queue has something to
     /// receive. `None`: the queue is only found to be ready by polling.

@@ -20,7 +20,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
+use crossbeam_utils::CachePadded;
 use parking_lot::Mutex;
+use parking_lot::lock_api::MutexGuard;
 
 use self::message::{Features, ProtocolFeatures};
 use self::session::Session;
@@ -30,6 +32,7 @@ use super::{Batch, Port, StreamMode};
 use crate::error::{Error, Result};
 use crate::packet::Burst;
 use crate::packet::offload::OffloadCaps;
+use crate::spin::{RawSpin, SpinLock};
 use crate::sys::{Epoll, EventFd, poll_readable};
 
 /// Most pairs of queues.
@@ -69,7 +72,9 @@ struct Waker {
 #[derive(Debug)]
 struct Device {
     /// Queue 2n receives in the guest's view, queue 2n + 1 sends.
-    vrings: Vec<Mutex<Vring>>,
+    vrings: Vec<CachePadded<SpinLock<Vring>>>,
+    /// For each queue that the guest sends by: whether the last burst taken from it is to be given back.
+    finished: Vec<AtomicBool>,
     pairs: usize,
     wakers: Vec<Waker>,
     acked: AtomicU64,
@@ -88,7 +93,8 @@ impl Device {
             wakers.push(Waker { set, nudge, kick: Mutex::default() });
         }
         Ok(Self {
-            vrings: (0..2 * pairs).map(|_| Mutex::default()).collect(),
+            vrings: (0..2 * pairs).map(|_| CachePadded::default()).collect(),
+            finished: (0..pairs).map(|_| AtomicBool::new(false)).collect(),
             pairs,
             wakers,
             acked: AtomicU64::new(0),
@@ -121,6 +127,30 @@ impl Device {
             tracing::warn!(error = %e, "cannot watch a kick descriptor");
         }
         *old = kick;
+    }
+
+    /// A queue's ring, once what is owed to the guest for it is settled: buffers of a finished burst to give back, and
+    /// the notification for those given back the time before.
+    fn vring(&self, index: usize) -> MutexGuard<'_, RawSpin, Vring> {
+        let mut v = self.vrings[index].lock();
+        v.notify();
+        let finished = &self.finished[index / 2];
+        if index % 2 == 1 && finished.load(Ordering::Acquire) {
+            finished.store(false, Ordering::Relaxed);
+            v.complete();
+        }
+        v
+    }
+
+    /// The ring by which frames of transmit queue `queue` reach the guest, which may use fewer queues than it could.
+    fn to_guest(&self, queue: usize) -> MutexGuard<'_, RawSpin, Vring> {
+        let own = 2 * (queue % self.pairs);
+        let v = self.vrings[own].lock();
+        if own == 0 || v.is_active() {
+            return v;
+        }
+        drop(v);
+        self.vrings[0].lock()
     }
 
     fn nudge(&self, queue: usize) {
@@ -311,21 +341,19 @@ impl Port for VhostUserPort {
             }
             self.device.has_injected.store(!list.is_empty(), Ordering::Release);
         }
-        self.device.vrings[2 * queue + 1].lock().receive(burst);
+        self.device.vring(2 * queue + 1).receive(burst);
     }
 
     fn complete(&self, queue: usize) {
-        self.device.vrings[2 * queue + 1].lock().complete();
+        self.device.finished[queue].store(true, Ordering::Release);
     }
 
     fn transmit(&self, queue: usize, batch: &Batch<'_>) -> usize {
-        let mut v = self.device.vrings[2 * (queue % self.device.pairs)].lock();
-        if v.is_active() || queue == 0 {
-            return v.transmit(batch);
-        }
-        drop(v);
-        // The guest uses fewer queues than it could.
-        self.device.vrings[0].lock().transmit(batch)
+        self.device.to_guest(queue).transmit(batch)
+    }
+
+    fn notify(&self, queue: usize) {
+        self.device.to_guest(queue).notify();
     }
 
     fn ready_fd(&self, queue: usize) -> Option<RawFd> {
@@ -338,7 +366,10 @@ impl Port for VhostUserPort {
         if let Some(k) = &*w.kick.lock() {
             k.clear();
         }
-        let work = self.device.vrings[2 * queue + 1].lock().arm(on);
+        let mut v = self.device.vring(2 * queue + 1);
+        v.notify();
+        let work = v.arm(on);
+        drop(v);
         work || (on && queue == 0 && self.device.has_injected.load(Ordering::Acquire))
     }
 

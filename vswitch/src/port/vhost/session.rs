@@ -269,7 +269,7 @@ impl<'a> Session<'a> {
     fn stop(&self, i: usize) -> u16 {
         let end = Instant::now() + QUIET;
         loop {
-            let mut v = self.device.vrings[i].lock();
+            let mut v = self.device.vring(i);
             if !v.is_busy() || Instant::now() > end {
                 return v.stop();
             }

@@ -140,6 +140,7 @@ impl Vring {
 
     /// Stops the ring; returns where it stands. The caller has waited until it is not busy.
     pub fn stop(&mut self) -> u16 {
+        self.notify();
         if let Some(r) = self.ring.take() {
             self.base = r.base();
         }
@@ -158,7 +159,7 @@ impl Vring {
         let Some((ring, memory)) = self.active() else { return };
         let r = ring.pop(memory, burst);
         if !burst.is_empty() {
-            burst.hold(memory.clone());
+            burst.hold(memory);
         }
         self.note(r);
     }
@@ -167,9 +168,8 @@ impl Vring {
     #[inline]
     pub fn complete(&mut self) {
         // A disabled queue completes what it took before.
-        let Some(ring) = &mut self.ring else { return };
-        if ring.has_pending() && ring.complete(&self.memory) {
-            self.notify();
+        if let Some(ring) = &mut self.ring {
+            ring.complete(&self.memory);
         }
     }
 
@@ -178,12 +178,7 @@ impl Vring {
     pub fn transmit(&mut self, batch: &Batch<'_>) -> usize {
         let Some((ring, memory)) = self.active() else { return 0 };
         match ring.push(memory, batch) {
-            Ok((n, notify)) => {
-                if notify {
-                    self.notify();
-                }
-                n
-            }
+            Ok(n) => n,
             Err(e) => {
                 self.note(Err(e));
                 0
@@ -198,8 +193,13 @@ impl Vring {
         work && self.enabled
     }
 
-    fn notify(&self) {
-        if let Some(c) = &self.call {
+    /// Notifies the guest of what was given to it since the last call, if it wants that.
+    #[inline]
+    pub fn notify(&mut self) {
+        if let Some(ring) = &mut self.ring
+            && ring.wants_notification()
+            && let Some(c) = &self.call
+        {
             c.signal();
         }
     }

@@ -5,18 +5,24 @@
 //! only in the checked copy; a chain is bounded; what does not add up breaks the queue and nothing else.
 #![expect(unsafe_code, reason = "reads and writes rings and buffers in guest memory")]
 
+mod ahead;
+
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use self::ahead::{Buffer, WINDOW};
 use super::memory::GuestMemory;
 use super::segments::{Reader, Segment, Writer, copy};
 use crate::packet::offload::VNET_HDR_LEN;
-use crate::packet::{Burst, FRAME_MAX, FRAME_MIN, HEAD_MAX, Offload, Packet};
+use crate::packet::{BURST, Burst, FRAME_MAX, FRAME_MIN, HEAD_MAX, Offload, Packet};
 use crate::port::Batch;
 
 /// Largest queue.
 pub const QUEUE_MAX: u16 = 32_768;
 /// Most descriptors in a chain.
 const CHAIN_MAX: usize = 64;
+
+/// How far ahead of copying a buffer is looked at that was not looked at before.
+const AHEAD: u16 = 8;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -101,10 +107,17 @@ pub struct SplitRing {
     features: RingFeatures,
     /// Next available entry to take.
     next_avail: u16,
+    /// The available index when it was last read. The driver's cache line is not asked for again before it is needed.
+    seen_avail: u16,
+    /// Entries up to this one were looked at: their buffers are in `window`, by their number modulo its length.
+    looked: u16,
+    window: [Buffer; WINDOW as usize],
     /// Next used entry to write.
     next_used: u16,
     /// Value of `next_used` at the last decision about a notification.
     notified: u16,
+    /// Whether something was given to the driver since then.
+    unannounced: bool,
     /// Heads of chains taken by `pop` and not yet given back.
     pending: Vec<u16>,
     /// Used elements of the batch under way.
@@ -126,7 +139,9 @@ impl SplitRing {
     /// taken again.
     ///
     /// # Safety
-    /// The three parts must be mapped, with the lengths of [`part_sizes`], for as long as the ring is used.
+    /// The three parts must be mapped, with the lengths of [`part_sizes`], for as long as the ring is used. Buffers are
+    /// looked at before they are needed: the memory that [`SplitRing::pop`] and [`SplitRing::push`] are given must stay
+    /// the same until [`SplitRing::relocate`].
     pub unsafe fn new(size: u16, at: RingAddresses, features: RingFeatures) -> Result<Self, RingError> {
         if !size.is_power_of_two() || size > QUEUE_MAX {
             return Err(RingError::Index);
@@ -142,14 +157,19 @@ impl SplitRing {
             at,
             features,
             next_avail: 0,
+            seen_avail: 0,
+            looked: 0,
+            window: [Buffer::NONE; WINDOW as usize],
             next_used: 0,
             notified: 0,
-            pending: Vec::with_capacity(crate::packet::BURST),
-            written: Vec::with_capacity(crate::packet::BURST),
+            unannounced: false,
+            pending: Vec::with_capacity(BURST),
+            written: Vec::with_capacity(BURST),
             segments: Vec::with_capacity(CHAIN_MAX),
         };
         ring.next_used = ring.used_index().load(Ordering::Relaxed);
-        (ring.next_avail, ring.notified) = (ring.next_used, ring.next_used);
+        let start = ring.next_used;
+        (ring.next_avail, ring.seen_avail, ring.looked, ring.notified) = (start, start, start, start);
         Ok(ring)
     }
 
@@ -174,6 +194,8 @@ impl SplitRing {
     /// As [`SplitRing::new`].
     pub unsafe fn relocate(&mut self, at: RingAddresses) {
         self.at = at;
+        // Buffers are elsewhere, or gone, too.
+        self.looked = self.next_avail;
     }
 
     fn word(&self, part: *mut u8, index: usize) -> &AtomicU16 {
@@ -210,9 +232,22 @@ impl SplitRing {
 
     /// Number of entries that the driver has made available.
     #[inline]
-    fn available(&self) -> Result<u16, RingError> {
-        let n = self.avail_index().load(Ordering::Acquire).wrapping_sub(self.next_avail);
-        if n > self.size { Err(RingError::Index) } else { Ok(n) }
+    fn available(&mut self) -> Result<u16, RingError> {
+        let index = self.avail_index().load(Ordering::Acquire);
+        let n = index.wrapping_sub(self.next_avail);
+        if n > self.size {
+            return Err(RingError::Index);
+        }
+        self.seen_avail = index;
+        Ok(n)
+    }
+
+    /// Number of entries that the driver is known to have made available; whether there are more than fewer than
+    /// `wanted` is asked.
+    #[inline]
+    fn available_for(&mut self, wanted: u16) -> Result<u16, RingError> {
+        let known = self.seen_avail.wrapping_sub(self.next_avail);
+        if known >= wanted { Ok(known) } else { self.available() }
     }
 
     #[inline]
@@ -270,38 +305,32 @@ impl SplitRing {
     /// Takes packets that the guest sends, up to the burst's room. Heads are copied, tails stay in guest memory,
     /// which the burst must hold, until [`SplitRing::complete`].
     pub fn pop(&mut self, memory: &GuestMemory, burst: &mut Burst) -> Result<(), RingError> {
-        let n = self.available()?.min(burst.room() as u16);
+        let n = self.available_for(burst.room() as u16)?.min(burst.room() as u16);
         if n == 0 {
             return Ok(());
         }
-        let mut heads = [0u16; crate::packet::BURST];
-        let mut first = [(std::ptr::null_mut::<u8>(), 0usize); crate::packet::BURST];
-        // First pass: descriptors and addresses, so that the loads of the second overlap.
-        for i in 0..n {
-            let head = self.avail_entry(self.next_avail.wrapping_add(i))?;
-            heads[usize::from(i)] = head;
-            let d = self.descriptor(head);
-            if d.flags & (NEXT | WRITE | INDIRECT) == 0 {
-                let ptr = memory.translate(d.addr, d.len.into()).ok_or(RingError::Address)?;
-                crate::sys::prefetch(ptr.cast_const());
-                // The frame follows its header into the second line.
-                crate::sys::prefetch(ptr.wrapping_add(64).cast_const());
-                first[usize::from(i)] = (ptr, d.len as usize);
-            }
+        // Addresses first, then packets, so that the loads of each overlap.
+        let end = self.next_avail.wrapping_add(n);
+        let unseen = end.wrapping_sub(self.looked);
+        if unseen <= WINDOW {
+            self.prefetch_descriptors(self.looked, unseen);
+            self.look_up_to(memory, end, false);
         }
-        for i in 0..usize::from(n) {
-            let (ptr, len) = first[i];
-            if !ptr.is_null() {
-                self.segments.clear();
-                self.take_simple(ptr, len, burst);
-            } else {
-                self.segments.clear();
-                self.walk(memory, heads[i], false)?;
+        for _ in 0..n {
+            let b = self.window[usize::from(self.next_avail % WINDOW)];
+            self.segments.clear();
+            if b.ptr.is_null() {
+                let head = self.avail_entry(self.next_avail)?;
+                self.walk(memory, head, false)?;
                 self.take_chain(burst);
+                self.pending.push(head);
+            } else {
+                self.take_simple(b.ptr, b.len, burst);
+                self.pending.push(b.head);
             }
-            self.pending.push(heads[i]);
             self.next_avail = self.next_avail.wrapping_add(1);
         }
+        self.look_ahead(memory, false);
         Ok(())
     }
 
@@ -356,39 +385,33 @@ impl SplitRing {
         set_offload(&h, burst);
     }
 
-    /// Gives back every chain taken by [`SplitRing::pop`]; says whether the guest wants a notification.
-    pub fn complete(&mut self, memory: &GuestMemory) -> bool {
-        let mut pending = std::mem::take(&mut self.pending);
-        self.written.extend(pending.iter().map(|h| (*h, 0)));
-        pending.clear();
-        self.pending = pending;
-        self.publish(memory)
+    /// Gives back every chain taken by [`SplitRing::pop`].
+    pub fn complete(&mut self, memory: &GuestMemory) {
+        self.written.extend(self.pending.drain(..).map(|h| (h, 0)));
+        self.publish(memory);
     }
 
-    /// Copies packets into buffers of the guest. Returns how many went in, and whether the guest wants a
-    /// notification.
-    pub fn push(&mut self, memory: &GuestMemory, batch: &Batch<'_>) -> Result<(usize, bool), RingError> {
-        let mut available = self.available()?;
+    /// Copies packets into buffers of the guest; returns how many went in.
+    pub fn push(&mut self, memory: &GuestMemory, batch: &Batch<'_>) -> Result<usize, RingError> {
+        let wanted = u16::try_from(batch.len()).unwrap_or(u16::MAX);
+        let available = self.available_for(wanted)?;
         // Not kept in `self` while packets are copied: to load it back together with its neighbours the CPU would wait
         // until every store before it has reached the cache, packets into the guest's lines included.
         let mut next = self.next_avail;
+        let end = next.wrapping_add(available);
+        self.prefetch_used(available.min(wanted));
         let mut sent = 0;
-        let count = batch.len();
         let mut result = Ok(());
-        for i in 0..count.min(usize::from(available)) {
-            let head = self.avail_entry(self.next_avail.wrapping_add(i as u16))?;
-            // SAFETY: forming the reference for a prefetch of a mapped descriptor.
-            crate::sys::prefetch(unsafe { self.at.desc.add(16 * usize::from(head)) }.cast_const());
-        }
-        for i in 0..count {
-            if available == 0 {
-                break;
+        while sent < batch.len() && next != end {
+            if self.looked.wrapping_sub(next) > WINDOW {
+                // A packet took several chains.
+                self.looked = next;
             }
-            match self.push_one(memory, batch.get(i), next, available) {
-                Ok(Pushed::Chains(used)) => {
-                    available -= used;
-                    next = next.wrapping_add(used);
-                }
+            let left = end.wrapping_sub(next).min((batch.len() - sent).min(AHEAD.into()) as u16);
+            self.look_up_to(memory, next.wrapping_add(left), true);
+            let (p, buffer) = (batch.get(sent), self.window[usize::from(next % WINDOW)]);
+            match self.push_one(memory, p, buffer, next, end.wrapping_sub(next)) {
+                Ok(Pushed::Chains(used)) => next = next.wrapping_add(used),
                 Ok(Pushed::TooLong) => {}
                 Ok(Pushed::NoRoom) => break,
                 Err(e) => {
@@ -399,43 +422,42 @@ impl SplitRing {
             sent += 1;
         }
         self.next_avail = next;
-        let notify = self.publish(memory);
-        result.map(|()| (sent, notify))
+        self.publish(memory);
+        self.look_ahead(memory, true);
+        result.map(|()| sent)
     }
 
-    /// Copies one packet into the chains from entry `next` on, of which there are `available`.
+    /// Copies one packet into `buffer`, or into the chains from entry `next` on, of which there are `available`.
     #[inline]
     fn push_one(
         &mut self,
         memory: &GuestMemory,
         p: &Packet,
+        buffer: Buffer,
         next: u16,
         available: u16,
     ) -> Result<Pushed, RingError> {
         let header = self.features.header;
         let total = header + p.len();
-        let head = self.avail_entry(next)?;
-        let d = self.descriptor(head);
-        if d.flags & (NEXT | WRITE | INDIRECT) == WRITE && d.len as usize >= total {
-            let ptr = memory.translate(d.addr, total as u64).ok_or(RingError::Address)?;
-            let h = p.offload.encode();
-            // SAFETY: `total` bytes from `ptr` on are mapped; the header is 10 or 12 bytes of the 12 in `h`, and the
-            // packet's parts add up to the rest.
-            unsafe {
-                copy_header(&h, ptr, header);
-                let mut to = ptr.add(header);
-                p.for_each_part(|from, len| {
-                    copy(from, to, len);
-                    to = to.add(len);
-                });
-            }
-            if self.features.log {
-                memory.log_write(d.addr, total as u64);
-            }
-            self.written.push((head, total as u32));
-            return Ok(Pushed::Chains(1));
+        if buffer.len < total || buffer.ptr.is_null() {
+            return self.push_chains(memory, p, total, next, available);
         }
-        self.push_chains(memory, p, total, next, available)
+        let h = p.offload.encode();
+        // SAFETY: the buffer's bytes, at least `total`, are mapped; the header is 10 or 12 bytes of the 12 in `h`, and
+        // the packet's parts add up to the rest.
+        unsafe {
+            copy_header(&h, buffer.ptr, header);
+            let mut to = buffer.ptr.add(header);
+            p.for_each_part(|from, len| {
+                copy(from, to, len);
+                to = to.add(len);
+            });
+        }
+        if self.features.log {
+            memory.log_write(buffer.guest, total as u64);
+        }
+        self.written.push((buffer.head, total as u32));
+        Ok(Pushed::Chains(1))
     }
 
     /// The general case: chains of several descriptors, several chains for one packet.
@@ -475,9 +497,9 @@ impl SplitRing {
     }
 
     /// Publishes the used elements gathered in `written`.
-    fn publish(&mut self, memory: &GuestMemory) -> bool {
+    fn publish(&mut self, memory: &GuestMemory) {
         if self.written.is_empty() {
-            return false;
+            return;
         }
         let mask = self.size - 1;
         // SAFETY: the used ring has `size` elements of eight bytes, four bytes behind its start.
@@ -500,10 +522,19 @@ impl SplitRing {
         {
             memory.log_write(base + 2, 2);
         }
-        self.wants_notification()
+        self.unannounced = true;
+        // For the wish to be notified, which is in the line of the available index.
+        crate::sys::prefetch(self.at.avail.cast_const());
     }
 
-    fn wants_notification(&mut self) -> bool {
+    /// Whether the driver wants to be notified of what was published since the last call.
+    ///
+    /// To find out waits for all stores to reach the cache: best done a while after publishing.
+    #[inline]
+    pub fn wants_notification(&mut self) -> bool {
+        if !std::mem::take(&mut self.unannounced) {
+            return false;
+        }
         // The index must be visible before the driver's wish is read.
         fence(Ordering::SeqCst);
         let old = std::mem::replace(&mut self.notified, self.next_used);
@@ -546,16 +577,21 @@ fn set_offload(h: &[u8; VNET_HDR_LEN], burst: &mut Burst) {
     }
 }
 
-/// Copies the 10 or 12 bytes of a packet header.
+/// Copies the 10 or 12 bytes of a packet header, unless they are there already: the driver's copy of a cache line that
+/// is not written stays good.
 ///
 /// # Safety
-/// `len` bytes at `to` must be writable, and `len` at most twelve.
+/// `len` bytes at `to` must be readable and writable, and `len` be ten or twelve.
 #[inline(always)]
 unsafe fn copy_header(h: &[u8; 12], to: *mut u8, len: usize) {
     // SAFETY: promised by the caller.
     unsafe {
         if len == 12 {
-            to.cast::<[u8; 12]>().write_unaligned(*h);
+            // In two loads.
+            let (low, high) = (to.cast::<[u8; 8]>().read(), to.add(8).cast::<[u8; 4]>().read());
+            if low != h[..8] || high != h[8..] {
+                to.cast::<[u8; 12]>().write(*h);
+            }
         } else {
             std::ptr::copy_nonoverlapping(h.as_ptr(), to, len.min(12));
         }
