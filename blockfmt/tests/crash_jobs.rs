@@ -451,6 +451,15 @@ fn copying() {
     };
     mirror.check(21, 65536);
     Scenario {
+        name: "mirror that goes on",
+        run: |files, disk, control| {
+            let target = target(files, Format::Qcow2)?;
+            Mirror::resume(disk, &target, MirrorMode::Background)?.run(control)?.pivot(control)
+        },
+        ..mirror
+    }
+    .check(24, 4096);
+    Scenario {
         name: "write-blocking mirror to VHD",
         run: |files, disk, control| {
             let target = target(files, Format::Vhd)?;

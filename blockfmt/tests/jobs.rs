@@ -6,6 +6,7 @@ mod common;
 
 use blockfmt::format::qcow2::{Compression, Qcow2Options};
 use blockfmt::job::{self, Comparison, ConvertOptions, DirtyMap, JobControl, Mirror, MirrorMode};
+use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions};
 use common::chain::{Chain, SIZE, cancelling};
 use common::{Rng, assert_same, qemu_ok, text};
@@ -97,6 +98,35 @@ fn mirrors_follow_the_guest() {
             }
         }
     }
+}
+
+#[test]
+fn a_mirror_goes_on_where_an_earlier_one_ended() {
+    let mut chain = Chain::new(15, 2);
+    let record = Arc::new(RecordingStorage::new(Arc::new(MemoryStorage::new())));
+    CreateOptions::new(Format::Qcow2, SIZE).create_on(record.clone()).unwrap();
+    let open = || OpenOptions::new(Format::Qcow2).open_storage(record.clone(), "copy").unwrap();
+    let mirror = Mirror::start(&chain.disk, &open(), MirrorMode::Background, None).unwrap();
+    let ended = mirror.run(&cancelling(SIZE / 3));
+    assert!(matches!(ended, Err(Error::Cancelled)), "{ended:?}");
+    let target = open();
+    target.write_at(&[7; 300_000], 1 << 20).unwrap(); // where the source has zeros, too
+    let copy = target.clone();
+    let resumed = chain
+        .busy(move |disk| Mirror::resume(disk, &copy, MirrorMode::WriteBlocking)?.run(&JobControl::new()));
+    chain.exercise(20);
+    resumed.unwrap().finish(&JobControl::new()).unwrap();
+    assert_same(&target, &chain.model);
+    // Of a copy that is complete but for a byte, little is written.
+    target.write_at(&[!chain.model[3_000_000]], 3_000_000).unwrap();
+    target.flush().unwrap();
+    let before = record.events().len();
+    let resumed = Mirror::resume(&chain.disk, &target, MirrorMode::Background).unwrap();
+    resumed.run(&JobControl::new()).unwrap().finish(&JobControl::new()).unwrap();
+    assert_same(&target, &chain.model);
+    let written = |event: &Event| if let Event::Write { data, .. } = event { data.len() } else { 0 };
+    let written: usize = record.events()[before..].iter().map(written).sum();
+    assert!((1..=100_000).contains(&written), "{written} bytes were written for one");
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn load(driver: &Driver, guest: &mut Guest, write: bool, depth: u16) -> f64 {
             driver.kicks[0].write(1).unwrap();
         }
         while seen == guest.used(0) {
-            driver.calls[0].read().unwrap();
+            driver.wait(0);
         }
         while seen != guest.used(0) {
             let slot = guest.done(0, seen);

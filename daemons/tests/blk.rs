@@ -249,6 +249,25 @@ fn disks_are_copied_and_migrated() {
 }
 
 #[test]
+fn a_mirror_goes_on_after_a_crash() {
+    let mut d = Daemon::start(false);
+    let mirror = |rate: u64, resume: bool| {
+        json!({ "command": "mirror", "name": "disk", "path": "copy.qcow2", "format": "qcow2", "rate": rate,
+            "resume": resume })
+    };
+    d.ok(mirror(1, false));
+    d.kill();
+    d.child = Daemon::spawn(d.dir.path(), "name=disk,path=disk.qcow2,format=qcow2", Stdio::null());
+    d.io("disk", &["write -P 6 2M 64k", "flush"]);
+    assert!(d.api(&mirror(0, false))["error"].is_string(), "the image exists");
+    assert_eq!(d.job(mirror(0, true))["state"], "done");
+    d.end();
+    let path = d.at("copy.qcow2");
+    check(&path);
+    assert_eq!((read(&path, MIB), read(&path, 2 * MIB)), (5, 6));
+}
+
+#[test]
 fn a_disk_is_redirected_and_its_migration_survives_a_crash() {
     let mut d = Daemon::start(false);
     std::fs::create_dir(d.at("new")).unwrap();

@@ -30,7 +30,7 @@ fn commit_claimed(claim: Claim, disk: &Disk, index: usize, control: &JobControl)
     merged.extend_from_slice(&layers[index + 2..]);
     let target = Disk::borrow_layers(merged)?;
     if index == 0 {
-        let mirror = Mirror::start_claimed(claim, disk, &target, MirrorMode::Background, Some(1))?;
+        let mirror = Mirror::start_claimed(claim, disk, &target, MirrorMode::Background, Some(1), false)?;
         return mirror.run(control)?.pivot(control);
     }
     let size = layers[index].size();

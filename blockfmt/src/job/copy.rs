@@ -269,6 +269,33 @@ pub(super) fn copy_range(
     Ok(())
 }
 
+/// Writes what differs between `source` and `target` in a range to the target.
+pub(super) fn copy_difference(
+    source: Below<'_>,
+    target: &Disk,
+    offset: u64,
+    len: u64,
+    buffer: &mut Vec<u8>,
+) -> Result<()> {
+    const UNIT: u64 = 64 << 10;
+    buffer.resize(buffer.len().max(2 * UNIT as usize), 0);
+    let (data, there) = buffer.split_at_mut(UNIT as usize);
+    let mut done = 0;
+    while done < len {
+        let n = (len - done).min(UNIT);
+        let (at, data, there) = (offset + done, &mut data[..n as usize], &mut there[..n as usize]);
+        source.read(Scatter::new(data), at)?;
+        target.read_at(there, at)?;
+        match data == there {
+            true => {}
+            false if is_zero(data) => target.write_zeroes(at, n, true)?,
+            false => target.write_at(data, at)?,
+        }
+        done += n;
+    }
+    Ok(())
+}
+
 /// Copies bytes that one layer holds from its file to the target's, if that is possible without moving them
 /// through memory.
 fn copy_stored(

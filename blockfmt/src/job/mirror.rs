@@ -31,6 +31,8 @@ struct Shared {
     ranges: RangeLocks,
     target: Disk,
     depth: Option<usize>,
+    /// Whether the target may hold a part of the copy.
+    resumed: bool,
     blocking: bool,
     /// Set when a blocking copy failed: from then on changes are only noted.
     failed: AtomicBool,
@@ -44,7 +46,10 @@ impl Shared {
         let (offset, end) = (self.dirty.bytes(run.start, size).0, self.dirty.bytes(run.end, size).0);
         // Two copies of the same granule in the wrong order would leave old data in the target.
         let _range = self.ranges.lock(run);
-        let result = copy::copy_range(source, self.depth, &self.target, offset, end - offset, buffer);
+        let result = match self.resumed {
+            true => copy::copy_difference(source, &self.target, offset, end - offset, buffer),
+            false => copy::copy_range(source, self.depth, &self.target, offset, end - offset, buffer),
+        };
         if result.is_err() {
             self.dirty.mark(offset, end - offset);
         }
@@ -94,7 +99,13 @@ impl Mirror {
     /// copied: the target already shows the rest. The source's chain cannot be changed by others as long as this
     /// lives.
     pub fn start(source: &Disk, target: &Disk, mode: MirrorMode, depth: Option<usize>) -> Result<Self> {
-        Self::start_claimed(source.claim()?, source, target, mode, depth)
+        Self::start_claimed(source.claim()?, source, target, mode, depth, false)
+    }
+
+    /// [`start`](Mirror::start) for a target that may hold a part of an earlier copy, which a crash ended for example,
+    /// or anything else: it is read, and only what differs is written.
+    pub fn resume(source: &Disk, target: &Disk, mode: MirrorMode) -> Result<Self> {
+        Self::start_claimed(source.claim()?, source, target, mode, None, true)
     }
 
     pub(super) fn start_claimed(
@@ -103,6 +114,7 @@ impl Mirror {
         target: &Disk,
         mode: MirrorMode,
         depth: Option<usize>,
+        resumed: bool,
     ) -> Result<Self> {
         if target.size() < source.size() {
             return Err(Error::InvalidOption("The target is smaller than the source".into()));
@@ -113,6 +125,7 @@ impl Mirror {
             ranges: RangeLocks::default(),
             target: target.clone(),
             depth,
+            resumed,
             blocking: mode == MirrorMode::WriteBlocking,
             failed: AtomicBool::new(false),
             error: Mutex::default(),

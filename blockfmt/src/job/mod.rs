@@ -7,7 +7,7 @@
 //!
 //! [`commit`], [`stream`], [`rebase`] and [`remove`] change nothing that a reader of the chain can see until their
 //! last step, and may be started again after a crash or a cancellation: what was moved already is skipped or
-//! moved again to the same effect. A [`Migration`] is resumed, a [`convert`] told to
+//! moved again to the same effect. A [`Migration`] and a [`Mirror`] are resumed, a [`convert`] told to
 //! ([`ConvertOptions::resume`]).
 //!
 //! One job at a time changes the chain of a disk, and none while a [`Mirror`] of it exists: others fail with

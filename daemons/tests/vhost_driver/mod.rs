@@ -4,10 +4,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures as Protocol};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -194,9 +195,19 @@ impl Driver {
     pub fn finish(&self, guest: &Guest, queue: usize) -> u8 {
         self.kicks[queue].write(1).unwrap();
         while guest.used(queue) != guest.available[queue] {
-            self.calls[queue].read().unwrap();
+            self.wait(queue);
         }
         guest.status(queue, 0)
+    }
+
+    /// Waits until the device says that requests of a queue are done.
+    pub fn wait(&self, queue: usize) {
+        // A device may have made the descriptor one that does not wait: the flag belongs to both sides.
+        // SAFETY: the descriptor is open as long as `self.calls` has it.
+        let call = unsafe { BorrowedFd::borrow_raw(self.calls[queue].as_raw_fd()) };
+        let mut events = [PollFd::new(call, PollFlags::POLLIN)];
+        poll(&mut events, PollTimeout::NONE).unwrap();
+        self.calls[queue].read().unwrap();
     }
 
     pub fn write(&self, guest: &mut Guest, queue: usize, sector: u64, bytes: &[u8]) -> u8 {

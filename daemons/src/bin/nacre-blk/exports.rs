@@ -158,6 +158,10 @@ pub struct CopySpec {
     /// When changes reach the target (mirror and migrate).
     #[serde(default)]
     pub mode: Mode,
+    /// Go on with a copy that a crash ended: the image exists, and only what differs is written (mirror, and migrate
+    /// unless by redirection, which needs no telling).
+    #[serde(default)]
+    pub resume: bool,
     /// Copy what this persistent bitmap marks, and take the marks (backup).
     #[serde(default)]
     pub bitmap: Option<String>,
@@ -176,7 +180,7 @@ impl CopySpec {
     fn create(&self, source: &Exported) -> Result<Disk> {
         let format: Format = self.format.parse()?;
         let create = source.create_options(format)?;
-        if !self.path.to_str().is_some_and(Uri::matches) {
+        if !self.resume && !self.path.to_str().is_some_and(Uri::matches) {
             create.create(&self.path).with_context(|| format!("Cannot create {}", self.path.display()))?;
         }
         let options = OpenOptions::new(format);
@@ -335,10 +339,14 @@ impl Exports {
         };
         let target = spec.create(&exported)?;
         let disk = exported.disk;
-        let path = spec.path.clone();
+        let (path, resume) = (spec.path.clone(), spec.resume);
         self.jobs.start(if switch { "migrate" } else { "mirror" }, &spec.name, spec.rate, move |control| {
             let copy = || -> Result<()> {
-                let mirror = Mirror::start(&disk, &target, mode, None)?.run(control)?;
+                let mirror = match resume {
+                    true => Mirror::resume(&disk, &target, mode)?,
+                    false => Mirror::start(&disk, &target, mode, None)?,
+                };
+                let mirror = mirror.run(control)?;
                 if switch {
                     mirror.pivot(control)?
                 } else {
@@ -346,7 +354,10 @@ impl Exports {
                 }
                 Ok(())
             };
-            discard_on_error(copy(), &path)?;
+            match resume {
+                true => copy()?, // it may go on again
+                false => discard_on_error(copy(), &path)?,
+            }
             // After a switch the image belongs to the exported disk.
             if !switch {
                 target.close()?;
@@ -385,6 +396,7 @@ impl Exports {
 
     /// Copies a disk as it is now to a new image.
     pub fn backup(&self, spec: &CopySpec) -> Result<u64> {
+        anyhow::ensure!(!spec.resume, "A backup of an instant that has passed cannot go on");
         let exported = self.exported(&spec.name)?;
         let disk = exported.disk.clone();
         let changes = match &spec.bitmap {

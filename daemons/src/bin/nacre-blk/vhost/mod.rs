@@ -3,7 +3,9 @@
 //! Each export has a socket and serves one front-end at a time; when it leaves, the next one is served. A queue has a
 //! thread, which completes requests in the order in which it takes them. So the used ring tells at any time what is
 //! not done: a front-end that connects again, also to another process after a crash, starts each queue at its used
-//! index, and no request is lost without a record of those in flight. A new size is in the configuration space at once;
+//! index, and no request is lost without a record of those in flight. Writes that were acknowledged and not flushed
+//! survive a crash of this process where space was allocated before; where it was not, they are lost like the cache of a
+//! disk. A new size is in the configuration space at once;
 //! front-ends are not told to look.
 
 mod request;

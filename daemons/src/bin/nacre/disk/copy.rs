@@ -30,8 +30,9 @@ struct Copy {
     /// Options of the target, as key=value.
     #[arg(short, value_name = "OPTIONS", conflicts_with = "via")]
     options: Vec<String>,
-    /// Go on with a copy that was cancelled: the target exists, and only what differs is written.
-    #[arg(long, conflicts_with_all = ["via", "options"])]
+    /// Go on with a copy that was cancelled or crashed: the target exists, and only what differs is written. With --via,
+    /// of mirrors only.
+    #[arg(long, conflicts_with = "options")]
     resume: bool,
     #[command(flatten)]
     secrets: Secrets,
@@ -105,6 +106,7 @@ impl Copy {
         command["name"] = json!(self.source);
         command["path"] = json!(target);
         command["format"] = json!(self.target_format);
+        command["resume"] = json!(self.resume);
         command["rate"] = json!(self.work.rate_limit.unwrap_or(0));
         let control = self.work.control()?;
         let (job, bytes) = Remote::new(socket).run(&command, &control)?;
