@@ -5,8 +5,7 @@
 //! not done: a front-end that connects again, also to another process after a crash, starts each queue at its used
 //! index, and no request is lost without a record of those in flight. Writes that were acknowledged and not flushed
 //! survive a crash of this process where space was allocated before; where it was not, they are lost like the cache of a
-//! disk. A new size is in the configuration space at once;
-//! front-ends are not told to look.
+//! disk. A new size is in the configuration space at once; front-ends are not told to look.
 
 mod request;
 
