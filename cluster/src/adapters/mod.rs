@@ -1,4 +1,5 @@
-//! The outside world: lease volumes, network, watchdog, fence agents, journal, actions.
+//! The outside world: lease volumes, network, watchdog, fence agents, journal, actions, the lock
+//! manager's connections.
 //!
 //! Each adapter is thin: it carries out what a state machine asked for and hands the result back.
 
@@ -6,6 +7,7 @@ mod clock;
 mod disk;
 mod fence_agent;
 mod journal;
+mod locks;
 mod udp;
 mod volume_io;
 mod watchdog;
@@ -14,6 +16,7 @@ pub use clock::Clock;
 pub use disk::{DiskError, LeaseDisk, LeaseVolume};
 pub use fence_agent::{AgentError, FenceAgent};
 pub use journal::{Action, ActionRunner, Event, Journal, JournalError, Rule, Severity};
+pub use locks::{LockEvent, LockManager, LockManagerConfig, LockStatus};
 pub use udp::{Links, NetError};
 pub use volume_io::{VolumeIo, VolumeReply, VolumeRequest};
 pub use watchdog::{Watchdog, WatchdogError};

@@ -10,7 +10,8 @@
 //! to die. So a view of the members may leave a host out only once that host was fenced.
 //!
 //! [`Dlm`] is a sans-IO state machine. The transport has to deliver between two hosts in order and without
-//! loss for as long as both are in one view (TCP does); messages of another view are told apart by its number.
+//! loss for as long as both are in one view (as
+//! [`LockManager`](crate::adapters::LockManager) does over TCP); messages of another view are told apart by its number.
 
 mod host;
 mod master;
