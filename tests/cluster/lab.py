@@ -55,6 +55,9 @@ class Lab:
         self.start_bmc()
         with open(self.path("key"), "w") as f:
             f.write("a secret of the test's own\n")
+        with open(self.path("alarm"), "w") as f:
+            f.write(f"#!/bin/sh\nexec cat >> {self.path('alarms')}\n")
+        os.chmod(self.path("alarm"), 0o755)
         self.hub = f"{self.tag}h"
         self.netns(self.hub)
         self.ip(self.hub, "link", "add", "br0", "type", "bridge")
@@ -183,6 +186,10 @@ class Lab:
                    "restart": {"limit": 20, "window": 600000, "backoff": 500, "longest": 2000, "parallel": 4}},
             "fencing": {"deadline": 10000, "poll": 100, "confirm": 20000, "attempts": 2, "pause": 2000},
             "stop_grace": 3000,
+            # The first action fails, so the second one answers.
+            "rules": [{"kind": "host.fenced", "severity": "error", "actions": [
+                {"script": {"program": "/bin/false", "seconds": 5}},
+                {"script": {"program": self.path("alarm"), "seconds": 5}}]}],
         }
 
     def power_on(self, n):
