@@ -11,6 +11,7 @@ use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions, Preallocation, S
 use common::differencing::{Family, libvhdi_view};
 use common::{Rng, assert_same, exercise, qemu, qemu_ok, text};
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 const SIZE: u64 = (9 << 20) + 512 * 5;
@@ -174,6 +175,23 @@ const FAMILY: Family =
 #[test]
 fn differencing_disks_agree_with_libvhdi() {
     FAMILY.agrees_with_libvhdi();
+}
+
+#[test]
+#[ignore = "needs a Python with the package dissect.hypervisor; tests/stages/disk-readers brings one"]
+fn differencing_disks_agree_with_dissect() {
+    let python =
+        std::env::var_os("NACRE_DISSECT").expect("NACRE_DISSECT names the Python with dissect.hypervisor");
+    let script = "\
+import sys, pathlib, dissect.hypervisor.disk.vhdx as vhdx
+disk = vhdx.VHDX(pathlib.Path(sys.argv[1]))
+sys.stdout.buffer.write(disk.read(disk.size))";
+    FAMILY.agrees_with(false, |chain| {
+        // It finds the parents itself.
+        let output = Command::new(&python).args(["-c", script]).arg(chain[0]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    });
 }
 
 #[test]
