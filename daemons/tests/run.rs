@@ -155,6 +155,9 @@ fn a_wrong_command_line_is_one_line() {
         let output = Command::new(env!("CARGO_BIN_EXE_nacre")).arg("run").args(arguments).output().unwrap();
         one_line(&output, 2, words);
     }
+    let output = Command::new(env!("CARGO_BIN_EXE_nacre")).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("Usage: nacre <COMMAND>"));
     let output = Command::new(env!("CARGO_BIN_EXE_nacre")).args(["run", "--help"]).output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty());
     assert!(String::from_utf8_lossy(&output.stdout).contains("Exit status:"));

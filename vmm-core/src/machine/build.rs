@@ -126,6 +126,8 @@ impl VmBuilder {
         if config.cpu_affinity.len() > config.cpus as usize {
             return Err(VmError::Config("an affinity for more vCPUs than there are; remove it".into()));
         }
+        let span = tracing::info_span!("vm", cpus = config.cpus, memory = config.memory.size);
+        let _building = span.enter();
         let hypervisor = match self.hypervisor {
             Some(hypervisor) => hypervisor,
             None => accelerator(config.accel, config.kvm_assist)?,
@@ -147,8 +149,8 @@ impl VmBuilder {
         };
         let accel = hypervisor.create_vm(spec)?;
         let host = |what| move |source| VmError::Host { what, source };
-        let control =
-            Control::new(config.stop_on_panic, config.gdb.is_some()).map_err(host("an event descriptor"))?;
+        let control = Control::new(config.stop_on_panic, config.gdb.is_some(), span.clone())
+            .map_err(host("an event descriptor"))?;
 
         // A device that stops the machine must not keep it alive.
         let weak = Arc::downgrade(&control);

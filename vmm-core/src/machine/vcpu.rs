@@ -68,10 +68,16 @@ pub(super) struct Control {
     stopping: AtomicBool,
     /// Signalled when a debugger has to look at the machine; there is one only when the machine is debugged.
     debug_event: Option<EventFd>,
+    /// What the machine's threads log belongs to it. Its parent is the builder's.
+    pub(super) span: tracing::Span,
 }
 
 impl Control {
-    pub(super) fn new(stop_on_panic: bool, debugged: bool) -> std::io::Result<Arc<Self>> {
+    pub(super) fn new(
+        stop_on_panic: bool,
+        debugged: bool,
+        span: tracing::Span,
+    ) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             state: Mutex::new(State {
                 phase: Phase::Waiting,
@@ -88,6 +94,7 @@ impl Control {
             events: Events::new()?,
             stop_on_panic,
             stopping: AtomicBool::new(false),
+            span,
             debug_event: debugged.then(|| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).transpose()?,
         }))
     }
@@ -291,7 +298,8 @@ impl Control {
         let thread =
             std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK_SIZE).spawn(move || {
                 let _end = End(control.clone());
-                control.drive(id, vcpu);
+                let span = tracing::info_span!(parent: &control.span, "vcpu", id);
+                span.in_scope(|| control.drive(id, vcpu));
             });
         if thread.is_err() {
             self.state.lock().alive -= 1;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vmm_core::machine::{
-    AccelChoice, AfterSnapshot, ConsoleConfig, ConsolePortConfig, MemoryConfig, RestoreOptions, StopReason,
-    Vm, VmBuilder, VmConfig,
+    AccelChoice, AfterSnapshot, ConsoleConfig, ConsolePortConfig, MemoryConfig, NumaConfig, RestoreOptions,
+    StopReason, Vm, VmBuilder, VmConfig,
 };
 use vmm_core::migration::{MigrateOptions, Monitor};
 
@@ -47,9 +47,13 @@ fn debian_stable_boots_to_userland_with_one_and_four_cpus() {
 }
 
 #[test]
-fn debian_backports_boots_to_userland() {
+fn debian_backports_boots_to_userland_with_one_cpu_and_on_two_nodes() {
     let images = images("bookworm-backports", &["kernel", "initrd"]);
-    boots(config(&images, 2, "boottest"), &["initrd: userland reached"]);
+    boots(config(&images, 1, "boottest"), &["initrd: userland reached"]);
+    let mut config = config(&images, 2, "boottest");
+    let node = |cpu: u32| NumaConfig { cpus: vec![cpu], size: 128 << 20, ..NumaConfig::default() };
+    config.memory.numa = vec![node(0), node(1)];
+    boots(config, &["smp: Brought up 2 nodes, 2 CPUs", "initrd: userland reached"]);
 }
 
 /// Puts the root file system on a new differencing disk in `dir`; returns its path.

@@ -9,6 +9,7 @@ mod images;
 mod migration;
 mod moving;
 mod snapshot;
+mod spans;
 mod virtio;
 
 use std::path::Path;

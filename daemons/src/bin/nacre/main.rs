@@ -10,6 +10,7 @@ mod vm;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -58,8 +59,12 @@ fn parse(arguments: Vec<OsString>) -> Result<Command, clap::Error> {
 fn main() -> ExitCode {
     let command = match parse(std::env::args_os().collect()) {
         Ok(command) => command,
-        // Help and the version: printed as they are, with status 0.
-        Err(error) if !error.use_stderr() => error.exit(),
+        // Help, asked for or instead of a missing command, and the version: printed as they are.
+        Err(error)
+            if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
+        {
+            error.exit()
+        }
         Err(error) => {
             eprintln!("nacre: {}", daemons::one_line(&error.render().to_string()));
             return ExitCode::from(WRONG_COMMAND_LINE);

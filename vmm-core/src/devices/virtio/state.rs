@@ -155,7 +155,8 @@ impl Virtio {
         let kicks = queues.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>()?;
         let shared = Arc::new(Shared { status: AtomicU8::new(0), generation: AtomicU32::new(0), interrupt });
         device.connect(ConfigNotifier(Arc::clone(&shared)));
-        let env = Environment { memory, shared, kicks: Arc::new(kicks), name: device.name() };
+        let (name, span) = (device.name(), tracing::Span::current());
+        let env = Environment { memory, shared, kicks: Arc::new(kicks), name, span };
         let registers =
             Registers { device_select: 0, driver_select: 0, driver_features: 0, queue_select: 0, queues };
         let state =

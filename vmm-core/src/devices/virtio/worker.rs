@@ -120,6 +120,8 @@ pub(super) struct Environment {
     pub(super) shared: Arc<Shared>,
     pub(super) kicks: Arc<Vec<EventFd>>,
     pub(super) name: &'static str,
+    /// What the device's workers log belongs to: the span that it was made in.
+    pub(super) span: tracing::Span,
 }
 
 /// A running handler.
@@ -169,7 +171,8 @@ impl Worker {
             _stop: stop,
         };
         let thread = std::thread::Builder::new().name(env.name.into()).stack_size(STACK_SIZE);
-        let thread = thread.spawn(move || run.run()).map_err(|e| (e, None))?;
+        let span = tracing::info_span!(parent: &env.span, "device", name = env.name);
+        let thread = thread.spawn(move || span.in_scope(|| run.run())).map_err(|e| (e, None))?;
         Ok(Self { stop: ours, stopping, thread })
     }
 
