@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn it_holds_more_and_more_and_lets_go_in_the_end() {
-        let control = Control::new(false, false).unwrap();
+        let control = Control::new(false, false, tracing::Span::none()).unwrap();
         let mut throttle = Throttle::new(&control);
         let steps: Vec<_> = (0..10).map(|_| throttle.increase().unwrap()).collect();
         assert_eq!(steps, [20, 30, 40, 50, 60, 70, 80, 90, 99, 99]);
