@@ -1,7 +1,7 @@
 //! Nacre's programs, and here what they share.
 //!
-//! - `nacre`: runs a virtual machine on this terminal (`run`), works on disks (`disk`), says which accelerators work
-//!   (`accel`), and talks to a cluster's agents (`cluster`).
+//! - `nacre`: runs a virtual machine on this terminal (`run`), saves and moves it (`vm`), works on disks (`disk`), says
+//!   which accelerators work (`accel`), and talks to a cluster's agents (`cluster`).
 //! - `nacre-switch`: a virtual switch with its ports, flow rules and policies.
 //! - `nacre-blk`: exports virtual disks over NBD and vhost-user-blk, and changes them at run time over an API.
 //! - `nacre-node`: a host's agent in a cluster.

@@ -20,8 +20,8 @@
 //! | 10 refused | text: why this side cannot go on | either |
 //! | 11 park | nothing: as `end`, but the owner of both sides says later which of them goes on | from the source |
 //!
-//! A snapshot file is kinds 1 to 5 in this order, with the pages of memory that are not zero between 1 and 4. A live
-//! migration begins with them, too, but sends pages again that changed.
+//! A snapshot file is kinds 1, 2, 4 and 5 in this order, with the pages of memory that are not zero. A live migration sends
+//! pages again that changed, and names those that became zero.
 //!
 //! Rules for change: a reader accepts every version up to its own. A field that is added to the JSON raises [`VERSION`] and
 //! has a default that means what older versions did; a field or record never changes its meaning. Unknown fields and

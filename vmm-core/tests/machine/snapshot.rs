@@ -191,6 +191,12 @@ fn damaged_files_are_refused() {
         }
     };
     assert!(edited(&|_| {}).is_ok());
+    // All of memory named as zeros, which a file of a few records could do for ever.
+    let mut reader = StreamReader::new(bytes.as_slice()).unwrap();
+    let mut writer = StreamWriter::new(Vec::new()).unwrap();
+    writer.write(&reader.read().unwrap()).unwrap();
+    writer.write(&Record::Zeros(vec![(0, 16 << 20)])).unwrap();
+    assert!(matches!(restore(writer.get_mut()), Err(VmError::Stream(StreamError::Malformed(_)))));
     assert!(edited(&|s| s.cpus.clear()).is_err());
     assert!(edited(&|s| s.cpus[0].registers.cr0 = 0x8000_0000).is_err());
     assert!(edited(&|s| s.cpus[0].registers.cr4 = 1 << 18).is_err(), "a register that this processor lacks");

@@ -138,6 +138,8 @@ impl VmBuilder {
         let state = loop {
             match reader.read()? {
                 Record::State(state) => break state,
+                // New memory holds zeros; looking at it again and again would take long.
+                Record::Zeros(_) => return Err(out_of_order().into()),
                 record if memory::load(&vm.memory, &record)? => {}
                 _ => return Err(out_of_order().into()),
             }
