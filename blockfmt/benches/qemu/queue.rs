@@ -1,5 +1,6 @@
-//! Requests of one thread through a queue, beside calls. The difference is that of a disk that is not memory: set
-//! `NACRE_BENCH_DIR` to one.
+//! Requests of one thread through a queue, beside calls. A request that does not complete at once passes through the
+//! thread that waits for the kernel, which costs: set `NACRE_BENCH_DIR` to a directory that is not in memory to see how
+//! much.
 
 use super::{ALIGN, Bench, Cost, Load, SCATTER, SIZE, full, our_bench};
 use blockfmt::queue::{Queue, QueueOptions, Request};
