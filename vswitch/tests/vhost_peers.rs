@@ -66,6 +66,8 @@ impl Testpmd {
         c.args(["-oL", "dpdk-testpmd"]);
         c.args("--lcores=0@(0-1),1@(0-1) --no-pci --no-huge --no-telemetry --iova-mode=va -m 192".split(' '));
         c.arg(format!("--file-prefix=nacre-test-{}", std::process::id()));
+        // What it leaves behind goes with the test.
+        c.env("RUNTIME_DIRECTORY", dir);
         for (n, (path, more)) in devices.into_iter().enumerate() {
             let path = path.display();
             c.arg(format!(
