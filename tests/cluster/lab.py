@@ -174,6 +174,7 @@ class Lab:
             "host": n, "name": f"host-{n}", "hosts": hosts,
             "links": [{"local": f"10.77.0.{n}:7400", "group": "239.77.0.1:7401"}],
             "key": self.path("key"), "state": self.path(f"state{n}"), "socket": self.path(f"api{n}"),
+            "migration": {"port": 7600},
             "store": {"etcd": {"endpoints": [f"http://10.77.0.{100 + i}:2379" for i in (1, 2, 3)],
                                "prefix": "/lab"}},
             "volumes": [{"path": self.path("shared", "leases"), "space": "lab"}],
