@@ -58,6 +58,7 @@ class Lab:
         with open(self.path("alarm"), "w") as f:
             f.write(f"#!/bin/sh\nexec cat >> {self.path('alarms')}\n")
         os.chmod(self.path("alarm"), 0o755)
+        open(self.path("alarms"), "w").close()
         self.hub = f"{self.tag}h"
         self.netns(self.hub)
         self.ip(self.hub, "link", "add", "br0", "type", "bridge")
