@@ -42,7 +42,7 @@ pub struct FileStorage {
     block_device: bool,
     /// Alignment that direct I/O needs; 1 if there is none.
     align: usize,
-    /// Serialises read-modify-write cycles of unaligned direct writes.
+    /// Serialises read-modify-write cycles of unaligned direct writes, and what else changes parts of blocks.
     bounce: Mutex<()>,
     flush_failed: AtomicBool,
     /// A range that held data when it was last looked for; see [`FileStorage::forget_data`].
@@ -197,6 +197,10 @@ impl FileStorage {
     }
 
     fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
+        // Whoever rewrites a block for the sake of a part would bring back what goes here.
+        let align = self.align as u64;
+        let whole = offset.is_multiple_of(align) && len.is_multiple_of(align);
+        let _bounce = (!whole).then(|| self.bounce.lock());
         loop {
             // SAFETY: a system call on an open descriptor without pointers.
             let rc = unsafe { libc::fallocate(self.raw(), mode, offset as i64, len as i64) };
@@ -481,6 +485,38 @@ mod tests {
         file.read_at(&mut back, 0).unwrap();
         let expect: Vec<u8> = [vec![7; 5000], vec![9; 100], vec![7; 4900], vec![8; 3], vec![0; 7]].concat();
         assert!(back == expect);
+    }
+
+    #[test]
+    fn zeros_stay_beside_unaligned_direct_writes() {
+        let (_dir, file) = scratch(true);
+        let file: &dyn Storage = &file;
+        file.write_at(&[7; 4096], 0).unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    file.write_at(&[9; 512], 512).unwrap();
+                }
+            });
+            for round in 0..2000 {
+                let mut back = [1; 512];
+                file.write_at(&[7; 512], 0).unwrap();
+                match round % 3 {
+                    0 => file.write_zeroes(0, 512, false).unwrap(),
+                    1 => file.write_zeroes(0, 512, true).unwrap(),
+                    _ => file.discard(0, 512).unwrap(),
+                }
+                // Whoever has read the block before has written it by then.
+                file.write_at(&[8; 512], 1024).unwrap();
+                file.read_at(&mut back, 0).unwrap();
+                if back != [0; 512] {
+                    over.store(true, Ordering::Relaxed);
+                    panic!("round {round}");
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+        });
     }
 
     #[test]

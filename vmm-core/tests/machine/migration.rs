@@ -276,9 +276,10 @@ fn one_machine_runs_wherever_the_connection_breaks() {
                 match (sent, received) {
                     (Ok(report), Ok(moved)) => {
                         assert_eq!(vm.wait(), StopReason::Moved, "{case}");
-                        // Said, or shown by the lock of the disk.
+                        // Said, or shown by the lock of the disk. When it broke after the order, the answer may have
+                        // been there before.
                         let said = at_target == Some(kind(9)) && deliver;
-                        assert_eq!(report.confirmed, said, "{case}");
+                        assert!(report.confirmed == said || at_source == Some(kind(8)), "{case}");
                         vm = moved;
                         moves += 1;
                     }

@@ -11,6 +11,8 @@ pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 pub(super) const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Largest backing file name in bytes.
 const MAX_BACKING_NAME: u32 = 1023;
+/// The least that disks write as a whole.
+const SECTOR: usize = 512;
 const V3_LENGTH: u32 = 112;
 /// Encryption method: LUKS.
 const LUKS: u32 = 2;
@@ -352,8 +354,8 @@ impl Header {
         let name_len = self.backing.as_ref().map_or(0, String::len);
         let names = Self::feature_names();
         let used: usize = self.extensions.iter().map(|(_, d)| 8 + d.len().next_multiple_of(8)).sum();
-        // The table of names is a courtesy: it goes first when space is short.
-        if self.version >= 3 && 112 + used + 8 + names.len() + 8 + name_len <= 1 << self.cluster_bits {
+        // The table of names is a courtesy, and a header of one sector changes as a whole or, after a crash, not at all.
+        if self.version >= 3 && 112 + used + 8 + names.len() + 8 + name_len <= SECTOR {
             add(extension::FEATURE_NAMES, &names);
         }
         add(extension::END, &[]);
@@ -372,8 +374,8 @@ impl Header {
     /// Writes the header cluster. The caller flushes.
     pub fn write(&self, storage: &Arc<dyn Storage>) -> Result<()> {
         let mut bytes = self.encode()?;
-        // Stale bytes after the end would be harmless, but leave none: the cluster is short.
-        bytes.resize((1usize << self.cluster_bits).min(4096).max(bytes.len()), 0);
+        // What follows is left: a longer header that was there before needs it until the sector is written.
+        bytes.resize(bytes.len().next_multiple_of(SECTOR), 0);
         storage.write_at(&bytes, 0)
     }
 }
