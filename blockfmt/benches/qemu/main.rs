@@ -7,7 +7,6 @@
 #![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
 
 mod jobs;
-mod queue;
 
 use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
@@ -19,8 +18,6 @@ const SIZE: u64 = 1 << 30;
 /// A step that visits the disk in a scattered order.
 const SCATTER: u64 = 410_136_576;
 const ROUNDS: usize = 3;
-/// Alignment of memory for direct I/O.
-const ALIGN: usize = 4096;
 
 struct Bench {
     dir: PathBuf,
@@ -76,32 +73,18 @@ impl Bench {
     /// Compares what `run`, which is told the number of the round, costs QEMU and us. The shortest times
     /// and the least processor times of all rounds count.
     fn measured(&self, name: &str, amount: f64, unit: &str, run: impl Fn(usize) -> (Cost, Cost)) {
-        self.compared(["QEMU", "here"], name, amount, unit, run);
-    }
-
-    /// [`measured`](Self::measured) for two `sides` with these names.
-    fn compared(
-        &self,
-        sides: [&str; 2],
-        name: &str,
-        amount: f64,
-        unit: &str,
-        run: impl Fn(usize) -> (Cost, Cost),
-    ) {
         if !self.wanted(name) {
             return;
         }
         let costs: Vec<_> = (0..ROUNDS).map(run).collect();
         let best = |cost: &dyn Fn(&(Cost, Cost)) -> f64| costs.iter().map(cost).fold(f64::MAX, f64::min);
-        let (first, second) = (best(&|c| c.0.seconds), best(&|c| c.1.seconds));
+        let (theirs, ours) = (best(&|c| c.0.seconds), best(&|c| c.1.seconds));
         let cpu = best(&|c| c.0.cpu) / best(&|c| c.1.cpu);
         println!(
-            "{name:<40} {} {:>8.0} {unit}  {} {:>8.0} {unit}  ratio {:>5.2}  by CPU time {cpu:>5.2}",
-            sides[0],
-            amount / first,
-            sides[1],
-            amount / second,
-            first / second
+            "{name:<40} QEMU {:>8.0} {unit}  here {:>8.0} {unit}  ratio {:>5.2}  by CPU time {cpu:>5.2}",
+            amount / theirs,
+            amount / ours,
+            theirs / ours
         );
     }
 
@@ -183,15 +166,13 @@ fn our_bench(disk: &Disk, load: Load) {
     std::thread::scope(|scope| {
         for thread in 0..load.threads {
             scope.spawn(move || {
-                let mut memory = vec![65; load.size as usize + ALIGN];
-                let start = memory.as_ptr().align_offset(ALIGN);
-                let buffer = &mut memory[start..start + load.size as usize];
+                let mut buffer = vec![65; load.size as usize];
                 let mut i = thread;
                 while i < load.count {
                     let offset = i * load.step % (SIZE - load.size + 1) / load.size * load.size;
                     match load.write {
-                        true => disk.write_at(buffer, offset).unwrap(),
-                        false => disk.read_at(buffer, offset).unwrap(),
+                        true => disk.write_at(&buffer, offset).unwrap(),
+                        false => disk.read_at(&mut buffer, offset).unwrap(),
                     }
                     i += load.threads;
                 }
@@ -248,8 +229,6 @@ fn run(bench: &Bench) {
     let two = Load { threads: 2, ..read };
     bench.case("qcow2 random read qd64, 2 threads", two, Format::Qcow2, full(Format::Qcow2));
     bench.case("qcow2 overwrite qd64", write, Format::Qcow2, full(Format::Qcow2));
-
-    queue::cases(bench);
 
     let empty = |path: &Path| create(path, CreateOptions::new(Format::Qcow2, SIZE));
     let allocate = Load { write: true, count: SIZE / 65536, size: 4096, step: 65536, ..read };

@@ -440,10 +440,6 @@ impl Storage for FileStorage {
         Some(self.raw())
     }
 
-    fn alignment(&self) -> usize {
-        self.align
-    }
-
     fn set_lock(&self, mode: LockMode) -> Result<()> {
         if let Some(lease) = self.lease.as_ref().filter(|_| mode != LockMode::None) {
             lease.change(mode)?;
@@ -485,38 +481,6 @@ mod tests {
         file.read_at(&mut back, 0).unwrap();
         let expect: Vec<u8> = [vec![7; 5000], vec![9; 100], vec![7; 4900], vec![8; 3], vec![0; 7]].concat();
         assert!(back == expect);
-    }
-
-    #[test]
-    fn zeros_stay_beside_unaligned_direct_writes() {
-        let (_dir, file) = scratch(true);
-        let file: &dyn Storage = &file;
-        file.write_at(&[7; 4096], 0).unwrap();
-        let over = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    file.write_at(&[9; 512], 512).unwrap();
-                }
-            });
-            for round in 0..2000 {
-                let mut back = [1; 512];
-                file.write_at(&[7; 512], 0).unwrap();
-                match round % 3 {
-                    0 => file.write_zeroes(0, 512, false).unwrap(),
-                    1 => file.write_zeroes(0, 512, true).unwrap(),
-                    _ => file.discard(0, 512).unwrap(),
-                }
-                // Whoever has read the block before has written it by then.
-                file.write_at(&[8; 512], 1024).unwrap();
-                file.read_at(&mut back, 0).unwrap();
-                if back != [0; 512] {
-                    over.store(true, Ordering::Relaxed);
-                    panic!("round {round}");
-                }
-            }
-            over.store(true, Ordering::Relaxed);
-        });
     }
 
     #[test]
