@@ -436,8 +436,8 @@ impl Shared {
                 // The peer has begun another stream.
                 return Ok(());
             };
-            if arrived.number == *last + 1 {
-                *last += 1;
+            if Some(arrived.number) == last.checked_add(1) {
+                *last = arrived.number;
                 let message: Message = serde_json::from_slice(&arrived.message)?;
                 let mut out = Vec::new();
                 state.dlm.step(DlmInput::Message(from, message), &mut out);
