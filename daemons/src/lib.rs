@@ -10,23 +10,72 @@
 //! wants the same in its own process takes the crates: see `nacre-engine`.
 //!
 //! ```
-//! // As `nacre-blk` starts: its messages go to standard error, what the environment asks for.
-//! daemons::log_to_stderr("NACRE_LOG", tracing_subscriber::filter::LevelFilter::WARN);
+//! // As the programs start: their messages go to standard error, those that NACRE_LOG asks for.
+//! daemons::log_to_stderr(tracing_subscriber::filter::LevelFilter::WARN);
 //! tracing::warn!("about to listen");
 //! ```
 #![forbid(unsafe_code)]
 
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
-/// Writes log lines to standard error. The environment variable `variable` chooses them by a list of `target=level` or
+/// Exit status for a command line that is not understood.
+const WRONG_COMMAND_LINE: u8 = 2;
+
+/// The whole `main` of a daemon: what is wrong is said in one line on standard error, and becomes the exit status (1, or
+/// 2 for the command line). Messages of level `log` and worse are logged, see [`log_to_stderr`].
+pub fn daemon<A: Parser>(
+    program: &str,
+    log: LevelFilter,
+    run: impl FnOnce(A) -> anyhow::Result<ExitCode>,
+) -> ExitCode {
+    match command_line(program, A::try_parse()) {
+        Ok(args) => {
+            log_to_stderr(log);
+            exit_code(program, run(args))
+        }
+        Err(status) => status,
+    }
+}
+
+/// What the argument parser understood; otherwise what it says is printed, and the exit status returned: help and the
+/// version as they are, what is wrong in one line.
+///
+/// # Errors
+/// The exit status, when there is nothing more to do.
+pub fn command_line<A>(program: &str, parsed: Result<A, clap::Error>) -> Result<A, ExitCode> {
+    parsed.map_err(|error| {
+        let help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+        if help || !error.use_stderr() {
+            // As clap itself exits: a reader that has gone is no failure.
+            let _ = error.print();
+        } else {
+            eprintln!("{program}: {}", one_line(&error.render().to_string()));
+        }
+        if error.use_stderr() { ExitCode::from(WRONG_COMMAND_LINE) } else { ExitCode::SUCCESS }
+    })
+}
+
+/// The exit status of a program; an error is printed in one line and becomes 1.
+pub fn exit_code(program: &str, result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("{program}: {}", describe(&error));
+        ExitCode::FAILURE
+    })
+}
+
+/// Writes log lines to standard error. The environment variable NACRE_LOG chooses them by a list of `target=level` or
 /// `level`, separated by commas; without it, or when it does not parse, they are those of `default` and worse.
 ///
 /// # Panics
 /// When the program logs already.
-pub fn log_to_stderr(variable: &str, default: LevelFilter) {
+pub fn log_to_stderr(default: LevelFilter) {
     // `Targets` does without the regular expressions of `EnvFilter`: less to load at each start.
-    let chosen = std::env::var(variable).ok().and_then(|list| list.parse().ok());
+    let chosen = std::env::var("NACRE_LOG").ok().and_then(|list| list.parse().ok());
     let filter = chosen.unwrap_or_else(|| Targets::new().with_default(default));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     tracing_subscriber::registry().with(lines).with(filter).init();
@@ -51,7 +100,7 @@ pub fn describe(error: &anyhow::Error) -> String {
 }
 
 /// What is wrong with a command line, in one line: the text of the argument parser without its summary of the usage.
-pub fn one_line(text: &str) -> String {
+fn one_line(text: &str) -> String {
     let text = text.strip_prefix("error: ").unwrap_or(text);
     let reason = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
     let mut line = String::new();

@@ -13,6 +13,8 @@ use exports::{ExportSpec, Exports};
 use nix::sys::signal::{SigSet, Signal};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
 
 /// Exports virtual disks over NBD and as vhost-user-blk devices; exports come and go while it runs.
 #[derive(Parser)]
@@ -70,9 +72,11 @@ struct Args {
     api: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
-    daemons::log_to_stderr("RUST_LOG", tracing_subscriber::filter::LevelFilter::ERROR);
-    let args = Args::parse();
+fn main() -> ExitCode {
+    daemons::daemon("nacre-blk", LevelFilter::ERROR, |args| run(&args).map(|()| ExitCode::SUCCESS))
+}
+
+fn run(args: &Args) -> Result<()> {
     anyhow::ensure!(
         !args.unix.is_empty() || !args.tcp.is_empty() || args.export.iter().any(|e| e.vhost.is_some()),
         "Say where to listen with --unix, --tcp or an export's vhost="

@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use process::{ProcessRunner, Reset};
 use std::os::fd::AsFd;
+use tracing_subscriber::filter::LevelFilter;
 
 const HELP: &str = "\
 SIGTERM and SIGINT stop this host's VMs, give its leases back and end the agent; the rest of the cluster starts the
@@ -64,14 +65,7 @@ enum ResetArg {
 }
 
 fn main() -> ExitCode {
-    daemons::log_to_stderr("NACRE_LOG", tracing_subscriber::filter::LevelFilter::INFO);
-    match run(&Args::parse()) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("nacre-node: {}", daemons::describe(&error));
-            ExitCode::FAILURE
-        }
-    }
+    daemons::daemon("nacre-node", LevelFilter::INFO, |args| run(&args))
 }
 
 fn run(args: &Args) -> Result<ExitCode> {

@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,9 +17,19 @@ use vswitch::{
     SwitchConfig, VhostUserOptions, VhostUserPort,
 };
 
+const HELP: &str = "\
+Exit status: 0 after SIGINT, SIGTERM or an answer; 1 after an error, explained in one line; 2 for a wrong command line.
+
+Examples:
+  nacre-switch --unix vm1.sock --unix vm2.sock --dhcp 10.0.0.0/24
+  nacre-switch --vhost-user vm1.sock --vhost-user vm2.sock --uplink eth1 --cores 1
+  nacre-switch --unix vm1.sock --tap tap0 --openflow punix:br.mgmt
+  nacre-switch --config net.json --host h1 --control ctl
+  nacre-switch show top --every 2 --control ctl";
+
 /// A virtual switch: connects VMs to each other and to the host's networks.
 #[derive(Parser)]
-#[command(version, about, args_conflicts_with_subcommands = true)]
+#[command(version, about, args_conflicts_with_subcommands = true, after_help = HELP)]
 struct Args {
     #[command(subcommand)]
     question: Option<Question>,
@@ -78,6 +89,9 @@ struct Args {
 #[derive(Subcommand)]
 enum Question {
     /// Show ports, MAC addresses, flow rules, or the flows that move most bytes.
+    #[command(
+        after_help = "Examples:\n  nacre-switch show ports --control ctl\n  nacre-switch show top --every 2 --control ctl"
+    )]
     Show {
         what: Shown,
         /// Socket of the running switch.
@@ -94,12 +108,16 @@ enum Question {
         every: Option<u64>,
     },
     /// Print all counters as a page in Prometheus' text format.
+    #[command(after_help = "Example:\n  nacre-switch metrics --control ctl")]
     Metrics {
         /// Socket of the running switch.
         #[arg(long, value_name = "SOCKET")]
         control: PathBuf,
     },
     /// Explain what would happen to a frame, without sending it.
+    #[command(
+        after_help = "Example (an ARP request):\n  nacre-switch trace --control ctl --port vm1.sock \\\n    ffffffffffff52540000000108060001080006040001525400000001c0a80001000000000000c0a80002"
+    )]
     Trace {
         /// The frame in hexadecimal, from the destination address on.
         frame: String,
@@ -111,6 +129,7 @@ enum Question {
         control: PathBuf,
     },
     /// Print the whole state of a port as JSON: properties, learned addresses, connections, counters.
+    #[command(after_help = "Example:\n  nacre-switch export-port vm1 --control ctl >vm1.json")]
     ExportPort {
         /// Name of the port.
         port: String,
@@ -119,6 +138,7 @@ enum Question {
         control: PathBuf,
     },
     /// Give a port the addresses, connections and counters that it had at another switch, as on standard input.
+    #[command(after_help = "Example:\n  nacre-switch import-port --control ctl <vm1.json")]
     ImportPort {
         /// Socket of the running switch.
         #[arg(long, value_name = "SOCKET")]
@@ -184,9 +204,11 @@ fn ask(question: Question) -> Result<()> {
     Ok(())
 }
 
-fn main() -> Result<()> {
-    daemons::log_to_stderr("RUST_LOG", LevelFilter::ERROR);
-    let args = Args::parse();
+fn main() -> ExitCode {
+    daemons::daemon("nacre-switch", LevelFilter::ERROR, |args| run(args).map(|()| ExitCode::SUCCESS))
+}
+
+fn run(args: Args) -> Result<()> {
     if let Some(question) = args.question {
         return ask(question);
     }

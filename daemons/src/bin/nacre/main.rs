@@ -10,7 +10,6 @@ mod vm;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -24,8 +23,6 @@ struct Cli {
 
 /// Longest lines of help.
 const WIDTH: usize = 100;
-/// Exit status for a command line that is not understood.
-const WRONG_COMMAND_LINE: u8 = 2;
 
 #[derive(Subcommand)]
 enum Command {
@@ -35,6 +32,7 @@ enum Command {
     Disk(disk::Args),
     Cluster(cluster::Args),
     /// Print the JSON schema of `nacre run --config` files.
+    #[command(after_help = "Example:\n  nacre schema >nacre-run.schema.json")]
     Schema,
     /// Print a completion script for a shell.
     #[command(
@@ -57,20 +55,11 @@ fn parse(arguments: Vec<OsString>) -> Result<Command, clap::Error> {
 }
 
 fn main() -> ExitCode {
-    let command = match parse(std::env::args_os().collect()) {
+    let command = match daemons::command_line("nacre", parse(std::env::args_os().collect())) {
         Ok(command) => command,
-        // Help, asked for or instead of a missing command, and the version: printed as they are.
-        Err(error)
-            if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand =>
-        {
-            error.exit()
-        }
-        Err(error) => {
-            eprintln!("nacre: {}", daemons::one_line(&error.render().to_string()));
-            return ExitCode::from(WRONG_COMMAND_LINE);
-        }
+        Err(status) => return status,
     };
-    daemons::log_to_stderr("NACRE_LOG", LevelFilter::WARN);
+    daemons::log_to_stderr(LevelFilter::WARN);
     let result = match command {
         Command::Run(args) => run::run(*args),
         Command::Vm(args) => vm::run(args),
@@ -83,10 +72,7 @@ fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
     };
-    result.unwrap_or_else(|error| {
-        eprintln!("nacre: {}", daemons::describe(&error));
-        ExitCode::FAILURE
-    })
+    daemons::exit_code("nacre", result)
 }
 
 #[cfg(test)]

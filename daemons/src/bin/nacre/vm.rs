@@ -12,9 +12,10 @@ use serde_json::{Value, json};
 use crate::run::address::Address;
 
 const HELP: &str = "\
-The machine is one of `nacre run --control SOCKET`. A saved machine goes on with `nacre run --restore FILE`, one that is
-migrated in a process that waits for it (`nacre run --incoming ADDRESS`); both need the options that it was started with,
-but for the kernel, and the same contents of its disks.
+The machine is one of `nacre run --control SOCKET`. A saved machine goes on with `nacre run
+--restore FILE`, one that is migrated in a process that waits for it (`nacre run --incoming
+ADDRESS`); both need the options that it was started with, but for the kernel, and the same
+contents of its disks.
 
 Examples:
   nacre vm vm.sock snapshot saved --then stop

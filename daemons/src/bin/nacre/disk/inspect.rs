@@ -168,6 +168,7 @@ pub struct Check {
 
 /// Repair an image: the same as `check -r all`.
 #[derive(Args)]
+#[command(after_help = "Example:\n  nacre disk repair -f qcow2 disk.qcow2")]
 pub struct RepairArgs {
     #[command(flatten)]
     image: Image,

@@ -1,0 +1,72 @@
+//! What all programs do alike with a wrong command line and with an error: one line, and the exit status says which.
+#![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+use std::process::Command;
+
+const PROGRAMS: [(&str, &str); 4] = [
+    ("nacre", env!("CARGO_BIN_EXE_nacre")),
+    ("nacre-blk", env!("CARGO_BIN_EXE_nacre-blk")),
+    ("nacre-node", env!("CARGO_BIN_EXE_nacre-node")),
+    ("nacre-switch", env!("CARGO_BIN_EXE_nacre-switch")),
+];
+
+/// Exit status and standard error.
+fn fail(program: &str, arguments: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(program).args(arguments).env("RUST_BACKTRACE", "1").output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_wrong_command_line_is_one_line_and_exit_status_2() {
+    for (name, program) in PROGRAMS {
+        let (status, text) = fail(program, &["--no-such-option"]);
+        assert_eq!(status, Some(2), "{name}: {text}");
+        assert_eq!(text.lines().count(), 1, "{name}: {text}");
+        assert!(text.starts_with(&format!("{name}: ")) && text.contains("--no-such-option"), "{text}");
+    }
+}
+
+#[test]
+fn an_error_is_one_line_and_exit_status_1() {
+    let missing = "no/such/file";
+    let arguments: [&[&str]; 4] = [
+        &["run", "--kernel", missing],
+        &["--export", "name=d,path=no/such/file,format=raw", "--unix", "unused"],
+        &["--config", missing],
+        &["--config", missing],
+    ];
+    for ((name, program), arguments) in PROGRAMS.into_iter().zip(arguments) {
+        let (status, text) = fail(program, arguments);
+        assert_eq!(status, Some(1), "{name}: {text}");
+        assert_eq!(text.lines().count(), 1, "{name}: {text}");
+        assert!(text.starts_with(&format!("{name}: ")) && text.contains(missing), "{text}");
+    }
+}
+
+/// The names below "Commands:" in a help.
+fn commands(help: &str) -> Vec<&str> {
+    let list = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let names = list.take_while(|line| !line.is_empty()).filter(|line| !line.starts_with("    "));
+    names.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help").collect()
+}
+
+/// Checks the help of a command and of all below it; returns how many these are.
+fn check_help(program: &str, path: &[&str]) -> usize {
+    let mut arguments = if path.is_empty() { vec!["--help"] } else { vec!["help"] };
+    arguments.extend(path);
+    let output = Command::new(program).args(&arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{program} {arguments:?}");
+    let help = String::from_utf8(output.stdout).unwrap();
+    let below = commands(&help);
+    assert!(
+        !below.is_empty() || help.contains("\nExample"),
+        "{program} {arguments:?} has no example: {help}"
+    );
+    1 + below.iter().map(|name| check_help(program, &[path, &[name]].concat())).sum::<usize>()
+}
+
+#[test]
+fn every_command_explains_itself_with_examples() {
+    let counts = PROGRAMS.map(|(_, program)| check_help(program, &[]));
+    assert!(counts[0] > 40 && counts[3] > 5, "commands are missing from the help: {counts:?}");
+}
