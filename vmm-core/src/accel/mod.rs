@@ -10,6 +10,7 @@ mod profile;
 pub mod soft;
 mod state;
 
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -35,11 +36,20 @@ pub enum AccelKind {
     Soft,
 }
 
+impl fmt::Display for AccelKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Soft => "soft",
+        })
+    }
+}
+
 /// A failure of an accelerator.
 #[derive(Debug, thiserror::Error)]
 pub enum AccelError {
     /// The accelerator does not work on this host.
-    #[error("Accelerator {kind:?} is not available: {reason}")]
+    #[error("Accelerator `{kind}` is not available: {reason}")]
     Unavailable {
         /// Which one.
         kind: AccelKind,

@@ -23,7 +23,7 @@ Exit status: 0 after SIGINT, SIGTERM or an answer; 1 after an error, explained i
 Examples:
   nacre-switch --unix vm1.sock --unix vm2.sock --dhcp 10.0.0.0/24
   nacre-switch --vhost-user vm1.sock --vhost-user vm2.sock --uplink eth1 --cores 1
-  nacre-switch --unix vm1.sock --tap tap0 --openflow punix:br.mgmt
+  nacre-switch --unix vm1.sock --tap tap0 --openflow punix:/run/br.mgmt
   nacre-switch --config net.json --host h1 --control ctl
   nacre-switch show top --every 2 --control ctl";
 

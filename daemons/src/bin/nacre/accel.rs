@@ -4,7 +4,6 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use vmm_core::accel::AccelKind;
 use vmm_core::accel::kvm::KvmFeatures;
 use vmm_core::accel::probe::{self, Probed};
 
@@ -33,10 +32,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 fn line(probed: &Probed, chosen: bool) -> String {
-    let name = match probed.kind {
-        AccelKind::Kvm => "kvm",
-        AccelKind::Soft => "soft",
-    };
+    let name = probed.kind.to_string();
     let speed = |mips: Option<f64>| mips.map_or("-".into(), |m| format!("{m:.0}"));
     let state = match (chosen, probed.usable) {
         (true, _) => "chosen",
