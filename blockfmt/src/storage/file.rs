@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Segments handed to one system call.
 const MAX_SEGMENTS: usize = 64;
@@ -42,8 +42,11 @@ pub struct FileStorage {
     block_device: bool,
     /// Alignment that direct I/O needs; 1 if there is none.
     align: usize,
-    /// Serialises read-modify-write cycles of unaligned direct writes, and what else changes parts of blocks.
+    /// Serialises read-modify-write cycles of unaligned direct writes, what else changes parts of blocks, and what
+    /// changes the length.
     bounce: Mutex<()>,
+    /// The file is at least this long.
+    least_length: AtomicU64,
     flush_failed: AtomicBool,
     /// A range that held data when it was last looked for; see [`FileStorage::forget_data`].
     known_data: Mutex<Range<u64>>,
@@ -110,6 +113,7 @@ impl FileStorage {
             block_device,
             align: if options.direct { 4096 } else { 1 },
             bounce: Mutex::new(()),
+            least_length: AtomicU64::new(if block_device { u64::MAX } else { meta.len() }),
             flush_failed: AtomicBool::new(false),
             known_data: Mutex::default(),
             lease,
@@ -185,6 +189,26 @@ impl FileStorage {
         Ok(())
     }
 
+    /// Copies from another file and returns the number of bytes.
+    fn copy_range(&self, fd: RawFd, from: u64, offset: u64, len: u64) -> u64 {
+        let mut done = 0;
+        while done < len {
+            let (mut read, mut write) = ((from + done) as i64, (offset + done) as i64);
+            let count = usize::try_from(len - done).unwrap_or(usize::MAX);
+            // SAFETY: both descriptors are open, as their storages are borrowed, and the two offsets are
+            // writable for the duration of the call.
+            let copied =
+                unsafe { libc::copy_file_range(fd, &raw mut read, self.raw(), &raw mut write, count, 0) };
+            match check(copied) {
+                // The end of the source, or something that shows again when the bytes are read and written.
+                Ok(Some(0)) | Err(_) => break,
+                Ok(Some(copied)) => done += copied as u64,
+                Ok(None) => {}
+            }
+        }
+        done
+    }
+
     fn is_aligned(&self, offset: u64, len: usize) -> bool {
         offset.is_multiple_of(self.align as u64) && len.is_multiple_of(self.align)
     }
@@ -196,11 +220,44 @@ impl FileStorage {
         (start, ((offset + len as u64).next_multiple_of(align) - start) as usize)
     }
 
+    /// Runs a change up to `end`: under the lock if it may make the file longer, as others read the length to set it.
+    fn reaching<R>(&self, end: u64, change: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+        if end <= self.least_length.load(Ordering::Acquire) {
+            return change();
+        }
+        let _bounce = self.bounce.lock();
+        let result = change()?;
+        self.least_length.fetch_max(self.len()?, Ordering::Release);
+        Ok(result)
+    }
+
+    /// Changes the length. The caller has locked `bounce`.
+    fn set_len_locked(&self, len: u64) -> io::Result<()> {
+        self.least_length.fetch_min(len, Ordering::AcqRel);
+        self.file.set_len(len)?;
+        self.least_length.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the file at least this long.
+    fn lengthen(&self, end: u64) -> io::Result<()> {
+        self.reaching(end, || if self.len()? < end { self.set_len_locked(end) } else { Ok(()) })
+    }
+
     fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
-        // Whoever rewrites a block for the sake of a part would bring back what goes here.
         let align = self.align as u64;
-        let whole = offset.is_multiple_of(align) && len.is_multiple_of(align);
-        let _bounce = (!whole).then(|| self.bounce.lock());
+        if !(offset.is_multiple_of(align) && len.is_multiple_of(align)) {
+            // Whoever rewrites a block for the sake of a part would bring back what goes here.
+            let _bounce = self.bounce.lock();
+            return self.fallocate_now(mode, offset, len);
+        }
+        match mode & libc::FALLOC_FL_KEEP_SIZE {
+            0 => self.reaching(offset + len, || self.fallocate_now(mode, offset, len)),
+            _ => self.fallocate_now(mode, offset, len),
+        }
+    }
+
+    fn fallocate_now(&self, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
         loop {
             // SAFETY: a system call on an open descriptor without pointers.
             let rc = unsafe { libc::fallocate(self.raw(), mode, offset as i64, len as i64) };
@@ -265,7 +322,8 @@ impl Storage for FileStorage {
             };
         }
         self.forget_data();
-        self.file.set_len(len)
+        let _bounce = self.bounce.lock();
+        self.set_len_locked(len)
     }
 
     fn readv(&self, mut dst: Scatter<'_>, offset: u64) -> io::Result<()> {
@@ -285,26 +343,27 @@ impl Storage for FileStorage {
     }
 
     fn writev(&self, src: Gather<'_>, offset: u64) -> io::Result<()> {
-        checked_end(offset, src.len() as u64)?;
+        let end = checked_end(offset, src.len() as u64)?;
         if self.align == 1 || (self.is_aligned(offset, src.len()) && src.aligned(512)) {
-            return self.write_list(src, offset);
+            return self.reaching(end, || self.write_list(src, offset));
         }
         let (start, wide) = self.widened(offset, src.len());
         let skip = (offset - start) as usize;
         let mut buf = AlignedBuf::new(wide, self.align);
         if wide == src.len() {
             src.copy_to(&mut buf); // only the memory is unaligned
-            return self.write_list(Gather::new(&buf), start);
+            return self.reaching(end, || self.write_list(Gather::new(&buf), start));
         }
         let _bounce = self.bounce.lock();
-        let (end, old_len) = (offset + src.len() as u64, self.len()?);
+        let old_len = self.len()?;
         self.read_list(Scatter::new(&mut buf), start)?;
         src.copy_to(&mut buf[skip..skip + src.len()]);
         self.write_list(Gather::new(&buf), start)?;
         // The widened write must not make the file longer than the caller did.
         if !self.block_device && start + wide as u64 > old_len.max(end) {
-            self.set_len(old_len.max(end))?;
+            self.set_len_locked(old_len.max(end))?;
         }
+        self.least_length.fetch_max(end, Ordering::Release);
         Ok(())
     }
 
@@ -313,22 +372,8 @@ impl Storage for FileStorage {
         if checked_end(from, len).is_err() || checked_end(offset, len).is_err() {
             return 0;
         }
-        let mut done = 0;
-        while done < len {
-            let (mut read, mut write) = ((from + done) as i64, (offset + done) as i64);
-            let count = usize::try_from(len - done).unwrap_or(usize::MAX);
-            // SAFETY: both descriptors are open, as their storages are borrowed, and the two offsets are
-            // writable for the duration of the call.
-            let copied =
-                unsafe { libc::copy_file_range(fd, &raw mut read, self.raw(), &raw mut write, count, 0) };
-            match check(copied) {
-                // The end of the source, or something that shows again when the bytes are read and written.
-                Ok(Some(0)) | Err(_) => break,
-                Ok(Some(copied)) => done += copied as u64,
-                Ok(None) => {}
-            }
-        }
-        done
+        let copied = self.reaching(offset + len, || Ok(self.copy_range(fd, from, offset, len)));
+        copied.unwrap_or(0)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -347,9 +392,7 @@ impl Storage for FileStorage {
         self.forget_data();
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         if unmap && self.fallocate(punch, offset, len)? {
-            if !self.block_device && self.len()? < end {
-                self.set_len(end)?;
-            }
+            self.lengthen(end)?;
             return Ok(());
         }
         if self.fallocate(libc::FALLOC_FL_ZERO_RANGE, offset, len)? {
@@ -459,70 +502,4 @@ impl Drop for FileStorage {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn scratch(direct: bool) -> (tempfile::TempDir, FileStorage) {
-        let dir = tempfile::tempdir().unwrap();
-        let options = FileOptions { create: true, direct, ..FileOptions::default() };
-        let file = FileStorage::open(&dir.path().join("f"), options).unwrap();
-        (dir, file)
-    }
-
-    #[test]
-    fn unaligned_direct_io_keeps_neighbours_and_length() {
-        let (_dir, file) = scratch(true);
-        let file: &dyn Storage = &file;
-        file.write_at(&[7; 10000], 0).unwrap();
-        file.write_at(&[9; 100], 5000).unwrap();
-        file.write_at(&[8; 3], 10000).unwrap();
-        assert_eq!(file.len().unwrap(), 10003);
-        let mut back = vec![0xff; 10010];
-        file.read_at(&mut back, 0).unwrap();
-        let expect: Vec<u8> = [vec![7; 5000], vec![9; 100], vec![7; 4900], vec![8; 3], vec![0; 7]].concat();
-        assert!(back == expect);
-    }
-
-    #[test]
-    fn zeroing_extends_and_leaves_holes() {
-        let (_dir, file) = scratch(false);
-        let file: &dyn Storage = &file;
-        file.write_at(&[1; 65536], 0).unwrap();
-        file.write_zeroes(4096, 131072, true).unwrap();
-        assert_eq!(file.len().unwrap(), 135168);
-        assert_eq!(file.data_at(0, 135168).unwrap(), (true, 4096));
-        assert_eq!(file.data_at(4096, 131072).unwrap(), (false, 131072));
-        file.write_zeroes(135168, 10, false).unwrap();
-        assert_eq!(file.len().unwrap(), 135178);
-    }
-
-    #[test]
-    fn copies_between_files_end_where_the_source_does() {
-        let ((_a, from), (_b, to)) = (scratch(false), scratch(false));
-        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
-        <dyn Storage>::write_at(&from, &bytes, 0).unwrap();
-        <dyn Storage>::write_at(&to, &[9; 20], 0).unwrap();
-        assert_eq!(to.copy_from(&from, 10, 5, 99_000), 99_000);
-        let mut seen = vec![0; 99_010];
-        <dyn Storage>::read_at(&to, &mut seen, 0).unwrap();
-        assert!(seen[..5] == [9; 5] && seen[5..99_005] == bytes[10..99_010] && seen[99_005..] == [0; 5]);
-        assert_eq!(to.copy_from(&from, 99_990, 0, 100), 10);
-        assert_eq!(to.copy_from(&from, u64::MAX, 0, 100), 0);
-        assert_eq!(to.copy_from(&crate::storage::MemoryStorage::new(), 0, 0, 100), 0);
-    }
-
-    #[test]
-    fn locks_follow_readers_and_writers() {
-        let (dir, file) = scratch(false);
-        let path = dir.path().join("f");
-        let open =
-            |lock, read_only| FileStorage::open(&path, FileOptions { lock, read_only, ..Default::default() });
-        assert!(matches!(open(LockMode::Write, false), Err(Error::Locked { .. })));
-        assert!(matches!(open(LockMode::Read, true), Err(Error::Locked { .. })));
-        file.set_lock(LockMode::Read).unwrap();
-        let reader = open(LockMode::Read, true).unwrap();
-        assert!(matches!(file.set_lock(LockMode::Write), Err(Error::Locked { .. })));
-        drop((reader, file));
-        open(LockMode::Write, false).unwrap();
-    }
-}
+mod tests;
