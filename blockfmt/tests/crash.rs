@@ -10,9 +10,11 @@ mod common;
 use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::format::vhd::{VhdKind, VhdOptions};
 use blockfmt::format::vhdx::{VhdxKind, VhdxOptions};
-use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
+use blockfmt::storage::{MemoryStorage, RecordingStorage};
 use blockfmt::{CreateOptions, Format, OpenOptions, Storage};
-use common::crash::{History, SECTOR, SIZE, corruptions, crash, rounds, sector};
+use common::crash::{
+    History, SECTOR, SIZE, corruptions, crash, each_loss, last_mark, own_corruptions, rounds, sector,
+};
 use common::{Rng, text};
 use std::sync::Arc;
 
@@ -47,8 +49,7 @@ fn run_on(name: &str, mut create: CreateOptions, with_base: bool, seed: u64) {
     let start = [start];
     for round in 0..rounds(250) {
         let at = rng.below(events.len() as u64 + 1) as usize;
-        let mark =
-            events[..at].iter().rev().find_map(|e| if let Event::Mark(m) = &e.1 { Some(*m) } else { None });
+        let mark = last_mark(&events, at);
         let image = crash(&start, &events, at, &mut rng).remove(0);
         let what = format!("{name}, crash {round} at event {at} of {}", events.len());
         if format == Format::Qcow2
@@ -58,7 +59,7 @@ fn run_on(name: &str, mut create: CreateOptions, with_base: bool, seed: u64) {
             panic!("{what}: {report}");
         }
         let disk = open(Arc::new(image));
-        history.check(&disk, mark.unwrap_or(0), &what);
+        history.check(&disk, mark, &what);
         // The survivor must be usable: what is written now must not damage anything else.
         let mut fresh = vec![0; SIZE as usize];
         disk.read_at(&mut fresh, 0).unwrap();
@@ -68,6 +69,17 @@ fn run_on(name: &str, mut create: CreateOptions, with_base: bool, seed: u64) {
         let mut seen = vec![0; SIZE as usize];
         disk.read_at(&mut seen, 0).unwrap();
         assert!(seen == fresh, "{what}: writing after the crash damaged other data");
+    }
+    if format == Format::Qcow2 {
+        each_loss(&start[0], &events, |image, lost, at| {
+            let what = format!("{name}, crash at event {at} of {} without event {lost}", events.len());
+            let found = own_corruptions(&image);
+            if !found.is_empty() {
+                let report = corruptions(&image, dir.path());
+                panic!("{what}: {found:?}, and qemu-img says: {report:?}");
+            }
+            history.check(&open(Arc::new(image)), last_mark(&events, at), &what);
+        });
     }
 }
 

@@ -2,9 +2,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic in its helpers, too")]
 
 use super::{Rng, qemu, text};
+use blockfmt::format::LayerOptions;
+use blockfmt::format::qcow2::{Qcow2, Repair};
 use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{Disk, Storage};
 use std::path::Path;
+use std::sync::Arc;
 
 pub const SECTOR: usize = 512;
 pub const SIZE: u64 = 2 << 20;
@@ -138,7 +141,7 @@ pub fn crash(
             Event::Write { offset, data } if survives => {
                 let unit = if rng.below(2) == 0 { 512 } else { 4096 };
                 if i < durable[*n] || rng.below(3) > 0 {
-                    storage.write_at(data, *offset).unwrap();
+                    apply(&images[*n], event);
                 } else {
                     // Torn: some units reach the disk.
                     for (n, piece) in data.chunks(unit).enumerate() {
@@ -148,12 +151,60 @@ pub fn crash(
                     }
                 }
             }
-            Event::Zero { offset, len } if survives => storage.zero(*offset, *len, true).unwrap(),
-            Event::SetLen(len) if survives => storage.truncate(*len).unwrap(),
+            _ if survives => apply(&images[*n], event),
             _ => {}
         }
     }
     images
+}
+
+fn apply(storage: &MemoryStorage, event: &Event) {
+    let storage: &dyn Storage = storage;
+    match event {
+        Event::Write { offset, data } => storage.write_at(data, *offset).unwrap(),
+        Event::Zero { offset, len } => storage.zero(*offset, *len, true).unwrap(),
+        Event::SetLen(len) => storage.truncate(*len).unwrap(),
+        Event::Flush | Event::Mark(_) => {}
+    }
+}
+
+/// Calls `f` for every write of the record of one storage with the image after a crash at the latest event at which
+/// this write may be missing: right before the next flush. Nothing else is missing. `f` also gets the two events.
+pub fn each_loss(
+    start: &MemoryStorage,
+    events: &[(usize, Event)],
+    mut f: impl FnMut(MemoryStorage, usize, usize),
+) {
+    let durable = start.clone();
+    let mut from = 0;
+    while from < events.len() {
+        let flush = events[from..].iter().position(|e| e.1 == Event::Flush);
+        let at = flush.map_or(events.len(), |n| from + n);
+        for lost in (from..at).filter(|i| matches!(events[*i].1, Event::Write { .. })) {
+            let image = durable.clone();
+            (from..at).filter(|i| *i != lost).for_each(|i| apply(&image, &events[i].1));
+            f(image, lost, at);
+        }
+        (from..at).for_each(|i| apply(&durable, &events[i].1));
+        from = at + 1;
+    }
+}
+
+/// The last mark of the test before event `at`, 0 if there is none.
+pub fn last_mark(events: &[(usize, Event)], at: usize) -> u64 {
+    let mut marks = events[..at].iter().filter_map(|(_, e)| match e {
+        Event::Mark(mark) => Some(*mark),
+        _ => None,
+    });
+    marks.next_back().unwrap_or(0)
+}
+
+/// What our own check finds beyond leaks in a qcow2 image, without changing it.
+pub fn own_corruptions(image: &MemoryStorage) -> Vec<String> {
+    let options = LayerOptions { read_only: true, ..LayerOptions::default() };
+    let image = Qcow2::open(Arc::new(image.clone()), &options).unwrap();
+    let report = image.check(Repair::Nothing).unwrap();
+    if report.corruptions > 0 { report.findings } else { Vec::new() }
 }
 
 /// What `qemu-img check` finds beyond leaks in a qcow2 image.

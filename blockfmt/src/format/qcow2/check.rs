@@ -74,6 +74,7 @@ impl Qcow2 {
         report.total_clusters = header.size.div_ceil(self.p.cluster);
         let end = counts.used().last().map_or(0, |(cluster, _)| cluster + 1);
         report.image_end_offset = end << self.p.cluster_bits;
+        self.check_end(&counts, repair, &mut report)?;
         if broken && repair == Repair::All {
             self.rebuild_refcounts(&header, end)?;
             report.corruptions_fixed += 1;
@@ -86,6 +87,22 @@ impl Qcow2 {
             self.check_flags(&mut report)?;
         }
         Ok(report)
+    }
+
+    /// Looks for references beyond the end of the file.
+    fn check_end(&self, counts: &Counts, repair: Repair, report: &mut CheckReport) -> Result<()> {
+        let inside = self.storage.length()?.div_ceil(self.p.cluster);
+        let mut beyond = 0;
+        for (cluster, _) in counts.used().filter(|(cluster, _)| *cluster >= inside) {
+            report.corruption(format!("Cluster {cluster} is used but lies beyond the end of the file"));
+            beyond += 1;
+        }
+        if beyond > 0 && repair == Repair::All && self.storage.zero_beyond_end() {
+            // What is there reads as zeros already.
+            self.storage.truncate(report.image_end_offset)?;
+            report.corruptions_fixed += beyond;
+        }
+        Ok(())
     }
 
     /// Counts what the header, the active tables, snapshots and bitmaps refer to.

@@ -99,11 +99,11 @@ impl Qcow2 {
         let shift = 62 - (self.p.cluster_bits - 8);
         let more = (start + bytes.len() as u64 - 1) / SECTOR - start / SECTOR;
         let entry = COMPRESSED | more << shift | start;
-        self.barrier.store(true, Ordering::Release);
         if let Err(error) = self.storage.write_at(bytes, start) {
             self.unlink_entry(entry);
             return Err(error);
         }
+        self.barrier.store(true, Ordering::Release);
         self.with_slice(slice, |s| s.set(index, entry, 0))?;
         self.unlink_entry(old);
         self.record(guest, self.p.cluster);

@@ -83,34 +83,31 @@ impl Qcow2 {
         let _turn = self.flusher.write_back.lock();
         let slices = self.cache.take_dirty();
         let tables = std::mem::take(&mut *self.l1.dirty.lock());
-        let dirty = self.refcounts.lock().take_dirty();
+        let mut refcounts = self.refcounts.lock();
+        let lock = refcounts.writing.clone();
+        let writing = lock.lock();
+        let dirty = refcounts.take_dirty();
+        drop(refcounts);
         let barrier = self.barrier.swap(false, Ordering::AcqRel) || !dirty.is_empty();
-        match self.write_copies(&slices, &tables, &dirty, barrier) {
+        let counted = self.write_counts(&dirty);
+        drop(writing);
+        match counted.and_then(|()| self.write_copies(&slices, &tables, barrier)) {
             Ok(()) => {
                 slices.iter().for_each(|(slice, _)| self.cache.written(*slice, true));
-                self.refcounts.lock().trim();
+                self.refcounts.lock().written();
                 Ok(())
             }
             Err(error) => {
                 slices.iter().for_each(|(slice, _)| self.cache.written(*slice, false));
                 self.l1.dirty.lock().extend(tables);
-                self.refcounts.lock().untake(dirty);
+                self.refcounts.lock().untake();
                 self.barrier.store(true, Ordering::Release);
                 Err(error)
             }
         }
     }
 
-    fn write_copies(
-        &self,
-        slices: &[(u64, Vec<u64>)],
-        tables: &[usize],
-        dirty: &Dirty,
-        barrier: bool,
-    ) -> Result<()> {
-        if let Some(data) = &self.data {
-            data.sync()?;
-        }
+    fn write_counts(&self, dirty: &Dirty) -> Result<()> {
         if !dirty.blocks.is_empty() {
             for (offset, bytes) in &dirty.blocks {
                 self.storage.write_at(bytes, *offset)?;
@@ -121,6 +118,13 @@ impl Qcow2 {
                     self.storage.write_at(bytes, *offset)?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn write_copies(&self, slices: &[(u64, Vec<u64>)], tables: &[usize], barrier: bool) -> Result<()> {
+        if let Some(data) = &self.data {
+            data.sync()?;
         }
         if slices.is_empty() && tables.is_empty() {
             return self.storage.sync();
@@ -148,7 +152,9 @@ impl Qcow2 {
 
     /// Writes the header with the current place of the refcount table. The caller flushes.
     pub(super) fn write_header(&self, header: &mut super::Header) -> Result<()> {
-        (header.reftable_offset, header.reftable_clusters) = self.refcounts.lock().table_place();
+        // The table must not move before its place is written.
+        let refcounts = self.refcounts.lock();
+        (header.reftable_offset, header.reftable_clusters) = refcounts.table_place();
         header.write(&self.storage)
     }
 
@@ -158,6 +164,7 @@ impl Qcow2 {
         self.drop_reservations();
         // The release of clusters is a change of its own.
         self.flush_all()?;
-        self.flush_all()
+        self.flush_all()?;
+        self.refcounts.lock().cut()
     }
 }

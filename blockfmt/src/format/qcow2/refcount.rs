@@ -5,6 +5,7 @@
 
 use super::header::{Header, MAX_REFTABLE_BYTES};
 use crate::{Error, Result, Storage};
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -33,8 +34,20 @@ pub(super) struct Dirty {
     pub blocks: Vec<(u64, Vec<u8>)>,
     /// Entries of the refcount table, the same way.
     pub table: Vec<(u64, Vec<u8>)>,
-    /// What to mark as changed again if the write-back fails.
-    redo: (BTreeMap<usize, (usize, usize)>, Vec<usize>),
+}
+
+/// What was changed: ranges of bytes of refcount blocks, and entries of the table.
+#[derive(Debug, Default)]
+struct Changes {
+    blocks: BTreeMap<usize, (usize, usize)>,
+    table: Vec<usize>,
+}
+
+impl Changes {
+    fn touch(&mut self, block: usize, from: usize, to: usize) {
+        let range = self.blocks.entry(block).or_insert((from, to));
+        *range = (range.0.min(from), range.1.max(to));
+    }
 }
 
 impl Dirty {
@@ -53,12 +66,18 @@ pub(super) struct Refcounts {
     table: Vec<u64>,
     table_offset: u64,
     blocks: HashMap<usize, Vec<u8>>,
-    dirty: BTreeMap<usize, (usize, usize)>,
-    dirty_table: Vec<usize>,
+    dirty: Changes,
+    /// What a write-back took and has not written for certain.
+    taken: Changes,
+    /// Held from the moment when changes are taken until they are written, so that they cannot overwrite newer
+    /// ones. Locked by whoever has locked the refcounts.
+    pub writing: Arc<Mutex<()>>,
     /// No cluster below this one is free.
     hint: u64,
     /// No cluster from this one on was ever written.
     high_water: u64,
+    /// The length in clusters that the file had, to which it is cut at most.
+    opened_length: u64,
     /// Clusters of the header and of active tables: never handed out, whatever their refcount says.
     pub metadata: HashSet<u64>,
 }
@@ -91,10 +110,12 @@ impl Refcounts {
             table,
             table_offset: header.reftable_offset,
             blocks: HashMap::new(),
-            dirty: BTreeMap::new(),
-            dirty_table: Vec::new(),
+            dirty: Changes::default(),
+            taken: Changes::default(),
+            writing: Arc::default(),
             hint: 1,
             high_water,
+            opened_length: high_water,
             metadata,
         })
     }
@@ -178,13 +199,8 @@ impl Refcounts {
             write_entry(bytes, index, order, value);
         }
         let at = (index << order) / 8;
-        self.touch(block, at, at + (1usize << order).div_ceil(8));
+        self.dirty.touch(block, at, at + (1usize << order).div_ceil(8));
         Ok(())
-    }
-
-    fn touch(&mut self, block: usize, from: usize, to: usize) {
-        let range = self.dirty.entry(block).or_insert((from, to));
-        *range = (range.0.min(from), range.1.max(to));
     }
 
     /// Changes the refcount of a cluster and returns the new value.
@@ -218,9 +234,9 @@ impl Refcounts {
         let mut bytes = vec![0; 1 << self.cluster_bits];
         write_entry(&mut bytes, (own - first) as usize, self.order, 1);
         self.blocks.insert(block, bytes);
-        self.touch(block, 0, 1 << self.cluster_bits);
+        self.dirty.touch(block, 0, 1 << self.cluster_bits);
         self.table[block] = own << self.cluster_bits;
-        self.dirty_table.push(block);
+        self.dirty.table.push(block);
         self.metadata.insert(own);
         self.raise_high_water(own + 1);
         Ok(())
@@ -255,35 +271,48 @@ impl Refcounts {
         let mut table = self.table.clone();
         table.resize((table_clusters * cluster / 8) as usize, 0);
         let used = blocks + table_clusters;
+        let mut new_blocks = Vec::new();
         for i in 0..blocks {
             let mut bytes = vec![0; cluster as usize];
             for c in 0..used.saturating_sub(i * per_block).min(per_block) {
                 write_entry(&mut bytes, c as usize, self.order, 1);
             }
-            let offset = (start + i) << self.cluster_bits;
-            self.storage.write_at(&bytes, offset)?;
-            table[old_len + i as usize] = offset;
-            self.blocks.insert(old_len + i as usize, bytes);
-        }
-        // Everything that the new table points to must be on disk before it.
-        let dirty = self.take_dirty();
-        for (offset, bytes) in &dirty.blocks {
-            self.storage.write_at(bytes, *offset)?;
+            table[old_len + i as usize] = (start + i) << self.cluster_bits;
+            new_blocks.push(bytes);
         }
         let offset = (start + blocks) << self.cluster_bits;
-        let bytes: Vec<u8> = table.iter().flat_map(|e| e.to_be_bytes()).collect();
-        self.storage.write_at(&bytes, offset)?;
-        self.storage.sync()?;
-        let mut place = [0; 12];
-        place[..8].copy_from_slice(&offset.to_be_bytes());
-        place[8..].copy_from_slice(&(table_clusters as u32).to_be_bytes());
-        self.storage.write_at(&place, 48)?;
-        self.storage.sync()?;
+        self.raise_high_water(start + used);
+        let writing = self.writing.clone();
+        let _writing = writing.lock();
+        self.untake();
+        let dirty = self.take_dirty();
+        let written = (|| {
+            // Everything that the new table points to must be on disk before it.
+            for (i, bytes) in new_blocks.iter().enumerate() {
+                self.storage.write_at(bytes, (start + i as u64) << self.cluster_bits)?;
+            }
+            for (offset, bytes) in &dirty.blocks {
+                self.storage.write_at(bytes, *offset)?;
+            }
+            let bytes: Vec<u8> = table.iter().flat_map(|e| e.to_be_bytes()).collect();
+            self.storage.write_at(&bytes, offset)?;
+            self.storage.sync()?;
+            let mut place = [0; 12];
+            place[..8].copy_from_slice(&offset.to_be_bytes());
+            place[8..].copy_from_slice(&(table_clusters as u32).to_be_bytes());
+            self.storage.write_at(&place, 48)?;
+            self.storage.sync()
+        })();
+        if let Err(error) = written {
+            self.untake();
+            return Err(error);
+        }
+        self.taken = Changes::default();
 
+        self.blocks.extend((old_len..).zip(new_blocks));
         let (old_offset, old_clusters) = self.table_place();
         (self.table, self.table_offset) = (table, offset);
         self.metadata.extend(start..start + used);
-        self.raise_high_water(start + used);
         for c in
             (old_offset >> self.cluster_bits)..(old_offset >> self.cluster_bits) + u64::from(old_clusters)
         {
@@ -327,16 +356,46 @@ impl Refcounts {
             if (start + count) << self.cluster_bits > 1 << 55 {
                 return Err(Error::unsupported(&self.name, "an image file of this size"));
             }
+            let fresh = start >= self.high_water;
+            if start + count > self.high_water {
+                self.lengthen(start + count)?;
+            }
             for c in start..start + count {
                 self.set(c, 1)?;
             }
-            let fresh = start >= self.high_water;
-            self.raise_high_water(start + count);
             if self.hint == start {
                 self.hint = start + count;
             }
             return Ok(Run { start, count, fresh });
         }
+    }
+
+    /// Makes the file as long as `end` clusters. Entries may refer to clusters that are not written yet, and payload
+    /// and entries reach the disk in any order: as the length does so before refcounts, they never refer to what
+    /// lies beyond the end. Nobody writes there yet, so the file cannot become shorter.
+    fn lengthen(&mut self, end: u64) -> Result<()> {
+        let bytes = end << self.cluster_bits;
+        if self.storage.length()? < bytes {
+            self.storage.truncate(bytes)?;
+        }
+        self.raise_high_water(end);
+        Ok(())
+    }
+
+    /// Cuts free clusters off the end of the file that were not there when it was opened.
+    pub fn cut(&mut self) -> Result<()> {
+        let mut end = self.high_water;
+        while end > self.opened_length && self.is_free(end - 1)? {
+            end -= 1;
+        }
+        if end < self.high_water {
+            let bytes = end << self.cluster_bits;
+            if self.storage.length()? > bytes {
+                self.storage.truncate(bytes)?;
+            }
+            self.high_water = end;
+        }
+        Ok(())
     }
 
     fn described(&mut self, cluster: u64) -> Result<bool> {
@@ -348,41 +407,46 @@ impl Refcounts {
         Ok(self.get(cluster)? == 0 && !self.metadata.contains(&cluster))
     }
 
-    /// Copies all unwritten changes and considers them written.
+    /// Copies all unwritten changes. The caller holds [`writing`](Self::writing) until they are written.
     pub fn take_dirty(&mut self) -> Dirty {
-        let blocks = std::mem::take(&mut self.dirty);
-        let mut entries = std::mem::take(&mut self.dirty_table);
-        entries.sort_unstable();
-        entries.dedup();
+        self.taken = std::mem::take(&mut self.dirty);
+        self.taken.table.sort_unstable();
+        self.taken.table.dedup();
         let mut out = Dirty::default();
-        for (block, (from, to)) in &blocks {
+        for (block, (from, to)) in &self.taken.blocks {
             let Some(bytes) = self.blocks.get(block) else { continue };
             let piece = PIECE.min(bytes.len());
             let (from, to) = (from / piece * piece, to.next_multiple_of(piece));
             out.blocks.push((self.table[*block] + from as u64, bytes[from..to].to_vec()));
         }
-        for entry in &entries {
+        for entry in &self.taken.table {
             let bytes = self.table[*entry].to_be_bytes().to_vec();
             out.table.push((self.table_offset + *entry as u64 * 8, bytes));
         }
-        out.redo = (blocks, entries);
         out
     }
 
-    /// Takes back the changes of a write-back that failed.
-    pub fn untake(&mut self, dirty: Dirty) {
-        for (block, (from, to)) in dirty.redo.0 {
-            self.touch(block, from, to);
+    /// Marks what was taken last, and may not be written, as changed again.
+    pub fn untake(&mut self) {
+        let taken = std::mem::take(&mut self.taken);
+        for (block, (from, to)) in taken.blocks {
+            self.dirty.touch(block, from, to);
         }
-        self.dirty_table.extend(dirty.redo.1);
+        self.dirty.table.extend(taken.table);
+    }
+
+    /// What was taken last is written.
+    pub fn written(&mut self) {
+        self.taken = Changes::default();
+        self.trim();
     }
 
     /// Drops blocks from memory when there are many; only after a write-back, with nothing in flight.
     pub fn trim(&mut self) {
         let keep = CACHE_BYTES >> self.cluster_bits;
         if self.blocks.len() > keep {
-            let dirty = &self.dirty;
-            self.blocks.retain(|block, _| dirty.contains_key(block));
+            let (dirty, taken) = (&self.dirty.blocks, &self.taken.blocks);
+            self.blocks.retain(|block, _| dirty.contains_key(block) || taken.contains_key(block));
         }
     }
 }

@@ -174,7 +174,6 @@ impl Qcow2 {
             // crash, the guest sees old or new bytes. No barrier is needed.
             return write(src, offset);
         }
-        self.barrier.store(true, Ordering::Release);
         let end = offset + src.len() as u64;
         let before = (offset - step.from) as usize;
         let mut edges = self.buffers.take(before + (step.to - end) as usize);
@@ -183,14 +182,17 @@ impl Qcow2 {
         self.read_guest(Scatter::new(tail), end, below)?;
         match src {
             Payload::Memory(src) if !head.is_empty() || !tail.is_empty() => {
-                src.with_edges(head, tail, |all| write(Payload::Memory(all), step.from))
+                src.with_edges(head, tail, |all| write(Payload::Memory(all), step.from))?;
             }
             _ => {
                 write(Payload::Memory(Gather::new(head)), step.from)?;
                 write(Payload::Memory(Gather::new(tail)), end)?;
-                write(src, offset)
+                write(src, offset)?;
             }
         }
+        // Not any earlier: a write-back that is under way would take the mark and miss the payload.
+        self.barrier.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Writes payload to its place in the file.
