@@ -1,8 +1,8 @@
 //! The run loop: events, interrupts, and blocks in between.
 
 use super::flags::{IF, TF};
-use super::{CR4_DE, Cpu, Exception, mode, vector};
-use crate::block::op::execute;
+use super::{CR4_DE, Cpu, Exception, Fault, mode, vector};
+use crate::block::op::{BlockPtr, execute};
 use crate::config::CpuConfig;
 use crate::exit::{Budget, DebugEvent, Exit, Watchpoint};
 use crate::handle::{INIT, INTERRUPT, KICK, NMI, SIPI};
@@ -90,17 +90,13 @@ impl Cpu {
 
     /// Executes blocks until one leaves. `single` executes one instruction only.
     fn run_slice(&mut self, allowed: u64, single: bool) -> Option<Exit> {
-        let first = match self.find_block(single) {
+        let first = match self.next_block(single) {
             Ok(block) => block,
-            Err(super::Fault) => {
+            Err(Fault) => {
                 self.stack_fault(false);
                 return self.deliver_pending();
             }
         };
-        #[cfg(feature = "native")]
-        if crate::block::native::is_due(&first) && !self.translate_block(first) {
-            return None;
-        }
         if u64::from(first.count) > allowed && !single {
             // Exact budgets: the block does not fit any more.
             return self.run_slice(1, true);
@@ -115,6 +111,18 @@ impl Cpu {
         if self.pending.is_some() { self.deliver_pending() } else { None }
     }
 
+    /// The block at RIP, translated when it is due.
+    fn next_block(&mut self, single: bool) -> Result<BlockPtr, Fault> {
+        let block = self.find_block(single)?;
+        #[cfg(feature = "native")]
+        if crate::block::native::is_due(&block) && !self.translate_block(block) {
+            // All blocks were dropped to make room, this one too. The run loop must not hear of it: an interrupt
+            // between STI and its next instruction would be one.
+            return self.next_block(single);
+        }
+        Ok(block)
+    }
+
     /// Executes one instruction with everything that can only happen around single instructions.
     fn run_alone(&mut self) -> Option<Exit> {
         if let hits @ 1.. = self.instruction_breakpoints() {
@@ -126,7 +134,8 @@ impl Cpu {
         }
         self.flags &= !super::flags::RF;
         self.step = self.flags & TF != 0;
-        let shadow = std::mem::take(&mut self.shadow);
+        // It ends with this instruction, also when that faults.
+        self.shadow = false;
         self.traps_held = false;
         self.mode |= mode::SINGLE;
         self.blocks.set_mode(self.mode);
@@ -135,10 +144,6 @@ impl Cpu {
         self.restarting = self.restarting && self.executed == before;
         if self.executed == before {
             self.step = false;
-            if shadow && self.mp_state == MpState::Running && exit.is_none() {
-                // The instruction faulted: its handler runs without the shadow.
-                self.shadow = false;
-            }
         }
         self.update_mode();
         exit

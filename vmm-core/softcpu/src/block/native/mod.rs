@@ -201,3 +201,6 @@ impl Code {
         Ok(Self { arena, glue, start })
     }
 }
+
+#[cfg(test)]
+mod tests;
