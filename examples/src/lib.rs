@@ -14,6 +14,11 @@ while read -r m; do insmod \"/modules/$m\"; done </modules/order 2>/dev/null
 exec </dev/null >/dev/ttyS0 2>&1
 ";
 
+/// Switches off, without cards that may send meanwhile: see `tests/guest/rootfs/etc/rc`.
+const EPILOGUE: &str = "for d in /sys/class/net/eth*; do ip link set ${d##*/} down; done 2>/dev/null
+poweroff -f
+";
+
 /// A machine of 128 MiB that runs a shell script instead of booting a distribution, and then switches itself off.
 /// `images` holds the kernel and the initrd that `tests/guest/make-image` makes; `work` gets the script's initrd.
 pub fn script_guest(images: &Path, work: &Path, name: &str, script: &str) -> Result<VmConfig> {
@@ -28,7 +33,7 @@ pub fn script_guest(images: &Path, work: &Path, name: &str, script: &str) -> Res
 /// The kernel unpacks archives one over the other, so a script is added by appending an archive with one file.
 fn initrd_with_script(initrd: &Path, work: &Path, name: &str, script: &str) -> Result<PathBuf> {
     let path = work.join(format!("{name}.initrd"));
-    let script = format!("{PROLOGUE}{script}\npoweroff -f\n");
+    let script = format!("{PROLOGUE}{script}\n{EPILOGUE}");
     let mut archive = std::fs::read(initrd)
         .with_context(|| format!("Cannot read {}; make it with tests/guest/make-image", initrd.display()))?;
     archive.resize(archive.len().next_multiple_of(4), 0);
