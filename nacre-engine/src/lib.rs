@@ -5,6 +5,7 @@
 //! program that needs one layer only depends on that one.
 //!
 //! - [`switch_card`]: a machine's network card on a switch in the same process.
+//! - [`vhost_blk`]: a disk as a vhost-user-blk device, for machines of other processes.
 //!
 //! ```
 //! use nacre_engine::vmm_core::devices::virtio::net::NetOptions;
@@ -16,9 +17,10 @@
 //! # assert_eq!(card.device_type(), 1);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod switch_card;
+pub mod vhost_blk;
 
 pub use blockfmt;
 pub use cluster;

@@ -5,12 +5,15 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures as Protocol};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -41,6 +44,8 @@ pub struct Guest {
     file: File,
     /// Requests made available in each queue.
     pub available: [u16; 2],
+    /// The record of requests in flight, which outlives back-ends.
+    pub record: Option<(VhostUserInflight, File)>,
 }
 
 impl Guest {
@@ -50,7 +55,7 @@ impl Guest {
         let offset = FileOffset::new(file.try_clone().unwrap(), 0);
         let memory =
             GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY, Some(offset))]).unwrap();
-        Guest { memory, file, available: [0; 2] }
+        Guest { memory, file, available: [0; 2], record: None }
     }
 
     pub fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
@@ -105,11 +110,48 @@ impl Guest {
             self.put(at + 12, flags | more);
             self.put(at + 14, first + n as u16 + 1);
         }
-        let place = u64::from(self.available[queue] % QUEUE_SIZE);
-        self.put(base + AVAILABLE + 4 + place * 2, first);
+        self.submit_again(queue, slot);
+    }
+
+    /// Makes the request that is in a slot available once more.
+    pub fn submit_again(&mut self, queue: usize, slot: u16) {
+        let (base, place) = (queue as u64 * STRIDE, u64::from(self.available[queue] % QUEUE_SIZE));
+        self.put(base + AVAILABLE + 4 + place * 2, slot * 3);
         self.available[queue] = self.available[queue].wrapping_add(1);
         fence(Ordering::SeqCst);
         self.put(base + AVAILABLE + 2, self.available[queue]);
+    }
+
+    /// Says that a request was done, as a back-end does.
+    pub fn complete(&mut self, queue: usize, slot: u16) {
+        let (base, used) = (queue as u64 * STRIDE + USED, self.used(queue));
+        self.put(base + 4 + u64::from(used % QUEUE_SIZE) * 8, u32::from(slot * 3));
+        self.put(base + 2, used.wrapping_add(1));
+    }
+
+    /// The part of a queue in the record of requests in flight.
+    fn record_at(&self, queue: usize) -> (&File, u64) {
+        let (given, file) = self.record.as_ref().unwrap();
+        (file, given.mmap_size / u64::from(given.num_queues) * queue as u64)
+    }
+
+    /// Whether the record says that the request in a slot is in flight.
+    pub fn in_flight(&self, queue: usize, slot: u16) -> bool {
+        let (file, at) = self.record_at(queue);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at + 16 + u64::from(slot * 3) * 16).unwrap();
+        byte[0] == 1
+    }
+
+    /// Records requests of slots as in flight, in their order, and the used index.
+    pub fn put_in_flight(&self, queue: usize, slots: &[u16], used: u16) {
+        let (file, at) = self.record_at(queue);
+        for (counter, slot) in slots.iter().enumerate() {
+            let entry = at + 16 + u64::from(slot * 3) * 16;
+            file.write_all_at(&[1], entry).unwrap();
+            file.write_all_at(&(counter as u64 + 7).to_le_bytes(), entry + 8).unwrap();
+        }
+        file.write_all_at(&used.to_le_bytes(), at + 14).unwrap();
     }
 
     pub fn status(&self, queue: usize, slot: u16) -> u8 {
@@ -128,6 +170,38 @@ pub struct Driver {
 impl Driver {
     /// Connects and starts both queues where their used rings are. `slots`: memory is added as a slot.
     pub fn connect(socket: &Path, guest: &Guest, slots: bool) -> Self {
+        Self::start(socket, guest, slots, |_| {}, |queue| guest.used(queue))
+    }
+
+    /// Connects with the guest's record of requests in flight, which is made if there is none, and starts both queues as
+    /// if all that was made available had been taken.
+    pub fn connect_with_record(socket: &Path, guest: &mut Guest) -> Self {
+        let mut record = guest.record.take();
+        let prepare = |front: &mut Frontend| {
+            let (given, file) = record.get_or_insert_with(|| {
+                let wanted = VhostUserInflight::new(0, 0, 2, QUEUE_SIZE);
+                front.get_inflight_fd(&wanted).unwrap()
+            });
+            front.set_inflight_fd(given, file.as_raw_fd()).unwrap();
+        };
+        let driver = Self::start(socket, guest, false, prepare, |queue| guest.available[queue]);
+        guest.record = record;
+        driver
+    }
+
+    /// [`connect`](Self::connect) with a channel on which the back-end may send requests.
+    pub fn connect_with_channel(socket: &Path, guest: &Guest, channel: &dyn AsRawFd) -> Self {
+        let prepare = |front: &mut Frontend| front.set_backend_request_fd(channel).unwrap();
+        Self::start(socket, guest, false, prepare, |queue| guest.used(queue))
+    }
+
+    fn start(
+        socket: &Path,
+        guest: &Guest,
+        slots: bool,
+        prepare: impl FnOnce(&mut Frontend),
+        base: impl Fn(usize) -> u16,
+    ) -> Self {
         let mut front = Frontend::connect(socket, 2).unwrap();
         front.set_owner().unwrap();
         let features = front.get_features().unwrap();
@@ -136,7 +210,8 @@ impl Driver {
         let protocol = front.get_protocol_features().unwrap();
         let wanted = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
         assert!(protocol.contains(wanted));
-        front.set_protocol_features(wanted).unwrap();
+        let more = protocol & (Protocol::INFLIGHT_SHMFD | Protocol::BACKEND_REQ);
+        front.set_protocol_features(wanted | more).unwrap();
         assert_eq!(front.get_queue_num().unwrap(), 2);
         let host = guest.memory.get_host_address(GuestAddress(0)).unwrap() as u64;
         let region = VhostUserMemoryRegionInfo {
@@ -153,21 +228,22 @@ impl Driver {
             }
             false => assert!(front.set_mem_table(&[region]).unwrap().is_none()),
         }
+        prepare(&mut front);
         let (mut kicks, mut calls) = (Vec::new(), Vec::new());
         for queue in 0..2 {
-            let base = host + queue as u64 * STRIDE;
+            let place = host + queue as u64 * STRIDE;
             front.set_vring_num(queue, QUEUE_SIZE).unwrap();
             let rings = VringConfigData {
                 queue_max_size: QUEUE_SIZE,
                 queue_size: QUEUE_SIZE,
                 flags: 0,
-                desc_table_addr: base,
-                used_ring_addr: base + USED,
-                avail_ring_addr: base + AVAILABLE,
+                desc_table_addr: place,
+                used_ring_addr: place + USED,
+                avail_ring_addr: place + AVAILABLE,
                 log_addr: None,
             };
             front.set_vring_addr(queue, &rings).unwrap();
-            front.set_vring_base(queue, guest.used(queue)).unwrap();
+            front.set_vring_base(queue, base(queue)).unwrap();
             let (kick, call) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
             front.set_vring_call(queue, &call).unwrap();
             front.set_vring_kick(queue, &kick).unwrap();
@@ -176,6 +252,11 @@ impl Driver {
             calls.push(call);
         }
         Driver { front, kicks, calls }
+    }
+
+    /// Stops both queues and disconnects; returns the indices of the requests that would be taken next.
+    pub fn stop(self) -> [u32; 2] {
+        [0, 1].map(|queue| self.front.get_vring_base(queue).unwrap())
     }
 
     /// Executes a request and returns its status.

@@ -2,12 +2,12 @@
 
 use crate::jobs::{Jobs, lock};
 use crate::throttle::{GroupSpec, Groups};
-use crate::vhost;
 use anyhow::{Context, Result, bail};
 use blockfmt::disk::{RegistryStats, SnapshotNode, snapshot_tree};
 use blockfmt::job::{self, Migration, Mirror, MirrorMode};
 use blockfmt::nbd::{Export, ExportInfo, Server, Uri};
 use blockfmt::{CreateOptions, Disk, Format, LuksOptions, OpenOptions, OpenPolicy, Registry, Secret};
+use nacre_engine::vhost_blk;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ pub struct ExportSpec {
 /// One queue for each processor.
 fn default_queues() -> u16 {
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    u16::try_from(processors).unwrap_or(u16::MAX).min(vhost::MAX_QUEUES)
+    u16::try_from(processors).unwrap_or(u16::MAX).min(vhost_blk::MAX_QUEUES)
 }
 
 impl FromStr for ExportSpec {
@@ -217,7 +217,7 @@ impl Exported {
 pub struct Exports {
     server: Arc<Server>,
     disks: Arc<Mutex<BTreeMap<String, Exported>>>,
-    devices: Arc<Mutex<BTreeMap<String, vhost::Export>>>,
+    devices: Arc<Mutex<BTreeMap<String, vhost_blk::Export>>>,
     jobs: Arc<Jobs>,
     groups: Arc<Mutex<Groups>>,
     bases: Registry,
@@ -271,7 +271,7 @@ impl Exports {
             self.server.show_bitmap(&spec.name, &name, bitmap)?;
         }
         if let Some(socket) = &spec.vhost {
-            match vhost::Export::start(socket, disk.clone(), &spec.name, spec.readonly, spec.queues) {
+            match start_device(socket, spec, &disk) {
                 Ok(device) => drop(lock(&self.devices).insert(spec.name.clone(), device)),
                 Err(error) => {
                     self.server.remove_export(&spec.name)?;
@@ -302,9 +302,17 @@ impl Exports {
         disks.get(name).cloned().with_context(|| format!("There is no export {name:?}"))
     }
 
-    /// Changes the size of a disk; its clients learn of it when they connect again.
+    /// Changes the size of a disk. A virtual machine is told at once; NBD clients learn of it when they connect again.
     pub fn resize(&self, name: &str, size: u64) -> Result<()> {
-        Ok(self.disk(name)?.resize(size)?)
+        self.disk(name)?.resize(size)?;
+        self.tell_of_size(name);
+        Ok(())
+    }
+
+    fn tell_of_size(&self, name: &str) {
+        if let Some(device) = lock(&self.devices).get(name) {
+            device.config_changed();
+        }
     }
 
     /// Freezes several disks at one instant; each continues in a new image.
@@ -446,7 +454,9 @@ impl Exports {
         let exported = self.exported(&spec.name)?;
         let create = exported.create_options(Format::Qcow2)?;
         let number = exported.disk.find_layer(&spec.image)?;
-        exported.disk.roll_back(number, &spec.path, &create).context("Cannot roll back")
+        exported.disk.roll_back(number, &spec.path, &create).context("Cannot roll back")?;
+        self.tell_of_size(&spec.name);
+        Ok(())
     }
 
     /// The images of all disks, as trees.
@@ -491,6 +501,12 @@ impl Exports {
         let results: Vec<_> = self.list().iter().map(|export| self.remove(&export.name)).collect();
         results.into_iter().collect()
     }
+}
+
+/// Starts the vhost-user device of an export.
+fn start_device(socket: &Path, spec: &ExportSpec, disk: &Disk) -> Result<vhost_blk::Export> {
+    let device = vhost_blk::Device::new(disk.clone(), &spec.name, spec.readonly, spec.queues)?;
+    vhost_blk::Export::start(socket, device).with_context(|| format!("Cannot listen on {}", socket.display()))
 }
 
 /// Removes the image of a copy that failed.

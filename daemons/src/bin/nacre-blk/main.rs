@@ -4,7 +4,6 @@ mod api;
 mod exports;
 mod jobs;
 mod throttle;
-mod vhost;
 
 use anyhow::{Context, Result};
 use blockfmt::nbd::TlsServer;

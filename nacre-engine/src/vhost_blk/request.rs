@@ -1,11 +1,13 @@
 //! Requests of a block device (virtio 1.2, section 5.2.6).
-#![allow(unsafe_code, reason = "buffers in guest memory become segments of transfers")]
+#![expect(unsafe_code, reason = "buffers in guest memory become segments of transfers")]
 
-use blockfmt::{Disk, Gather, Scatter};
+use super::QUEUE_SIZE;
+use super::device::Device;
+use blockfmt::{Gather, Scatter};
 use libc::iovec;
-use std::ops::Deref;
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use std::sync::Arc;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -34,6 +36,51 @@ impl Limits {
     pub const RANGE_SECTORS: u32 = 1 << 21;
 }
 
+/// The descriptors of a request.
+pub struct Chain {
+    pub(super) memory: Arc<GuestMemoryMmap>,
+    pub(super) table: GuestAddress,
+    pub(super) size: u16,
+    pub(super) head: u16,
+}
+
+impl Chain {
+    /// Index of the first descriptor.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Calls `visit` for each buffer, until it returns `None`; `None` too when the chain is malformed.
+    fn visit(&self, mut visit: impl FnMut(&Descriptor) -> Option<()>) -> Option<()> {
+        let (mut table, mut count, mut index) = (self.table, self.size, self.head);
+        let (mut indirect, mut seen) = (false, 0);
+        loop {
+            let place = table.checked_add(u64::from(index) * size_of::<Descriptor>() as u64)?;
+            let descriptor: Descriptor = self.memory.read_obj(place).ok()?;
+            if descriptor.refers_to_indirect_table() {
+                let entries = descriptor.len() / size_of::<Descriptor>() as u32;
+                let whole = descriptor.len().is_multiple_of(size_of::<Descriptor>() as u32);
+                if indirect || descriptor.has_next() || !whole || !(1..=QUEUE_SIZE.into()).contains(&entries)
+                {
+                    return None;
+                }
+                (table, count, index, indirect) = (descriptor.addr(), entries as u16, 0, true);
+                seen = 0;
+                continue;
+            }
+            visit(&descriptor)?;
+            seen += 1;
+            if !descriptor.has_next() {
+                return Some(());
+            }
+            index = descriptor.next();
+            if index >= count || seen >= count {
+                return None;
+            }
+        }
+    }
+}
+
 /// The buffers of a request, in guest memory.
 #[derive(Default)]
 struct Buffers {
@@ -42,14 +89,11 @@ struct Buffers {
 }
 
 impl Buffers {
-    /// Finds the buffers of a chain; `None` if one is not in guest memory or they are too long.
-    fn collect<M>(memory: &GuestMemoryMmap, chain: DescriptorChain<M>) -> Option<Self>
-    where
-        M: Deref<Target = GuestMemoryMmap> + Clone,
-    {
+    /// Finds the buffers of a chain; `None` if it is malformed, one is not in guest memory or they are too long.
+    fn collect(chain: &Chain) -> Option<Self> {
         let mut buffers = Buffers::default();
         let mut total = 0usize;
-        for descriptor in chain {
+        chain.visit(|descriptor| {
             let len = descriptor.len() as usize;
             total = total.checked_add(len).filter(|total| *total <= MAX_DATA)?;
             let list = match descriptor.is_write_only() {
@@ -57,62 +101,37 @@ impl Buffers {
                 false if buffers.writable.is_empty() => &mut buffers.readable,
                 false => return None,
             };
-            for slice in memory.get_slices(descriptor.addr(), len) {
+            for slice in chain.memory.get_slices(descriptor.addr(), len) {
                 let slice = slice.ok()?;
                 list.push(iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
             }
-        }
+            Some(())
+        })?;
         Some(buffers)
     }
 }
 
-/// Executes a request and returns the number of bytes that were written to its buffers.
-pub fn execute<M>(
-    disk: &Disk,
-    serial: &[u8; 20],
-    read_only: bool,
-    write_through: bool,
-    chain: DescriptorChain<M>,
-) -> u32
-where
-    M: Deref<Target = GuestMemoryMmap> + Clone,
-{
-    // The mapping lives as long as this clone of the chain does.
-    let holder = chain.clone();
-    let Some(buffers) = Buffers::collect(holder.memory(), chain) else { return 0 };
-    // SAFETY: the segments are parts of the mapping that `holder` keeps, and no Rust reference to guest memory exists.
-    let (source, mut target) =
-        unsafe { (Gather::from_iovecs(&buffers.readable), Scatter::from_iovecs(&buffers.writable)) };
-    let Some(room) = target.len().checked_sub(1) else { return 0 };
-    let (status, written) = match source.len().checked_sub(HEADER) {
-        None => (IO_ERROR, 0),
-        Some(len) => {
-            let mut header = [0; HEADER];
-            source.slice(0, HEADER).copy_to(&mut header);
-            let request = Request { disk, serial, read_only, write_through };
-            request.run(&header, source.slice(HEADER, len), target.slice(0, room))
-        }
-    };
-    target.slice(room, 1).copy_from(&[status]);
-    written as u32 + 1
-}
+impl Device {
+    /// Executes a request and returns the number of bytes that were written to its buffers.
+    pub fn execute(&self, chain: &Chain) -> u32 {
+        let Some(buffers) = Buffers::collect(chain) else { return 0 };
+        // SAFETY: the segments are parts of the mapping that the chain keeps, and no Rust reference to guest memory
+        // exists.
+        let (source, mut target) =
+            unsafe { (Gather::from_iovecs(&buffers.readable), Scatter::from_iovecs(&buffers.writable)) };
+        let Some(room) = target.len().checked_sub(1) else { return 0 };
+        let (status, written) = match source.len().checked_sub(HEADER) {
+            None => (IO_ERROR, 0),
+            Some(len) => {
+                let mut header = [0; HEADER];
+                source.slice(0, HEADER).copy_to(&mut header);
+                self.run(&header, source.slice(HEADER, len), target.slice(0, room))
+            }
+        };
+        target.slice(room, 1).copy_from(&[status]);
+        written as u32 + 1
+    }
 
-struct Request<'a> {
-    disk: &'a Disk,
-    serial: &'a [u8; 20],
-    read_only: bool,
-    write_through: bool,
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
-}
-
-impl Request<'_> {
     /// Runs the request and returns its status and how much it wrote to `target`.
     fn run(&self, header: &[u8; HEADER], source: Gather<'_>, mut target: Scatter<'_>) -> (u8, usize) {
         let (kind, sector) = (u32_at(header, 0), u64_at(header, 8));
@@ -148,7 +167,7 @@ impl Request<'_> {
     /// The status of a change, which a driver that does not flush expects to be durable.
     fn settle(&self, result: blockfmt::Result<()>) -> u8 {
         match result {
-            Ok(()) if self.write_through => status(self.disk.flush()),
+            Ok(()) if self.write_through() => status(self.disk.flush()),
             result => status(result),
         }
     }
@@ -181,6 +200,14 @@ impl Request<'_> {
         }
         self.settle(Ok(()))
     }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }
 
 fn status(result: blockfmt::Result<()>) -> u8 {
