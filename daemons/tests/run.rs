@@ -2,14 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod certificates;
+
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+use certificates::{authority, certificate, client};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{Termios, tcgetattr};
@@ -353,6 +357,23 @@ impl Drop for Ended {
     }
 }
 
+/// A process that prints into a file of its name in `dir`, and takes commands on a socket of its own there.
+fn running(dir: &TempDir, name: &str, more: &[&str]) -> Ended {
+    let at = |name: String| dir.path().join(name);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nacre"));
+    command.args(["run", "--accel", "soft", "--console"]).arg(format!("file={}", at(name.into()).display()));
+    command.arg("--control").arg(at(format!("{name}.sock"))).args(more).stdin(Stdio::null());
+    Ended(command.spawn().unwrap())
+}
+
+/// A directory with an authority, and certificates of it for both ends.
+fn certificates(dir: &TempDir) -> PathBuf {
+    let ours = authority(dir.path().join("ours"));
+    certificate(&ours, &ours, "server", "2");
+    certificate(&ours, &ours, "client", "2");
+    ours
+}
+
 #[test]
 fn a_machine_is_saved_and_moved() {
     let dir = TempDir::new().unwrap();
@@ -360,17 +381,10 @@ fn a_machine_is_saved_and_moved() {
     let path = |name: &str| dir.path().join(name);
     let disk = path("disk");
     File::create(&disk).unwrap().set_len(1 << 20).unwrap();
-    // Each process prints into a file of its own, and takes commands on a socket of its own.
-    let run = |name: &str, origin: &[&std::ffi::OsStr]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nacre"));
-        command.args(["run", "--accel", "soft", "--disk"]);
-        command.arg(format!("path={},format=raw", disk.display()));
-        command.arg("--console").arg(format!("file={}", path(name).display()));
-        command.arg("--control").arg(path(&format!("{name}.sock"))).args(origin).stdin(Stdio::null());
-        Ended(command.spawn().unwrap())
-    };
+    let disk = format!("path={},format=raw", disk.display());
+    let run = |name: &str, origin: &[&str]| running(&dir, name, &[&["--disk", &disk], origin].concat());
     let control = |name: &str| path(&format!("{name}.sock"));
-    let first = run("first", &["--kernel".as_ref(), kernel.as_ref()]);
+    let first = run("first", &["--kernel", kernel.to_str().unwrap()]);
     more_dots(&path("first"), 3);
 
     // Paused it prints nothing, and goes on.
@@ -389,12 +403,12 @@ fn a_machine_is_saved_and_moved() {
     let output = vm(&control("first"), &["snapshot", saved.to_str().unwrap(), "--then", "stop"]);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(first.status(), Some(6));
-    let second = run("second", &["--restore".as_ref(), saved.as_ref()]);
+    let second = run("second", &["--restore", saved.to_str().unwrap()]);
     more_dots(&path("second"), 3);
 
     // To another process.
     let address = format!("unix:{}", path("move").display());
-    let third = run("third", &["--incoming".as_ref(), address.as_ref()]);
+    let third = run("third", &["--incoming", &address]);
     while !path("move").exists() {
         std::thread::yield_now();
     }
@@ -411,10 +425,101 @@ fn a_machine_is_saved_and_moved() {
     assert!(!path("move").exists() && !control("third").exists());
 
     // A process that waits for a machine can be ended.
-    let waiting = run("fourth", &["--incoming".as_ref(), address.as_ref()]);
+    let waiting = run("fourth", &["--incoming", &address]);
     while !path("move").exists() {
         std::thread::yield_now();
     }
     kill(Pid::from_raw(waiting.0.id() as i32), Signal::SIGTERM).unwrap();
     assert_eq!(waiting.status(), Some(6));
+}
+
+#[test]
+fn a_machine_moves_over_tls_between_those_who_have_certificates_only() {
+    let dir = TempDir::new().unwrap();
+    let kernel = dots(&dir);
+    let path = |name: &str| dir.path().join(name);
+    let (ours, others) = (certificates(&dir), authority(path("others")));
+    let (nobody, stranger) = (client(path("nobody"), &ours), client(path("stranger"), &ours));
+    certificate(&others, &stranger, "client", "2");
+    let wary = client(path("wary"), &others);
+    certificate(&ours, &wary, "client", "2");
+
+    // Another program could take the port before the target does; it does not, in practice.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("tcp:localhost:{port}");
+    let source = running(&dir, "source", &["--kernel", kernel.to_str().unwrap()]);
+    more_dots(&path("source"), 3);
+    let target =
+        running(&dir, "target", &["--incoming", &address, "--tls-certificates", ours.to_str().unwrap()]);
+
+    // Who says nothing, or does not speak TLS, is not taken for the source.
+    let silent = loop {
+        if let Ok(stream) = TcpStream::connect(("localhost", port)) {
+            break stream;
+        }
+        std::thread::yield_now();
+    };
+    let mut plain = TcpStream::connect(("localhost", port)).unwrap();
+    plain.write_all(b"NACREVM\n\x01\0\0\0\0\0\0\0").unwrap();
+    drop(silent);
+    let migrate = |more: &[&str]| vm(&path("source.sock"), &[&["migrate", &address], more].concat());
+    let with = |certificates: &Path| migrate(&["--tls-certificates", certificates.to_str().unwrap()]);
+    refused(&migrate(&[]), &[]);
+    refused(&with(&nobody), &["CertificateRequired"]);
+    refused(&with(&stranger), &["UnknownCA"]);
+    refused(&with(&wary), &["certificates", "UnknownIssuer"]);
+    let unix = ["migrate", "unix:x", "--tls-certificates", "pki"];
+    refused(&vm(&path("source.sock"), &unix), &[]);
+    // All of that leaves the machine where it was.
+    let dots = more_dots(&path("source"), 0);
+    more_dots(&path("source"), dots);
+
+    let output = with(&ours);
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    assert!(output.status.success() && text.contains("\"confirmed\":true"), "{output:?}");
+    assert_eq!(source.status(), Some(7));
+    more_dots(&path("target"), 3);
+    assert!(vm(&path("target.sock"), &["stop"]).status.success());
+    assert_eq!(target.status(), Some(6));
+}
+
+#[test]
+fn a_connection_over_tls_that_breaks_leaves_the_machine_where_it_is() {
+    let dir = TempDir::new().unwrap();
+    let kernel = dots(&dir);
+    let path = |name: &str| dir.path().join(name);
+    let ours = certificates(&dir);
+    let certificates = ours.to_str().unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("tcp:localhost:{port}");
+    // Between the two, and gone in the middle of the memory.
+    let middle = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _source = running(&dir, "source", &["--kernel", kernel.to_str().unwrap()]);
+    more_dots(&path("source"), 3);
+    let target = running(&dir, "target", &["--incoming", &address, "--tls-certificates", certificates]);
+    let through = format!("tcp:localhost:{}", middle.local_addr().unwrap().port());
+    let cut = std::thread::spawn(move || {
+        let (mut near, _) = middle.accept().unwrap();
+        let mut far = loop {
+            if let Ok(stream) = TcpStream::connect(("localhost", port)) {
+                break stream;
+            }
+            std::thread::yield_now();
+        };
+        let (mut back, mut there) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+        let answers = std::thread::spawn(move || std::io::copy(&mut back, &mut there));
+        let sent = std::io::copy(&mut (&mut near).take(16 << 10), &mut far).unwrap();
+        for stream in [&near, &far] {
+            stream.shutdown(std::net::Shutdown::Both).unwrap();
+        }
+        // It ends with the connections.
+        let _ = answers.join().unwrap();
+        sent
+    });
+    refused(&vm(&path("source.sock"), &["migrate", &through, "--tls-certificates", certificates]), &[]);
+    assert_eq!(cut.join().unwrap(), 16 << 10);
+    // The one has failed, the other goes on.
+    assert_eq!(target.status(), Some(1));
+    let dots = more_dots(&path("source"), 0);
+    more_dots(&path("source"), dots);
 }

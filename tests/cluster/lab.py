@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socketserver
+import struct
 import subprocess
 import tempfile
 import threading
@@ -11,7 +12,8 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(os.path.dirname(HERE))
-IO, DOG = 1, 6  # seconds: a dead-time of 14 s
+IO, DOG = 1, 6  # seconds
+DEAD = 8 * IO + DOG
 WAIT = 600  # seconds: how long anything may take on a busy machine
 
 
@@ -46,6 +48,8 @@ class Lab:
         self.dir = tempfile.mkdtemp(prefix="nacre-lab-", dir="/dev/shm")
         self.tag = f"ncl{os.getpid()}"
         self.hosts, self.etcds, self.others, self.spaces = {}, {}, [], []
+        # Of each host's wall clock, from when on it was wrong by how many seconds.
+        self.clocks = {1: [], 2: [], 3: []}
         self.fence_works = True
         shutil.copy(os.path.join(HERE, "fence"), self.dir)
 
@@ -59,6 +63,10 @@ class Lab:
             f.write(f"#!/bin/sh\nexec cat >> {self.path('alarms')}\n")
         os.chmod(self.path("alarm"), 0o755)
         open(self.path("alarms"), "w").close()
+        run("cc", "-shared", "-fPIC", "-O1", "-Wall", "-o", self.path("wrong_clock.so"),
+            os.path.join(HERE, "wrong_clock.c"))
+        for n in (1, 2, 3):
+            self.set_clock(n, 0)
         self.hub = f"{self.tag}h"
         self.netns(self.hub)
         self.ip(self.hub, "link", "add", "br0", "type", "bridge")
@@ -73,6 +81,7 @@ class Lab:
             self.ip(self.ns(n), "link", "set", f"{self.tag}e{n}", "name", "eth0")
             self.ip(self.ns(n), "link", "set", "eth0", "up")
             self.ip(self.ns(n), "address", "add", f"10.77.0.{n}/24", "dev", "eth0")
+        self.make_certificates()
         for n in (1, 2, 3):
             self.start_etcd(n)
         self.make_storage()
@@ -133,6 +142,23 @@ class Lab:
              "--initial-cluster", members, "--initial-cluster-state", "existing" if old else "new"],
             stdout=log, stderr=log)
 
+    def make_certificates(self):
+        """Of one authority for each host, as server of its address and as client."""
+        def openssl(*command):
+            run("openssl", *command, cwd=self.dir, stderr=subprocess.DEVNULL)
+
+        key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+        openssl("req", *key, "-x509", "-days", "2", "-subj", "/CN=lab", "-keyout", "ca-key.pem", "-out", "ca-cert.pem")
+        for n in (1, 2, 3):
+            os.mkdir(self.path(f"pki{n}"))
+            shutil.copy(self.path("ca-cert.pem"), self.path(f"pki{n}"))
+            for end in ("server", "client"):
+                file = f"pki{n}/{end}"
+                openssl("req", *key, "-subj", f"/CN=host-{n}", "-addext", f"subjectAltName=IP:10.77.0.{n}",
+                        "-keyout", f"{file}-key.pem", "-out", f"{file}-request.pem")
+                openssl("x509", "-req", "-in", f"{file}-request.pem", "-copy_extensions", "copy", "-days", "2",
+                        "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-out", f"{file}-cert.pem")
+
     def make_storage(self):
         """Leases on a file behind nbdkit, so that the volume can be made to hang; the disks are plain files."""
         area = self.path("leases.raw")
@@ -175,7 +201,7 @@ class Lab:
             "host": n, "name": f"host-{n}", "hosts": hosts,
             "links": [{"local": f"10.77.0.{n}:7400", "group": "239.77.0.1:7401"}],
             "key": self.path("key"), "state": self.path(f"state{n}"), "socket": self.path(f"api{n}"),
-            "migration": {"port": 7600},
+            "migration": {"port": 7600, "certificates": self.path(f"pki{n}")},
             "store": {"etcd": {"endpoints": [f"http://10.77.0.{100 + i}:2379" for i in (1, 2, 3)],
                                "prefix": "/lab"}},
             "volumes": [{"path": self.path("shared", "leases"), "space": "lab"}],
@@ -206,6 +232,7 @@ class Lab:
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.ns(n), "unshare", "--pid", "--fork", "--kill-child", "--mount-proc",
              os.path.join(HERE, "supervisor"), str(DOG), self.path(f"dog{n}"),
+             "env", f"LD_PRELOAD={self.path('wrong_clock.so')}", f"NACRE_TEST_CLOCK={self.path(f'clock{n}')}",
              f"{self.bin}/nacre-node", "--config", config, "--nacre", f"{self.bin}/nacre"],
             stdout=log, stderr=log, start_new_session=True)
         self.hosts[n] = process
@@ -222,8 +249,32 @@ class Lab:
                     return pid
         raise AssertionError(f"host {n} has no agent")
 
-    def link(self, n, state):
-        self.ip(self.hub, "link", "set", f"{self.tag}v{n}", state)
+    def link(self, n, way):
+        """What goes through a host's link: everything (`both`), nothing (`none`), only what it sends (`out`), or only what
+        the others send to it (`in`)."""
+        self.ip(self.hub, "link", "set", f"{self.tag}v{n}", "down" if way == "none" else "up")
+        for ns, port, cut in ((self.ns(n), "eth0", way == "in"), (self.hub, f"{self.tag}v{n}", way == "out")):
+            if cut:
+                # A queue of one byte, into which no packet fits.
+                run("tc", "-n", ns, "qdisc", "replace", "dev", port, "root", "bfifo", "limit", "1")
+            elif way == "both":
+                # There is none to delete where nothing was cut.
+                subprocess.run(["tc", "-n", ns, "qdisc", "delete", "dev", port, "root"], stderr=subprocess.DEVNULL)
+
+    def set_clock(self, n, offset):
+        """The wall clock of a host goes wrong by this many seconds. Its monotonic clock does not see it."""
+        with open(self.path(f"clock{n}"), "r+b" if self.clocks[n] else "wb") as f:
+            f.write(struct.pack("=q", offset))
+        self.clocks[n].append((time.time(), offset))
+
+    def true_time(self, n, told):
+        """When a host wrote an event, in seconds by the test's clock."""
+        until_ = time.time()
+        for since, offset in reversed(self.clocks[n]):
+            if since <= told / 1000 - offset <= until_:
+                return told / 1000 - offset
+            until_ = since
+        raise AssertionError(f"host {n} told the time {told}, but its clock was wrong by {self.clocks[n]}")
 
     def ask(self, n, *command):
         """Runs `nacre cluster`; None when no agent answers."""

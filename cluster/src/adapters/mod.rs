@@ -16,7 +16,7 @@ pub use clock::Clock;
 pub use disk::{DiskError, LeaseDisk, LeaseVolume};
 pub use fence_agent::{AgentError, FenceAgent};
 pub use journal::{Action, ActionRunner, Event, Journal, JournalError, Rule, Severity};
-pub use locks::{LockEvent, LockManager, LockManagerConfig, LockStatus};
+pub use locks::{LockManager, LockManagerConfig, LockStatus};
 pub use udp::{Links, NetError};
 pub use volume_io::{VolumeIo, VolumeReply, VolumeRequest};
 pub use watchdog::{Watchdog, WatchdogError};

@@ -102,14 +102,19 @@ pub struct RemoteConfig {
     pub certificates: PathBuf,
 }
 
-/// Moves of VMs between hosts. Their memory crosses the network neither encrypted nor authenticated: the first link of
-/// the hosts must be one that only they use.
+/// Moves of VMs between hosts. Without certificates their memory crosses the network neither encrypted nor
+/// authenticated: the first link of the hosts must be one that only they use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MigrationConfig {
     /// The first of a thousand TCP ports at each host's first address; a VM has the port of its number. The same on
     /// every host.
     pub port: u16,
+    /// A directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`, `client-cert.pem` and `client-key.pem`: then
+    /// VMs move over TLS, between hosts that both have a certificate of that authority. The server's names the host's
+    /// first address. On every host, or on none.
+    #[serde(default)]
+    pub certificates: Option<PathBuf>,
     /// Bytes a second at most for each VM while its guest runs.
     #[serde(default)]
     pub bandwidth: Option<u64>,

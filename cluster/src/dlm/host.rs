@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::master::{Owner, Resource, Tell};
 use super::{
-    Body, DlmInput, DlmOutput, LockId, Message, Mode, NAME_MAX, Told, VALUE_SIZE, Value, View, Wish,
+    Body, DlmInput, DlmOutput, LockEvent, LockId, Message, Mode, NAME_MAX, Told, VALUE_SIZE, Value, View,
+    Wish,
 };
 use crate::mutants::{self, Mutant};
 use crate::types::HostId;
@@ -112,7 +113,7 @@ impl Dlm {
         self.mastered.keys().map(String::as_str)
     }
 
-    /// Asks for a new lock; [`DlmOutput::Granted`] tells when it is there.
+    /// Asks for a new lock; [`LockEvent::Granted`] tells when it is there.
     ///
     /// # Errors
     /// The name is empty or too long, or the host is not a member.
@@ -147,7 +148,7 @@ impl Dlm {
         self.change(id, value, |value| Wish::Mode { mode, value }, out)
     }
 
-    /// Gives a lock back; stop using it first. [`DlmOutput::Released`] tells when it is gone.
+    /// Gives a lock back; stop using it first. [`LockEvent::Released`] tells when it is gone.
     ///
     /// # Errors
     /// There is no such lock, it is being changed, or the value is too long.
@@ -364,17 +365,17 @@ impl Dlm {
             Tell::Granted(_, mode, value) => {
                 (lock.granted, lock.wish, lock.asked) = (Some(mode), None, None);
                 lock.value = value.clone();
-                out.push(DlmOutput::Granted { id, mode, value });
+                out.push(DlmOutput::Event(LockEvent::Granted { id, mode, value }));
             }
             Tell::Deadlock(_) => {
                 (lock.wish, lock.asked) = (None, None);
-                out.push(DlmOutput::Deadlock(id));
+                out.push(DlmOutput::Event(LockEvent::Deadlock(id)));
             }
             Tell::Released(_) => {
                 self.locks.remove(&id);
-                out.push(DlmOutput::Released(id));
+                out.push(DlmOutput::Event(LockEvent::Released(id)));
             }
-            Tell::Blocking(_, mode) => out.push(DlmOutput::Blocking { id, mode }),
+            Tell::Blocking(_, mode) => out.push(DlmOutput::Event(LockEvent::Blocking { id, mode })),
         }
     }
 
@@ -391,7 +392,7 @@ impl Dlm {
             self.mastered.clear();
             self.recovery = None;
             for id in core::mem::take(&mut self.locks).into_keys() {
-                out.push(DlmOutput::Released(id));
+                out.push(DlmOutput::Event(LockEvent::Released(id)));
             }
             return;
         }

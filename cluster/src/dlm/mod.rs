@@ -212,6 +212,13 @@ pub enum DlmInput {
 pub enum DlmOutput {
     /// Send a message.
     Send(HostId, Message),
+    /// Something became of a lock.
+    Event(LockEvent),
+}
+
+/// What became of a lock.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum LockEvent {
     /// The lock has this mode, and the value was this.
     Granted {
         /// The lock.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::host::Dlm;
-use super::{Body, DlmInput, DlmOutput, LockError, LockId, Message, Mode, View, Wish};
+use super::{Body, DlmInput, DlmOutput, LockError, LockEvent, LockId, Message, Mode, View, Wish};
 use crate::mutants::{self, Mutant};
 use crate::types::HostId;
 
@@ -72,7 +72,7 @@ impl World {
                 DlmOutput::Send(to, message) => {
                     self.queues.entry((host, usize::from(to.0) - 1)).or_default().push_back(message);
                 }
-                DlmOutput::Granted { id, mode, value } => {
+                DlmOutput::Event(LockEvent::Granted { id, mode, value }) => {
                     self.grants += 1;
                     let name = self.name(host, id);
                     let told = self.told.entry(name).or_default();
@@ -85,7 +85,7 @@ impl World {
                         *told = value.version.max(*told);
                     }
                 }
-                DlmOutput::Deadlock(_) | DlmOutput::Released(_) | DlmOutput::Blocking { .. } => {}
+                DlmOutput::Event(_) => {}
             }
         }
         self.check();
@@ -326,7 +326,9 @@ fn mistakes_are_errors_and_strangers_are_ignored() {
     assert_eq!(dlm.lock("", Mode::Null, &mut out), Err(LockError::Name));
     assert_eq!(dlm.lock(&"x".repeat(256), Mode::Null, &mut out), Err(LockError::Name));
     let id = dlm.lock("a", Mode::Exclusive, &mut out).expect("it is a member");
-    assert!(out.iter().any(|o| matches!(o, DlmOutput::Granted { mode: Mode::Exclusive, .. })));
+    assert!(
+        out.iter().any(|o| matches!(o, DlmOutput::Event(LockEvent::Granted { mode: Mode::Exclusive, .. })))
+    );
     assert_eq!(dlm.convert(id, Mode::Null, Some(vec![0; 65]), &mut out), Err(LockError::Value));
     assert_eq!(dlm.convert(99, Mode::Null, None, &mut out), Err(LockError::Unknown));
     out.clear();

@@ -21,9 +21,9 @@
 //! that did not get it has let go of them. Otherwise the source stays paused and says so
 //! ([`MigrationError::Uncertain`]).
 //!
-//! The stream is neither encrypted nor authenticated: use a Unix socket, a network of its own, or a [`Channel`] of the
-//! embedder's that does both. A target trusts its own configuration only: the stream names no file, address or device of
-//! the host.
+//! The stream itself is neither encrypted nor authenticated: use a Unix socket, a network of its own, or a [`Channel`]
+//! that does both, such as TLS in a [`Layered`]. A target trusts its own configuration only: the stream names no file,
+//! address or device of the host.
 
 pub(crate) mod memory;
 pub mod record;
@@ -78,6 +78,46 @@ impl<C: Channel + ?Sized> Channel for Box<C> {
 
     fn is_local(&self) -> bool {
         (**self).is_local()
+    }
+}
+
+/// A channel whose bytes go through another stream on their way, such as one that encrypts them.
+#[derive(Debug)]
+pub struct Layered<S, C> {
+    stream: S,
+    below: C,
+}
+
+impl<S, C> Layered<S, C> {
+    /// Reads and writes through `stream`, which does so through the connection that `below` is another handle of.
+    pub fn new(stream: S, below: C) -> Self {
+        Self { stream, below }
+    }
+}
+
+impl<S: Read, C> Read for Layered<S, C> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(buffer)
+    }
+}
+
+impl<S: Write, C> Write for Layered<S, C> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+impl<S: Read + Write + Send, C: Channel> Channel for Layered<S, C> {
+    fn set_timeout(&mut self, limit: Duration) -> io::Result<()> {
+        self.below.set_timeout(limit)
+    }
+
+    fn is_local(&self) -> bool {
+        self.below.is_local()
     }
 }
 

@@ -204,7 +204,7 @@ impl<W: Write> StreamWriter<W> {
         Ok(())
     }
 
-    /// Writes a record.
+    /// Writes a record. All but memory is flushed: the other side may be waiting for it.
     ///
     /// # Errors
     /// Fails when the record is longer than the format allows, or the file or connection fails.
@@ -241,7 +241,11 @@ impl<W: Write> StreamWriter<W> {
             Record::Prepared => self.record(Kind::Prepared, |_| Ok(())),
             Record::Run => self.record(Kind::Run, |_| Ok(())),
             Record::Running => self.record(Kind::Running, |_| Ok(())),
+        }?;
+        if !matches!(record, Record::Pages { .. } | Record::Zeros(_)) {
+            self.out.flush()?;
         }
+        Ok(())
     }
 }
 
@@ -384,6 +388,17 @@ mod tests {
             if end {
                 return Ok(count);
             }
+        }
+    }
+
+    #[test]
+    fn what_the_other_side_waits_for_does_not_stay_in_a_buffer() {
+        let mut writer = StreamWriter::new(io::BufWriter::new(Vec::new())).unwrap();
+        for record in [Record::Zeros(vec![(0, PAGE_SIZE)]), Record::Ready, Record::Refused("no".into())] {
+            let waits = !matches!(record, Record::Zeros(_));
+            writer.write(&record).unwrap();
+            let written = writer.written();
+            assert_eq!(writer.get_mut().get_ref().len() as u64 == written, waits, "{record:?}");
         }
     }
 

@@ -10,16 +10,16 @@
 mod wire;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wire::{Hello, Receiving, Sending};
 
-use crate::dlm::{Dlm, DlmInput, DlmOutput, LockError, LockId, Message, Mode, Value, View};
+use crate::dlm::{Dlm, DlmInput, DlmOutput, LockError, LockEvent, LockId, Message, Mode, View};
 use crate::types::HostId;
 
 /// How long a peer may take to answer before the connection is opened anew.
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(100);
 /// Messages that go out together, and wait for one answer.
 const BATCH: usize = 256;
-/// Connections that have not proved who they are; more are refused.
+/// Connections that have not proved who they are; one more takes the place of the oldest.
 const STRANGERS: usize = 32;
 
 /// Where the lock managers are.
@@ -42,31 +42,6 @@ pub struct LockManagerConfig {
     pub key: Vec<u8>,
     /// Where the other hosts listen.
     pub peers: BTreeMap<HostId, SocketAddr>,
-}
-
-/// What became of a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LockEvent {
-    /// The lock has this mode, and the value was this.
-    Granted {
-        /// The lock.
-        id: LockId,
-        /// The mode.
-        mode: Mode,
-        /// The value block.
-        value: Value,
-    },
-    /// The conversion would have waited for ever; the lock keeps its mode.
-    Deadlock(LockId),
-    /// The lock is gone.
-    Released(LockId),
-    /// The lock is in the way of somebody who wants this mode; give it up or convert it down when convenient.
-    Blocking {
-        /// The lock.
-        id: LockId,
-        /// The mode that is wanted.
-        mode: Mode,
-    },
 }
 
 /// A lock of this host.
@@ -99,7 +74,8 @@ struct State {
     /// Open connections by number, to end them.
     connections: BTreeMap<u64, TcpStream>,
     last_connection: u64,
-    strangers: usize,
+    /// Those that have not proved who they are, the oldest first.
+    strangers: VecDeque<u64>,
     ended: bool,
 }
 
@@ -109,6 +85,35 @@ struct Shared {
     /// Something was put into an outbox, or the end has come.
     news: Condvar,
     events: Sender<LockEvent>,
+}
+
+/// A connection that is read from until a certain time, however slowly the other end sends.
+struct Patient<'a> {
+    stream: &'a TcpStream,
+    until: Option<Instant>,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(until) = self.until {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Patient<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
 }
 
 /// The lock manager of one host. Dropping it leaves all locks to the next view.
@@ -139,7 +144,7 @@ impl LockManager {
             arrived: BTreeMap::new(),
             connections: BTreeMap::new(),
             last_connection: 0,
-            strangers: 0,
+            strangers: VecDeque::new(),
             ended: false,
         };
         let (events, receiver) = channel();
@@ -254,7 +259,7 @@ impl Shared {
 
     fn carry_out(&self, state: &mut State, outputs: Vec<DlmOutput>) {
         for output in outputs {
-            let event = match output {
+            match output {
                 DlmOutput::Send(to, message) => {
                     // Numbers, strings and maps of them: this has a JSON form. A member without an address gets
                     // nothing, as if it were cut off.
@@ -263,15 +268,12 @@ impl Shared {
                     {
                         outbox.queue.push_back(bytes);
                     }
-                    continue;
                 }
-                DlmOutput::Granted { id, mode, value } => LockEvent::Granted { id, mode, value },
-                DlmOutput::Deadlock(id) => LockEvent::Deadlock(id),
-                DlmOutput::Released(id) => LockEvent::Released(id),
-                DlmOutput::Blocking { id, mode } => LockEvent::Blocking { id, mode },
-            };
-            // Whoever does not listen any more does not mind.
-            let _ = self.events.send(event);
+                DlmOutput::Event(event) => {
+                    // Whoever does not listen any more does not mind.
+                    let _ = self.events.send(event);
+                }
+            }
         }
         self.news.notify_all();
     }
@@ -375,15 +377,10 @@ impl Shared {
                     thread::sleep(PAUSE);
                     continue;
                 };
-                let mut state = self.lock();
-                if state.strangers == STRANGERS {
-                    // A peer tries again.
-                    continue;
-                }
-                state.strangers += 1;
-                drop(state);
+                // Without a descriptor for it, it has to try again.
+                let Ok(Some(id)) = self.keep_stranger(&stream) else { continue };
                 scope.spawn(move || {
-                    if let Err(error) = self.serve(stream) {
+                    if let Err(error) = self.serve(id, &stream) {
                         tracing::debug!(%error, "Connection to the lock manager ended");
                     }
                 });
@@ -391,34 +388,46 @@ impl Shared {
         });
     }
 
-    fn serve(&self, stream: TcpStream) -> io::Result<()> {
-        let opened = self.admit(&stream);
-        self.lock().strangers -= 1;
-        let Some((id, receiving, hello)) = opened? else { return Ok(()) };
-        let result = self.receive_from(receiving, &hello);
+    /// Keeps a connection whose other end has not proved who it is.
+    fn keep_stranger(&self, stream: &TcpStream) -> io::Result<Option<u64>> {
+        let Some(id) = self.keep(stream)? else { return Ok(None) };
+        let mut state = self.lock();
+        state.strangers.push_back(id);
+        if state.strangers.len() > STRANGERS
+            && let Some(oldest) = state.strangers.pop_front()
+            && let Some(connection) = state.connections.get(&oldest)
+        {
+            // It may have ended already. A peer tries again.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        Ok(Some(id))
+    }
+
+    fn serve(&self, id: u64, stream: &TcpStream) -> io::Result<()> {
+        let admitted = self.admit(stream);
+        self.lock().strangers.retain(|stranger| *stranger != id);
+        let result = admitted.and_then(|admitted| match admitted {
+            Some((receiving, hello)) => self.receive_from(receiving, &hello),
+            None => Ok(()),
+        });
         self.lock().connections.remove(&id);
         result
     }
 
     /// Lets in whoever knows the key and is a peer.
-    fn admit<'a>(&self, stream: &'a TcpStream) -> io::Result<Option<(u64, Receiving<&'a TcpStream>, Hello)>> {
+    fn admit<'a>(&self, stream: &'a TcpStream) -> io::Result<Option<(Receiving<Patient<'a>>, Hello)>> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        let Some(id) = self.keep(stream)? else { return Ok(None) };
-        let opened = Receiving::accept(stream, &self.config.key).and_then(|(receiving, hello)| {
-            let known = hello.to == self.config.host && self.config.peers.contains_key(&hello.from);
-            // It has nothing to say for as long as it likes.
-            stream.set_read_timeout(None)?;
-            Ok(known.then_some((id, receiving, hello)))
-        });
-        if !matches!(opened, Ok(Some(_))) {
-            self.lock().connections.remove(&id);
-        }
-        opened
+        let until = Some(Instant::now() + PATIENCE);
+        let (mut receiving, hello) = Receiving::accept(Patient { stream, until }, &self.config.key)?;
+        // It has nothing to say for as long as it likes.
+        receiving.get_mut().until = None;
+        stream.set_read_timeout(None)?;
+        let known = hello.to == self.config.host && self.config.peers.contains_key(&hello.from);
+        Ok(known.then_some((receiving, hello)))
     }
 
-    fn receive_from(&self, mut receiving: Receiving<&TcpStream>, hello: &Hello) -> io::Result<()> {
+    fn receive_from(&self, mut receiving: Receiving<Patient<'_>>, hello: &Hello) -> io::Result<()> {
         let Hello { from, stream, first, .. } = *hello;
         let last = {
             let mut state = self.lock();

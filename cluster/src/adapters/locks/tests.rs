@@ -1,9 +1,9 @@
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
+use crate::dlm::Value;
 
 struct Host {
     manager: LockManager,
@@ -162,4 +162,33 @@ fn strangers_are_sent_away() {
         assert_eq!(answer, b"");
     }
     hosts[0].acquire("a", Mode::Exclusive);
+}
+
+#[test]
+fn strangers_who_say_nothing_make_way_for_others() {
+    let hosts = cluster(4, 2);
+    // Afterwards the hosts are no strangers to each other.
+    let (id, _) = hosts[0].acquire("a", Mode::Exclusive);
+    hosts[0].release(id, None);
+    let address = hosts[0].manager.address();
+    let mut strangers: Vec<TcpStream> =
+        (0..=STRANGERS).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let newest = strangers.pop().unwrap();
+    // The first of them is sent away when there is one too many.
+    assert_eq!(strangers[0].read(&mut [0]).unwrap_or_default(), 0);
+    newest.set_nonblocking(true).unwrap();
+    assert_eq!(newest.peek(&mut [0]).map_err(|e| e.kind()), Err(io::ErrorKind::WouldBlock));
+    hosts[0].acquire("a", Mode::Exclusive);
+}
+
+#[test]
+fn who_sends_slowly_does_not_gain_time() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    sender.write_all(b"ab").unwrap();
+    let mut patient = Patient { stream: &stream, until: None };
+    assert_eq!(patient.read(&mut [0]).unwrap(), 1);
+    patient.until = Some(Instant::now());
+    assert_eq!(patient.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::TimedOut);
 }

@@ -4,12 +4,15 @@
 //!
 //! | from | bytes | what |
 //! |---|---|---|
-//! | sender | 4, 2, 2, 8, 8, 16 | `NLM1`, own host, receiver's host, stream, first number, nonce |
+//! | sender | 4, 2, 2, 8, 8, 16 | `NLM2`, own host, receiver's host, stream, first number, nonce |
 //! | receiver | 16 | nonce |
 //! | sender | 32 | proof: MAC of all of the above |
 //! | receiver | 8, 32 | number of the last message that it has of this stream, MAC |
-//! | sender | 4, 8, n, 32 | length n with the top bit set if an answer is wanted, number, JSON message, MAC |
+//! | sender | 4, 8, n, 32 | length n and flags, number, part of a JSON message, MAC |
 //! | receiver | 8, 32 | number of the last message that it has, MAC |
+//!
+//! The top bit of the length is set if an answer is wanted, the next one if more parts of the message follow. A part is
+//! short, so that nobody without the key can make the receiver keep much.
 //!
 //! The MAC is HMAC-SHA256 with a key made of the shared one and both nonces, so nothing of one connection is worth
 //! anything on another; it covers the direction and how many were sent before. Messages are not encrypted.
@@ -22,12 +25,15 @@ use sha2::Sha256;
 
 use crate::types::HostId;
 
-const MAGIC: [u8; 4] = *b"NLM1";
+const MAGIC: [u8; 4] = *b"NLM2";
 const HELLO: usize = 4 + 2 + 2 + 8 + 8 + 16;
 const MAC: usize = 32;
 /// The longest message; a host with a million locks tells them all in one.
 const LONGEST: u32 = 256 << 20;
+/// The longest part of one.
+const PART: u32 = 64 << 10;
 const ANSWER: u32 = 1 << 31;
+const MORE: u32 = 1 << 30;
 
 type Nonce = [u8; 16];
 
@@ -142,16 +148,27 @@ impl<S: Read + Write> Sending<S> {
     pub fn send(&mut self, first: u64, messages: &[Vec<u8>]) -> io::Result<u64> {
         let mut bytes = Vec::new();
         for (at, message) in messages.iter().enumerate() {
-            let number = (first + at as u64).to_be_bytes();
-            let length = u32::try_from(message.len()).ok().filter(|n| *n <= LONGEST);
-            let mut head = length.ok_or_else(|| invalid("message too long"))?;
-            if at + 1 == messages.len() {
-                head |= ANSWER;
+            if message.len() > (LONGEST - PART) as usize {
+                return Err(invalid("message too long"));
             }
-            let head = head.to_be_bytes();
-            let mac = self.there.next(&[&head, &number, message]).finalize().into_bytes();
-            for part in [&head[..], &number, message, &mac] {
-                bytes.extend_from_slice(part);
+            let number = (first + at as u64).to_be_bytes();
+            let mut rest = message.as_slice();
+            loop {
+                let part = rest.split_off(..rest.len().min(PART as usize)).unwrap_or_default();
+                let mut head = part.len() as u32;
+                if !rest.is_empty() {
+                    head |= MORE;
+                } else if at + 1 == messages.len() {
+                    head |= ANSWER;
+                }
+                let head = head.to_be_bytes();
+                let mac = self.there.next(&[&head, &number, part]).finalize().into_bytes();
+                for piece in [&head[..], &number, part, &mac] {
+                    bytes.extend_from_slice(piece);
+                }
+                if rest.is_empty() {
+                    break;
+                }
             }
         }
         self.stream.write_all(&bytes)?;
@@ -204,22 +221,33 @@ impl<S: Read + Write> Receiving<S> {
 
     /// Waits for the next message.
     pub fn receive(&mut self) -> io::Result<Arrived> {
-        let head: [u8; 4] = array(&mut self.stream)?;
-        let number: [u8; 8] = array(&mut self.stream)?;
-        let (length, answer) = (u32::from_be_bytes(head) & !ANSWER, u32::from_be_bytes(head) & ANSWER != 0);
-        if length > LONGEST {
-            return Err(invalid("message too long"));
-        }
-        // Grows with what arrives, not with what is promised.
         let mut message = Vec::new();
-        (&mut self.stream).take(length.into()).read_to_end(&mut message)?;
-        if message.len() != length as usize {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+        loop {
+            let head: [u8; 4] = array(&mut self.stream)?;
+            let number: [u8; 8] = array(&mut self.stream)?;
+            let (length, flags) = (u32::from_be_bytes(head) & !(ANSWER | MORE), u32::from_be_bytes(head));
+            if length > PART || message.len() > (LONGEST - PART) as usize {
+                return Err(invalid("message too long"));
+            }
+            let start = message.len();
+            (&mut self.stream).take(length.into()).read_to_end(&mut message)?;
+            let part = &message[start..];
+            if part.len() != length as usize {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let seal: [u8; MAC] = array(&mut self.stream)?;
+            let mac = self.there.next(&[&head, &number, part]);
+            mac.verify_slice(&seal).map_err(|_| invalid("altered"))?;
+            if flags & MORE == 0 {
+                let answer = flags & ANSWER != 0;
+                return Ok(Arrived { number: u64::from_be_bytes(number), message, answer });
+            }
         }
-        let seal: [u8; MAC] = array(&mut self.stream)?;
-        let mac = self.there.next(&[&head, &number, &message]);
-        mac.verify_slice(&seal).map_err(|_| invalid("altered"))?;
-        Ok(Arrived { number: u64::from_be_bytes(number), message, answer })
+    }
+
+    /// What is read from.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.stream
     }
 }
 
@@ -304,5 +332,31 @@ mod tests {
     #[test]
     fn another_key_is_refused() {
         assert!(exchange(b"guess", |_, _| ())[0].is_err());
+    }
+
+    #[test]
+    fn a_long_message_comes_in_short_parts_and_a_long_part_is_refused_before_it_comes() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let long: Vec<u8> = (0..3 * PART + 7).map(|n| n as u8).collect();
+        let sent = long.clone();
+        let sender = thread::spawn(move || {
+            let (mut sending, _) = Sending::open(ours, b"secret", &HELLO)?;
+            sending.send(5, &[sent, b"short".to_vec()])
+        });
+        let (mut receiving, _) = Receiving::accept(&mut theirs, b"secret").unwrap();
+        receiving.answer(4).unwrap();
+        let both = [(); 2].map(|()| receiving.receive().unwrap());
+        assert!(both[0].message == long && !both[0].answer && both[0].number == 5);
+        assert!(both[1].message == b"short" && both[1].answer && both[1].number == 6);
+        receiving.answer(6).unwrap();
+        assert_eq!(sender.join().unwrap().unwrap(), 6);
+
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let (there, back) = seals(b"secret", &[0; super::HELLO], &[0; 16]);
+        let mut receiving = Receiving { stream: theirs, there, back };
+        ours.write_all(&(PART + 1).to_be_bytes()).unwrap();
+        ours.write_all(&[0; 8]).unwrap();
+        // Nothing else comes, and nothing else is waited for.
+        assert_eq!(receiving.receive().err().map(|e| e.kind()), Some(io::ErrorKind::InvalidData));
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,7 @@ pub struct Moves {
     me: HostId,
     port: u16,
     bandwidth: Option<u64>,
+    certificates: Option<PathBuf>,
 }
 
 impl Moves {
@@ -32,7 +33,13 @@ impl Moves {
     pub fn new(config: &AgentConfig) -> Option<Self> {
         let migration = config.migration.as_ref()?;
         let hosts = config.hosts.iter().filter_map(|h| Some((h.id, h.addresses.first()?.ip()))).collect();
-        Some(Self { hosts, me: config.host, port: migration.port, bandwidth: migration.bandwidth })
+        Some(Self {
+            hosts,
+            me: config.host,
+            port: migration.port,
+            bandwidth: migration.bandwidth,
+            certificates: migration.certificates.clone(),
+        })
     }
 
     fn address(&self, host: HostId, vm: VmId) -> Option<String> {
@@ -46,10 +53,21 @@ impl Moves {
         self.address(self.me, vm)
     }
 
+    /// The directory of what TLS needs, if VMs come and go encrypted.
+    pub fn certificates(&self) -> Option<&Path> {
+        self.certificates.as_deref()
+    }
+
     /// Sends the VM behind `control` to a host, where it stays paused, as it is here then, with its disks closed.
     pub fn send(&self, control: &Path, vm: VmId, to: HostId) -> Result<(), String> {
         let to = self.address(to, vm).ok_or("This host does not know where that one waits for VMs")?;
-        let request = json!({ "command": "migrate", "to": to, "park": true, "bandwidth": self.bandwidth });
+        let request = json!({
+            "command": "migrate",
+            "to": to,
+            "tls_certificates": self.certificates,
+            "park": true,
+            "bandwidth": self.bandwidth,
+        });
         let until = Instant::now() + PATIENCE;
         loop {
             let reply = ask(control, &request).map_err(|e| e.to_string())?;
@@ -99,7 +117,8 @@ mod tests {
     #[test]
     fn each_vm_has_a_port_on_each_host() {
         let hosts = [(1, "10.0.0.1"), (2, "fd00::2")].map(|(id, ip)| (HostId(id), ip.parse().unwrap()));
-        let moves = Moves { hosts: hosts.into(), me: HostId(1), port: 7500, bandwidth: None };
+        let moves =
+            Moves { hosts: hosts.into(), me: HostId(1), port: 7500, bandwidth: None, certificates: None };
         assert_eq!(moves.here(VmId(7)).as_deref(), Some("tcp:10.0.0.1:7507"));
         assert_eq!(moves.address(HostId(2), VmId(2001)).as_deref(), Some("tcp:[fd00::2]:7501"));
         assert_eq!(moves.address(HostId(3), VmId(1)), None);

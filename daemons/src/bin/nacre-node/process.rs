@@ -100,6 +100,9 @@ impl ProcessRunner {
         command.arg("--control").arg(file("control"));
         if let Some(address) = incoming {
             command.args(["--incoming", address]);
+            if let Some(directory) = self.moves.as_ref().and_then(Moves::certificates) {
+                command.arg("--tls-certificates").arg(directory);
+            }
         }
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
         let parent = nix::unistd::getpid();

@@ -20,7 +20,7 @@ contents of its disks.
 Examples:
   nacre vm vm.sock snapshot saved --then stop
   nacre vm vm.sock migrate unix:move.sock
-  nacre vm vm.sock migrate tcp:192.0.2.7:7500 --bandwidth 100000000
+  nacre vm vm.sock migrate tcp:192.0.2.7:7500 --tls-certificates pki --bandwidth 100000000
   nacre vm vm.sock status";
 
 /// Look after a running machine: save it, move it, pause it.
@@ -69,8 +69,12 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Migrate {
-    /// Where it waits: unix:PATH, or tcp:HOST:PORT on a network that only trusted programs use.
+    /// Where it waits: unix:PATH, or tcp:HOST:PORT, without TLS on a network that only trusted programs use.
     to: Address,
+    /// Over TLS: the directory has ca-cert.pem, client-cert.pem and client-key.pem, and HOST is in the certificate of the
+    /// other side.
+    #[arg(long, value_name = "DIRECTORY")]
+    tls_certificates: Option<PathBuf>,
     /// Bytes a second at most while the guest runs.
     #[arg(long, value_name = "BYTES")]
     bandwidth: Option<u64>,
@@ -115,13 +119,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
                 Then::Pause => "pause",
                 Then::Stop => "stop",
             };
-            // The machine's process may have another working directory.
-            let file = std::path::absolute(&file).context("Cannot tell the working directory")?;
+            let file = absolute(&file)?;
             json!({ "command": "snapshot", "file": file, "then": then })
         }
         Command::Migrate(migrate) => json!({
             "command": "migrate",
             "to": migrate.to.absolute()?.to_string(),
+            "tls_certificates": migrate.tls_certificates.as_deref().map(absolute).transpose()?,
             "bandwidth": migrate.bandwidth,
             "downtime": migrate.downtime,
             "rounds": migrate.rounds,
@@ -138,6 +142,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         println!("{reply}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The same for the machine's process, which may have another working directory.
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).context("Cannot tell the working directory")
 }
 
 fn ask(socket: &Path, request: &Value) -> anyhow::Result<Value> {

@@ -1,15 +1,17 @@
 //! Where a machine comes from or goes to while it runs.
 
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use blockfmt::nbd::{TlsClient, TlsServer};
 use serde::Deserialize;
-use vmm_core::migration::Channel;
+use vmm_core::migration::{Channel, Layered};
 
 /// How long a host may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -67,15 +69,26 @@ impl Address {
         })
     }
 
+    /// The host of an address over which TLS makes sense.
+    pub fn host(&self) -> anyhow::Result<&str> {
+        match self {
+            Self::Unix(_) => bail!("{self} does not leave this host; leave the certificates away"),
+            Self::Tcp(place) => {
+                let host = place.rsplit_once(':').map_or(place.as_str(), |(host, _)| host);
+                Ok(host.trim_matches(['[', ']']))
+            }
+        }
+    }
+
     /// Connects to who waits there.
-    pub fn connect(&self) -> anyhow::Result<Box<dyn Channel>> {
+    pub fn connect(&self) -> anyhow::Result<Socket> {
         let context = || format!("Nobody waits for a machine at {self}; start nacre run --incoming there");
         Ok(match self {
-            Self::Unix(path) => Box::new(UnixStream::connect(path).with_context(context)?),
+            Self::Unix(path) => Socket::Unix(UnixStream::connect(path).with_context(context)?),
             Self::Tcp(place) => {
                 let mut places = place.to_socket_addrs().with_context(context)?;
                 let place = places.next().with_context(context)?;
-                Box::new(TcpStream::connect_timeout(&place, PATIENCE).with_context(context)?)
+                Socket::Tcp(TcpStream::connect_timeout(&place, PATIENCE).with_context(context)?)
             }
         })
     }
@@ -93,6 +106,69 @@ impl Address {
     }
 }
 
+/// A connection as it came.
+pub enum Socket {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Socket {
+    /// Lets another thread end the connection.
+    pub fn hang_up(&self) -> std::io::Result<HangUp> {
+        // A connection that is gone already is what is wanted.
+        let both = std::net::Shutdown::Both;
+        Ok(match self {
+            Self::Unix(stream) => {
+                let other = stream.try_clone()?;
+                Box::new(move || drop(other.shutdown(both)))
+            }
+            Self::Tcp(stream) => {
+                let other = stream.try_clone()?;
+                Box::new(move || drop(other.shutdown(both)))
+            }
+        })
+    }
+
+    /// Uses it as it is.
+    pub fn plain(self) -> Box<dyn Channel> {
+        match self {
+            Self::Unix(stream) => Box::new(stream),
+            Self::Tcp(stream) => Box::new(stream),
+        }
+    }
+
+    /// Uses it as what waits for machines at an address with TLS. It may wait for the other side for ever.
+    pub fn accept(self, tls: &TlsServer) -> std::io::Result<Box<dyn Channel>> {
+        self.layered(|stream| tls.accept(stream))
+    }
+
+    /// Uses it as what connected to this host with TLS, with the certificates of a directory.
+    pub fn secure(self, host: &str, certificates: &Path) -> anyhow::Result<Box<dyn Channel>> {
+        let tls = TlsClient::from_directory(certificates)?;
+        let secured = self.layered(|mut stream| {
+            stream.set_timeout(PATIENCE)?;
+            tls.connect(stream, host)
+        });
+        secured.with_context(|| {
+            format!("There is no secure connection to {host}; look at the certificates on both sides")
+        })
+    }
+
+    fn layered<S: Read + Write + Send + 'static>(
+        self,
+        open: impl FnOnce(TcpStream) -> std::io::Result<S>,
+    ) -> std::io::Result<Box<dyn Channel>> {
+        match self {
+            // Whoever has the address asked it for its host.
+            Self::Unix(_) => Err(std::io::ErrorKind::Unsupported.into()),
+            Self::Tcp(stream) => {
+                let below = stream.try_clone()?;
+                Ok(Box::new(Layered::new(open(stream)?, below)))
+            }
+        }
+    }
+}
+
 /// Waits for one machine; dropping it removes its socket.
 pub enum Listener {
     Unix(UnixListener, PathBuf),
@@ -101,20 +177,10 @@ pub enum Listener {
 
 impl Listener {
     /// Takes a connection that has been announced.
-    pub fn accept(&self) -> std::io::Result<(Box<dyn Channel>, HangUp)> {
-        let both = std::net::Shutdown::Both;
+    pub fn accept(&self) -> std::io::Result<Socket> {
         Ok(match self {
-            Self::Unix(listener, _) => {
-                let (stream, _) = listener.accept()?;
-                let other = stream.try_clone()?;
-                // A connection that is gone already is what is wanted.
-                (Box::new(stream), Box::new(move || drop(other.shutdown(both))))
-            }
-            Self::Tcp(listener) => {
-                let (stream, _) = listener.accept()?;
-                let other = stream.try_clone()?;
-                (Box::new(stream), Box::new(move || drop(other.shutdown(both))))
-            }
+            Self::Unix(listener, _) => Socket::Unix(listener.accept()?.0),
+            Self::Tcp(listener) => Socket::Tcp(listener.accept()?.0),
         })
     }
 }

@@ -54,6 +54,8 @@ enum Then {
 #[serde(deny_unknown_fields)]
 struct Migrate {
     to: Address,
+    /// The directory of what TLS needs.
+    tls_certificates: Option<PathBuf>,
     /// Bytes a second.
     bandwidth: Option<u64>,
     /// Milliseconds.
@@ -198,10 +200,14 @@ fn run(line: &str, shared: &Shared) -> anyhow::Result<Value> {
             return Ok(json!({ "bytes": report.bytes, "paused_ms": millis(report.paused) }));
         }
         Command::Migrate(migrate) => {
-            let channel = match migrate.to.connect() {
-                Ok(channel) => channel,
+            let socket = match migrate.to.connect() {
+                Ok(socket) => socket,
                 // A program may want to try again.
                 Err(error) => return Ok(json!({ "error": daemons::describe(&error), "unreachable": true })),
+            };
+            let channel = match &migrate.tls_certificates {
+                None => socket.plain(),
+                Some(directory) => socket.secure(migrate.to.host()?, directory)?,
             };
             let monitor = Arc::new(Monitor::default());
             let mut current = lock(&shared.monitor);

@@ -10,7 +10,7 @@ use vmm_core::machine::{
 };
 
 use super::address::Address;
-use super::origin::Origin;
+use super::origin::{Incoming, Origin};
 use super::pairs::Pairs;
 
 const HELP: &str = "\
@@ -107,9 +107,13 @@ pub struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "incoming")]
     restore: Option<PathBuf>,
     /// Wait for a machine that `nacre vm migrate` sends to this address, instead of booting: unix:PATH, or
-    /// tcp:HOST:PORT on a network that only trusted programs use.
+    /// tcp:HOST:PORT, without TLS on a network that only trusted programs use.
     #[arg(long, value_name = "ADDRESS")]
     incoming: Option<Address>,
+    /// With --incoming: take the machine over TLS, from who has a certificate; the directory has ca-cert.pem,
+    /// server-cert.pem and server-key.pem.
+    #[arg(long, value_name = "DIRECTORY", requires = "incoming")]
+    tls_certificates: Option<PathBuf>,
     /// With --restore and --incoming: take a guest that may know processor features which are missing here.
     #[arg(long)]
     any_processor: bool,
@@ -166,7 +170,10 @@ impl Args {
         let options = RestoreOptions { check_processors: !self.any_processor, ..RestoreOptions::default() };
         match (&self.restore, &self.incoming) {
             (Some(file), _) => Origin::File(file.clone(), options),
-            (None, Some(address)) => Origin::Connection(address.clone(), options),
+            (None, Some(address)) => {
+                let certificates = self.tls_certificates.clone();
+                Origin::Connection(Incoming { address: address.clone(), certificates }, options)
+            }
             (None, None) => Origin::Boot,
         }
     }
