@@ -129,15 +129,9 @@ impl Loop {
         let mut rounds = 0u32;
         self.rebuild()?;
         while !self.control.stop.load(Ordering::Relaxed) {
-            if self.forwarder.refresh() {
-                self.rebuild()?;
-            }
-            self.answer();
-            self.round();
-            let (_, due) = self.forwarder.release();
+            let due = self.turn()?;
             rounds = rounds.saturating_add(1);
             if self.awake == 0 {
-                self.forwarder.notify();
                 self.sleep(due)?;
             } else if rounds >= ROUNDS_PER_EVENT_CHECK && self.awake < self.queues.len() {
                 rounds = 0;
@@ -146,6 +140,21 @@ impl Loop {
         }
         self.forwarder.notify();
         Ok(())
+    }
+
+    /// Serves every queue that is awake once. When none is any more, nothing is left to do and every peer knows what was
+    /// sent to it; the time returned is then that of a shaper's next packet.
+    fn turn(&mut self) -> std::io::Result<Option<Nanos>> {
+        if self.forwarder.refresh() {
+            self.rebuild()?;
+        }
+        self.answer();
+        self.round();
+        let (_, due) = self.forwarder.release();
+        if self.awake == 0 {
+            self.forwarder.notify();
+        }
+        Ok(due)
     }
 
     /// Sleeps until a queue has something to receive, or a shaper may have something to send.
@@ -248,5 +257,99 @@ fn wake(q: &mut Queue, awake: &mut usize) {
         q.asleep = false;
         q.idle = 0;
         *awake += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::RawFd;
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::packet::Burst;
+    use crate::port::Batch;
+    use crate::{PortConfig, Switch};
+
+    /// What is on a line, seen from its far end.
+    #[derive(Default)]
+    struct Line {
+        /// Frames for the switch.
+        waiting: AtomicUsize,
+        /// Frames that come right after the switch asked to be woken up, one each time.
+        late: AtomicUsize,
+        armed: AtomicBool,
+        received: AtomicUsize,
+        sent: AtomicUsize,
+        /// Of those sent, how many the far end was told of.
+        told: AtomicUsize,
+    }
+
+    struct LinePort(Arc<Line>);
+
+    impl Port for LinePort {
+        fn kind(&self) -> &'static str {
+            "line"
+        }
+
+        fn receive(&self, _queue: usize, burst: &mut Burst) {
+            let mut frame = [0xff; 60];
+            frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+            for _ in 0..self.0.waiting.swap(0, Ordering::Relaxed) {
+                burst.push_frame(&frame);
+                self.0.received.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+
+        fn transmit(&self, _queue: usize, batch: &Batch<'_>) -> usize {
+            self.0.sent.fetch_add(batch.len(), Ordering::Relaxed);
+            batch.len()
+        }
+
+        fn notify(&self, _queue: usize) {
+            self.0.told.store(self.0.sent.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+
+        fn ready_fd(&self, _queue: usize) -> Option<RawFd> {
+            None
+        }
+
+        fn arm(&self, _queue: usize, on: bool) -> bool {
+            self.0.armed.store(on, Ordering::Relaxed);
+            if on && self.0.late.load(Ordering::Relaxed) > 0 {
+                self.0.late.fetch_sub(1, Ordering::Relaxed);
+                self.0.waiting.fetch_add(1, Ordering::Relaxed);
+            }
+            on && self.0.waiting.load(Ordering::Relaxed) > 0
+        }
+    }
+
+    /// A frame that came between the last look at a queue and the request for a wake-up is not slept over, nor is the
+    /// notification of a peer.
+    #[test]
+    fn a_worker_goes_to_sleep_with_nothing_left_to_do() {
+        let s = Switch::builder().workers(0).build().unwrap();
+        let lines: Vec<_> = (0..2).map(|_| Arc::new(Line::default())).collect();
+        for (n, line) in lines.iter().enumerate() {
+            s.add_port(&n.to_string(), LinePort(line.clone()), PortConfig::default()).unwrap();
+        }
+        let control = Control {
+            stop: AtomicBool::new(false),
+            wake: EventFd::new().unwrap(),
+            requested: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+        };
+        let mut worker = Loop::new(s.shared.clone(), 0, Arc::new(control)).unwrap();
+        lines[0].late.store(3, Ordering::Relaxed);
+        worker.turn().unwrap();
+        for _ in 0..1000 {
+            if worker.awake == 0 {
+                break;
+            }
+            worker.turn().unwrap();
+        }
+        assert_eq!(worker.awake, 0);
+        assert_eq!(lines[0].received.load(Ordering::Relaxed), 3);
+        assert_eq!(lines[1].told.load(Ordering::Relaxed), 3);
+        assert!(lines.iter().all(|l| l.armed.load(Ordering::Relaxed)));
     }
 }
