@@ -57,7 +57,7 @@ impl Drop for Ended {
 }
 
 impl Testpmd {
-    /// Each device has a socket, and the word `server=1` if it is to make it.
+    /// Each device has a socket, and further words: `server=1` if it is to make it.
     fn start(dir: &Path, devices: [(&Path, &str); 2]) -> Self {
         let polling = POLLING.lock().unwrap_or_else(PoisonError::into_inner);
         let log = dir.join("testpmd.log");
@@ -68,12 +68,14 @@ impl Testpmd {
         c.arg(format!("--file-prefix=nacre-test-{}", std::process::id()));
         // What it leaves behind goes with the test.
         c.env("RUNTIME_DIRECTORY", dir);
-        for (n, (path, more)) in devices.into_iter().enumerate() {
+        for (n, (path, more)) in devices.iter().enumerate() {
             let path = path.display();
             c.arg(format!(
                 "--vdev=net_virtio_user{n},mac=02:00:00:00:00:0{n},path={path},queues={QUEUES},queue_size=256{more}"
             ));
         }
+        // It tells the layout of its rings.
+        c.arg("--log-level=pmd.net.virtio.init:info");
         c.args(["--", "-i", "--nb-cores=1", "--total-num-mbufs=4096", "--forward-mode=mac"]);
         c.args([format!("--rxq={QUEUES}"), format!("--txq={QUEUES}")]);
         c.args(["--eth-peer=0,02:00:00:00:00:01", "--eth-peer=1,02:00:00:00:00:00"]);
@@ -81,6 +83,17 @@ impl Testpmd {
         let process = c.spawn().unwrap();
         let mut t = Self { process: Ended(process), log, _polling: polling };
         t.expect("testpmd> ", 1);
+        let packed = devices.iter().filter(|(_, more)| more.contains("packed_vq=1")).count();
+        let said = ["Rx", "Tx"].map(|way| {
+            let text = t.text();
+            let lines = text.lines().filter(|l| l.contains("using packed ring") && l.contains(way));
+            let mut ports: Vec<_> =
+                lines.filter_map(|l| l.split(" on port ").nth(1)).map(str::trim).collect();
+            ports.sort_unstable();
+            ports.dedup();
+            ports.len()
+        });
+        assert_eq!(said, [packed; 2], "devices with packed rings: {}", t.text());
         t
     }
 
@@ -124,7 +137,8 @@ impl Testpmd {
 fn switch(sockets: [(&Path, StreamMode); 2]) -> Switch {
     let s = Switch::builder().workers(QUEUES).build().unwrap();
     for (n, (path, mode)) in sockets.into_iter().enumerate() {
-        let options = VhostUserOptions { queue_pairs: QUEUES, ..VhostUserOptions::new(path, mode) };
+        let options =
+            VhostUserOptions { queue_pairs: QUEUES, packed_rings: true, ..VhostUserOptions::new(path, mode) };
         let port = VhostUserPort::new(&options).unwrap();
         s.add_port(&format!("p{n}"), port, PortConfig::default()).unwrap();
     }
@@ -150,12 +164,12 @@ fn passes(s: &Switch, pmd: &Testpmd) {
 }
 
 /// Frames go from each device to the other and back for ever; one makes its socket, the other connects to the switch's.
-#[test]
-fn testpmd_uses_every_queue() {
+fn every_queue_is_used(features: [&str; 2]) {
     let dir = tempfile::tempdir().unwrap();
     let (served, connected) = (dir.path().join("served"), dir.path().join("connected"));
     let s = switch([(&served, StreamMode::Listen), (&connected, StreamMode::Connect)]);
-    let mut pmd = Testpmd::start(dir.path(), [(&served, ""), (&connected, ",server=1")]);
+    let server = format!("{},server=1", features[1]);
+    let mut pmd = Testpmd::start(dir.path(), [(&served, features[0]), (&connected, &server)]);
     pmd.say("start tx_first 2");
     passes(&s, &pmd);
     for device in 0..2 {
@@ -167,14 +181,33 @@ fn testpmd_uses_every_queue() {
     }
 }
 
+#[test]
+fn testpmd_uses_every_queue() {
+    every_queue_is_used(["", ""]);
+}
+
+#[test]
+fn testpmd_uses_every_packed_queue() {
+    every_queue_is_used([",packed_vq=1", ",packed_vq=1,mrg_rxbuf=0,in_order=0"]);
+    every_queue_is_used([",packed_vq=1,mrg_rxbuf=0", ",packed_vq=1,in_order=0"]);
+    every_queue_is_used(["", ",packed_vq=1"]);
+}
+
 /// Nothing but the rings tells the next switch where the last one stopped.
 #[test]
 fn testpmd_outlives_switches() {
+    for features in ["", ",packed_vq=1"] {
+        outlives_switches(features);
+    }
+}
+
+fn outlives_switches(features: &str) {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     let sockets = [(&*a, StreamMode::Connect), (&*b, StreamMode::Connect)];
     let mut s = switch(sockets);
-    let mut pmd = Testpmd::start(dir.path(), [(&a, ",server=1"), (&b, ",server=1")]);
+    let server = format!("{features},server=1");
+    let mut pmd = Testpmd::start(dir.path(), [(&a, &server), (&b, &server)]);
     pmd.say("start tx_first 2");
     for _ in 0..3 {
         passes(&s, &pmd);

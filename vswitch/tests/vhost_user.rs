@@ -1,187 +1,32 @@
-//! The vhost-user back-end against a small front-end: traffic, hostile rings, reconnection, migration.
+//! The vhost-user back-end against a small front-end: traffic, hostile rings, reconnection, migration. With rings of
+//! either layout where that makes a difference.
 #![expect(clippy::unwrap_used, reason = "a test ends where a step fails")]
 
 mod common;
+#[path = "common/vhost_guest.rs"]
+mod vhost_guest;
 
 use std::fs::File;
-use std::io::{IoSlice, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{drain, port, udp};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use vhost_guest::{
+    BUFFERS, Driver, GUEST, Guest, INDIRECT, MEMORY, NEXT, SIZE, USER, WRITE, device_part, driver_part,
+    packed_base, pair, ring,
+};
 use vswitch::{
-    Burst, Endpoint, Port, PortConfig, PortId, StreamMode, Switch, VhostUserOptions, VhostUserPort,
+    Burst, Endpoint, Offload, Port, PortConfig, PortId, StreamMode, Switch, VhostUserOptions, VhostUserPort,
 };
 
 const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 28 | 1 << 15;
+const PACKED: u64 = 1 << 34;
+/// The features with rings of each layout.
+const LAYOUTS: [u64; 2] = [FEATURES, FEATURES | PACKED];
 const LOG_ALL: u64 = 1 << 26;
-const PROTOCOL: u64 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 15 | 1 << 16;
-const SIZE: u64 = 64;
-/// Guest address of the memory; the front-end's own addresses are shifted, so that a mix-up shows.
-const GUEST: u64 = 0x10_0000;
-const USER: u64 = 0x7f00_0000_0000;
-const MEMORY: u64 = 0x10_0000;
-const BUFFERS: u64 = 0x1_0000;
-
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-
-/// A guest with one pair of queues; its memory is a file.
-struct Guest {
-    socket: UnixStream,
-    memory: File,
-    avail: [u16; 2],
-    used: [u16; 2],
-}
-
-impl Guest {
-    fn connect(path: &Path, features: u64, memory: Option<File>) -> Self {
-        let memory = memory.unwrap_or_else(|| {
-            let f = tempfile::tempfile().unwrap();
-            f.set_len(MEMORY).unwrap();
-            f
-        });
-        let socket = UnixStream::connect(path).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let mut g = Self { socket, memory, avail: [0; 2], used: [0; 2] };
-        let offered = g.ask(1, &[]);
-        assert_eq!(offered & features, features);
-        // A front-end may leave it at none.
-        if features != 0 {
-            g.send(2, &features.to_le_bytes(), &[]);
-        }
-        assert_eq!(g.ask(15, &[]) & PROTOCOL, PROTOCOL);
-        g.send(16, &PROTOCOL.to_le_bytes(), &[]);
-        g.send(3, &[], &[]);
-        let table: Vec<u8> = [1u64, GUEST, MEMORY, USER, 0].iter().flat_map(|v| v.to_le_bytes()).collect();
-        let fd = g.memory.as_raw_fd();
-        assert_eq!(g.ack(5, &table, &[fd]), 0);
-        for q in 0..2u32 {
-            let used = g.used_index(q);
-            (g.avail[q as usize], g.used[q as usize]) = (used, used);
-            g.send(8, &pair(q, SIZE as u32), &[]);
-            g.send(10, &pair(q, u32::from(used)), &[]);
-            let mut addr = pair(q, 0);
-            for part in [ring(q), ring(q) + 0x2000, ring(q) + 0x1000] {
-                addr.extend((USER + part).to_le_bytes());
-            }
-            addr.extend(0u64.to_le_bytes());
-            g.send(9, &addr, &[]);
-            let call = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-            g.send(13, &u64::from(q).to_le_bytes(), &[call.as_raw_fd()]);
-            let kick = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-            g.send(12, &u64::from(q).to_le_bytes(), &[kick.as_raw_fd()]);
-            assert_eq!(g.ack(18, &pair(q, 1), &[]), 0);
-        }
-        g
-    }
-
-    fn send(&mut self, code: u32, payload: &[u8], fds: &[RawFd]) {
-        self.send_flags(code, 1, payload, fds);
-    }
-
-    fn send_flags(&mut self, code: u32, flags: u32, payload: &[u8], fds: &[RawFd]) {
-        let mut m: Vec<u8> =
-            [code, flags, payload.len() as u32].iter().flat_map(|v| v.to_le_bytes()).collect();
-        m.extend_from_slice(payload);
-        let rights = [ControlMessage::ScmRights(fds)];
-        let control = if fds.is_empty() { &[][..] } else { &rights };
-        sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&m)], control, MsgFlags::empty(), None)
-            .unwrap();
-    }
-
-    fn reply(&mut self) -> Vec<u8> {
-        let mut h = [0; 12];
-        self.socket.read_exact(&mut h).unwrap();
-        let mut p = vec![0; u32::from_le_bytes(h[8..12].try_into().unwrap()) as usize];
-        self.socket.read_exact(&mut p).unwrap();
-        p
-    }
-
-    fn ask(&mut self, code: u32, payload: &[u8]) -> u64 {
-        self.send(code, payload, &[]);
-        u64::from_le_bytes(self.reply()[..8].try_into().unwrap())
-    }
-
-    fn ack(&mut self, code: u32, payload: &[u8], fds: &[RawFd]) -> u64 {
-        self.send_flags(code, 9, payload, fds);
-        u64::from_le_bytes(self.reply()[..8].try_into().unwrap())
-    }
-
-    fn write(&self, at: u64, data: &[u8]) {
-        self.memory.write_all_at(data, at).unwrap();
-    }
-
-    fn read(&self, at: u64, n: usize) -> Vec<u8> {
-        let mut v = vec![0; n];
-        self.memory.read_exact_at(&mut v, at).unwrap();
-        v
-    }
-
-    fn used_index(&self, q: u32) -> u16 {
-        u16::from_le_bytes(self.read(ring(q) + 0x2002, 2).try_into().unwrap())
-    }
-
-    fn descriptor(&self, table: u64, i: u64, addr: u64, len: u32, flags: u16, next: u16) {
-        let mut d = addr.to_le_bytes().to_vec();
-        d.extend(len.to_le_bytes());
-        d.extend(flags.to_le_bytes());
-        d.extend(next.to_le_bytes());
-        self.write(table + 16 * i, &d);
-    }
-
-    /// Makes a chain available.
-    fn offer(&mut self, q: u32, head: u16) {
-        let at = &mut self.avail[q as usize];
-        self.memory
-            .write_all_at(&head.to_le_bytes(), ring(q) + 0x1004 + 2 * (u64::from(*at) % SIZE))
-            .unwrap();
-        *at = at.wrapping_add(1);
-        let index = *at;
-        self.write(ring(q) + 0x1002, &index.to_le_bytes());
-    }
-
-    /// Sends a frame in one buffer, with an empty packet header.
-    fn transmit(&mut self, slot: u16, frame: &[u8]) {
-        let at = BUFFERS + 0x8_0000 + 0x800 * u64::from(slot);
-        self.write(at, &[&[0; 12], frame].concat());
-        self.descriptor(ring(1), slot.into(), GUEST + at, 12 + frame.len() as u32, 0, 0);
-        self.offer(1, slot);
-    }
-
-    /// Offers a receive buffer.
-    fn receive_buffer(&mut self, slot: u16, len: u32) {
-        let at = BUFFERS + 0x800 * u64::from(slot);
-        self.descriptor(ring(0), slot.into(), GUEST + at, len, WRITE, 0);
-        self.offer(0, slot);
-    }
-
-    /// The buffers that the device has used on the receive queue since the last call.
-    fn received(&mut self) -> Vec<Vec<u8>> {
-        let mut out = Vec::new();
-        while self.used[0] != self.used_index(0) {
-            let e = self.read(ring(0) + 0x2004 + 8 * (u64::from(self.used[0]) % SIZE), 8);
-            let id = u32::from_le_bytes(e[..4].try_into().unwrap());
-            let len = u32::from_le_bytes(e[4..].try_into().unwrap()) as usize;
-            out.push(self.read(BUFFERS + 0x800 * u64::from(id), len));
-            self.used[0] = self.used[0].wrapping_add(1);
-        }
-        out
-    }
-}
-
-fn ring(q: u32) -> u64 {
-    0x4000 * u64::from(q)
-}
-
-fn pair(a: u32, b: u32) -> Vec<u8> {
-    [a.to_le_bytes(), b.to_le_bytes()].concat()
-}
 
 struct Fixture {
     switch: Switch,
@@ -194,6 +39,7 @@ fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let switch = common::switch();
     let options = VhostUserOptions::new(dir.path().join("s"), StreamMode::Listen);
+    let options = VhostUserOptions { packed_rings: true, ..options };
     let guest =
         switch.add_port("guest", VhostUserPort::new(&options).unwrap(), PortConfig::default()).unwrap();
     let (_, end) = port(&switch, "end", PortConfig::default());
@@ -201,8 +47,8 @@ fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    fn connect(&self, features: u64, memory: Option<File>) -> Guest {
-        Guest::connect(&self.dir.path().join("s"), features, memory)
+    fn connect(&self, features: u64, before: Option<(File, Driver)>) -> Guest {
+        Guest::connect(&self.dir.path().join("s"), features, before)
     }
 
     /// Waits until the port's link is in the state.
@@ -218,135 +64,238 @@ impl Fixture {
 
 #[test]
 fn a_queue_that_is_polled_wants_no_notifications() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("vhost");
-    let s = common::switch();
-    let p = VhostUserPort::new(&VhostUserOptions::new(&path, StreamMode::Listen)).unwrap();
-    s.add_port("guest", p, PortConfig::default()).unwrap();
-    let g = Guest::connect(&path, FEATURES, None);
-    // The used ring's flags, though nobody armed or disarmed the queues since they started.
-    for q in 0..2 {
-        assert_eq!(g.read(ring(q) + 0x2000, 2), [1, 0]);
+    let f = fixture();
+    for features in LAYOUTS {
+        let g = f.connect(features, None);
+        // The used ring's flags, or the device's event flags, though nobody armed or disarmed the queues since they
+        // started.
+        for q in 0..2 {
+            let flags = device_part(q) + if g.packed { 2 } else { 0 };
+            assert_eq!(g.read(flags, 2), [1, 0]);
+        }
+        drop(g);
+        f.link(false);
     }
 }
 
 #[test]
+fn packed_rings_are_for_those_who_want_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let _port = VhostUserPort::new(&VhostUserOptions::new(&path, StreamMode::Listen)).unwrap();
+    assert_eq!(Guest::connect(&path, FEATURES, None).ask(1, &[]) & PACKED, 0);
+}
+
+#[test]
 fn frames_pass_both_ways_whole() {
-    let f = fixture();
-    let mut g = f.connect(FEATURES, None);
-    f.link(true);
-    for len in [60usize, 127, 128, 129, 1514] {
-        let mut frame = udp(1, 2, 3, 4);
-        frame.extend((frame.len()..len).map(|i| i as u8));
-        g.transmit(5, &frame);
-        f.switch.poll();
-        assert_eq!(drain(&f.end), [frame.clone()]);
-        assert_eq!(g.used_index(1), g.avail[1]);
-        frame[5] = 1;
-        frame[11] = 2;
-        g.receive_buffer(6, 2048);
-        f.end.send(&frame);
-        f.switch.poll();
-        let got = g.received();
-        assert_eq!(got.len(), 1);
-        assert_eq!((&got[0][10..12], &got[0][12..]), (&[1u8, 0][..], &frame[..]));
+    for features in LAYOUTS {
+        frames_pass(features);
     }
-    // A frame longer than a buffer, as long as they come, spans several, and the header says how many.
+}
+
+fn frames_pass(features: u64) {
+    let f = fixture();
+    let mut g = f.connect(features, None);
+    f.link(true);
+    // The ring goes round more than twice.
+    for round in 0..40 {
+        for len in [60usize, 127, 128, 129, 1514] {
+            let mut frame = udp(1, 2, 3, 4);
+            frame.extend((frame.len()..len).map(|i| i as u8));
+            g.transmit(5, &frame);
+            f.switch.poll();
+            assert_eq!(drain(&f.end), [frame.clone()], "{round}");
+            assert_eq!(g.used_index(1), g.driver.avail[1]);
+            g.reclaim();
+            frame[5] = 1;
+            frame[11] = 2;
+            g.receive_buffer(6, 2048);
+            f.end.send(&frame);
+            f.switch.poll();
+            let got = g.received();
+            assert_eq!(got.len(), 1);
+            assert_eq!((&got[0][10..12], &got[0][12..]), (&[1u8, 0][..], &frame[..]));
+        }
+    }
+    // A frame longer than a buffer, as long as they come, spans several, and the header says how many. One that finds
+    // too few is lost, and they are left: for the next one, with those that came meanwhile.
     let mut long = udp(2, 1, 3, 4);
     long.resize(9018, 7);
-    for slot in 0..10 {
+    for slot in 0..8 {
         g.receive_buffer(slot, 1024);
     }
+    f.end.send(&long);
+    f.switch.poll();
+    assert!(g.received().is_empty());
+    g.offer(
+        0,
+        8,
+        &[
+            (GUEST + BUFFERS + 0x4000, 300, WRITE),
+            (GUEST + BUFFERS + 0x4000 + 300, 700, WRITE),
+            (GUEST + BUFFERS + 0x4000 + 1000, 24, WRITE),
+        ],
+    );
+    g.receive_buffer(9, 1024);
     f.end.send(&long);
     f.switch.poll();
     let got = g.received();
     assert_eq!((got.len(), got[0][10]), (9, 9));
     assert_eq!(got.concat()[12..], long);
+    // A burst of frames for buffers of one descriptor, of two, and in a table.
+    let table = BUFFERS + 0xf000;
+    for (i, at) in [(0, 0x6000), (1, 0x6800)] {
+        g.table_entry(table, i, GUEST + BUFFERS + at, 0x800, WRITE | if i == 0 { NEXT } else { 0 }, 1);
+    }
+    g.offer(0, 10, &[(GUEST + BUFFERS + 0x5000, 20, WRITE), (GUEST + BUFFERS + 0x5014, 1000, WRITE)]);
+    g.offer(0, 12, &[(GUEST + table, 32, INDIRECT)]);
+    g.receive_buffer(13, 2048);
+    let frames: Vec<_> = (0..4).map(|n| udp(2, 1, n, 4)).collect();
+    f.end.send_burst(frames.iter().map(|f| (&f[..], Offload::default())));
+    f.switch.poll();
+    let got = g.received();
+    // The buffer left over from before came first.
+    assert_eq!(got.iter().map(|b| &b[12..]).collect::<Vec<_>>(), frames.iter().collect::<Vec<_>>());
     // Chains and indirect tables carry frames too.
     let at = BUFFERS + 0x8_0000;
     let frame = udp(1, 2, 3, 4);
     g.write(at, &[&[0; 12], &frame[..]].concat());
-    g.descriptor(ring(1), 0, GUEST + at, 5, NEXT, 9);
-    g.descriptor(ring(1), 9, GUEST + at + 5, 30, NEXT, 3);
-    g.descriptor(ring(1), 3, GUEST + at + 35, frame.len() as u32 - 23, 0, 0);
-    g.offer(1, 0);
-    let table = BUFFERS + 0xf000;
-    g.descriptor(table, 0, GUEST + at, 12, NEXT, 1);
-    g.descriptor(table, 1, GUEST + at + 12, frame.len() as u32, 0, 0);
-    g.descriptor(ring(1), 1, GUEST + table, 32, INDIRECT, 0);
-    g.offer(1, 1);
+    let rest = frame.len() as u32 - 23;
+    g.offer(1, 0, &[(GUEST + at, 5, 0), (GUEST + at + 5, 30, 0), (GUEST + at + 35, rest, 0)]);
+    g.table_entry(table, 0, GUEST + at, 12, NEXT, 1);
+    g.table_entry(table, 1, GUEST + at + 12, frame.len() as u32, 0, 0);
+    g.offer(1, 1, &[(GUEST + table, 32, INDIRECT)]);
+    g.transmit(2, &frame);
     f.switch.poll();
-    assert_eq!(drain(&f.end), [frame.clone(), frame]);
+    assert_eq!(drain(&f.end), [&frame[..]; 3]);
+    assert_eq!(g.used_index(1), g.driver.avail[1]);
 }
+
+/// The driver says at which descriptor it wants to hear of used ones.
+#[test]
+fn a_driver_is_notified_where_it_asks_for_it() {
+    const EVENT_IDX: u64 = 1 << 29;
+    for features in LAYOUTS {
+        let f = fixture();
+        let mut g = f.connect(features | EVENT_IDX, None);
+        f.link(true);
+        let call = vmm_sys_util::eventfd::EventFd::new(nix::libc::EFD_NONBLOCK).unwrap();
+        g.send(13, &0u64.to_le_bytes(), &[call.as_raw_fd()]);
+        assert_eq!(g.ack(18, &pair(0, 1), &[]), 0);
+        // Through more than a lap, in steps of three, with an event at the second of every other three.
+        for step in 0..50 {
+            let n = g.driver.avail[0];
+            let event = n.wrapping_add(if step % 2 == 0 { 1 } else { 3 });
+            if g.packed {
+                g.write(driver_part(0), &[(packed_base(event) as u16).to_le_bytes(), [2, 0]].concat());
+            } else {
+                g.write(driver_part(0) + 4 + 2 * u64::from(SIZE), &event.to_le_bytes());
+            }
+            for slot in 0..3 {
+                g.receive_buffer(slot, 2048);
+            }
+            let frame = udp(2, 1, 3, 4);
+            f.end.send_burst([(&frame[..], Offload::default()); 3]);
+            f.switch.settle(3);
+            assert_eq!(g.received().len(), 3);
+            assert_eq!(call.read().is_ok(), step % 2 == 0, "{step}");
+        }
+    }
+}
+
+type Attack = fn(&mut Guest);
+
+/// What breaks a ring of either layout.
+const ATTACKS: [(&str, Attack); 7] = [
+    ("address outside of memory", |g| g.offer(1, 0, &[(GUEST + MEMORY - 10, 100, 0)])),
+    ("length that wraps", |g| g.offer(1, 0, &[(GUEST, u32::MAX, 0)])),
+    ("writable buffer to send", |g| g.offer(1, 0, &[(GUEST, 100, WRITE)])),
+    ("endless chain", |g| g.offer(1, 0, &[(GUEST, 1, NEXT); SIZE as usize])),
+    ("nested indirect table", |g| {
+        g.table_entry(BUFFERS, 0, GUEST + BUFFERS, 16, INDIRECT, 0);
+        g.offer(1, 0, &[(GUEST, 12, 0), (GUEST + BUFFERS, 16, INDIRECT)]);
+    }),
+    ("indirect table of no size", |g| g.offer(1, 0, &[(GUEST + BUFFERS, 8, INDIRECT)])),
+    ("indirect table outside of memory", |g| g.offer(1, 0, &[(GUEST + MEMORY - 16, 32, INDIRECT)])),
+];
+
+const SPLIT_ATTACKS: [(&str, Attack); 4] = [
+    ("index too far ahead", |g| g.write(driver_part(1) + 2, &1000u16.to_le_bytes())),
+    ("head outside of the table", |g| g.offer_head(1, 64)),
+    ("loop", |g| {
+        g.descriptor(ring(1), 0, GUEST, 1, [NEXT, 1]);
+        g.descriptor(ring(1), 1, GUEST, 1, [NEXT, 0]);
+        g.offer_head(1, 0);
+    }),
+    ("next outside of an indirect table", |g| {
+        g.table_entry(BUFFERS, 0, GUEST, 100, NEXT, 1);
+        g.offer(1, 0, &[(GUEST + BUFFERS, 16, INDIRECT)]);
+    }),
+];
+
+const PACKED_ATTACKS: [(&str, Attack); 2] = [
+    ("table within a chain", |g| g.offer(1, 0, &[(GUEST + BUFFERS, 16, INDIRECT), (GUEST, 100, 0)])),
+    ("more buffers than the ring has places", |g| {
+        // The second chain goes on over the first one's places, all but the head.
+        let chain = [(GUEST, 2, 0); 40];
+        g.offer(1, 0, &chain);
+        let head = g.read(ring(1) + 16, 16);
+        g.offer(1, 1, &chain);
+        g.write(ring(1) + 16, &head);
+    }),
+];
 
 #[test]
 fn a_hostile_guest_loses_its_queue_and_nothing_else() {
-    type Attack = fn(&mut Guest);
-    let attacks: [(&str, Attack); 9] = [
-        ("index too far ahead", |g| g.write(ring(1) + 0x1002, &1000u16.to_le_bytes())),
-        ("head outside of the table", |g| g.offer(1, 64)),
-        ("address outside of memory", |g| {
-            g.descriptor(ring(1), 0, GUEST + MEMORY - 10, 100, 0, 0);
-            g.offer(1, 0);
-        }),
-        ("length that wraps", |g| {
-            g.descriptor(ring(1), 0, GUEST, u32::MAX, 0, 0);
-            g.offer(1, 0);
-        }),
-        ("loop", |g| {
-            g.descriptor(ring(1), 0, GUEST, 1, NEXT, 1);
-            g.descriptor(ring(1), 1, GUEST, 1, NEXT, 0);
-            g.offer(1, 0);
-        }),
-        ("writable buffer to send", |g| {
-            g.descriptor(ring(1), 0, GUEST, 100, WRITE, 0);
-            g.offer(1, 0);
-        }),
-        ("nested indirect table", |g| {
-            g.descriptor(BUFFERS, 0, GUEST + BUFFERS, 16, INDIRECT, 0);
-            g.descriptor(ring(1), 0, GUEST + BUFFERS, 16, INDIRECT, 0);
-            g.offer(1, 0);
-        }),
-        ("next outside of an indirect table", |g| {
-            g.descriptor(BUFFERS, 0, GUEST, 100, NEXT, 1);
-            g.descriptor(ring(1), 0, GUEST + BUFFERS, 16, INDIRECT, 0);
-            g.offer(1, 0);
-        }),
-        ("indirect table of no size", |g| {
-            g.descriptor(ring(1), 0, GUEST + BUFFERS, 8, INDIRECT, 0);
-            g.offer(1, 0);
-        }),
-    ];
-    let f = fixture();
-    for (name, attack) in attacks {
-        let mut g = f.connect(FEATURES, None);
+    for (features, attacks) in LAYOUTS.into_iter().zip([&SPLIT_ATTACKS[..], &PACKED_ATTACKS]) {
+        let f = fixture();
+        for (name, attack) in ATTACKS.iter().chain(attacks) {
+            let mut g = f.connect(features, None);
+            f.link(true);
+            g.transmit(7, &udp(1, 2, 3, 4));
+            f.switch.poll();
+            assert_eq!(drain(&f.end).len(), 1, "before: {name}");
+            attack(&mut g);
+            f.switch.settle(5);
+            assert!(drain(&f.end).is_empty(), "{name}");
+            // What is sent by the queue from now on does not arrive.
+            g.transmit(3, &udp(1, 2, 3, 4));
+            f.switch.settle(5);
+            assert!(drain(&f.end).is_empty(), "{name}");
+            // The receive queue still works.
+            g.receive_buffer(1, 2048);
+            f.end.send(&udp(2, 1, 3, 4));
+            f.switch.poll();
+            assert_eq!(g.received().len(), 1, "{name}");
+            drop(g);
+            f.link(false);
+        }
+        // Frames that are too short or ask for senseless offloads are dropped and given back.
+        let mut g = f.connect(features, None);
         f.link(true);
-        g.transmit(7, &udp(1, 2, 3, 4));
-        f.switch.poll();
-        assert_eq!(drain(&f.end).len(), 1, "before: {name}");
-        attack(&mut g);
+        g.transmit(0, &[1, 2, 3]);
+        let at = BUFFERS + 0x8_0000 + 0x800;
+        g.transmit(1, &udp(1, 2, 3, 4));
+        g.write(at, &[1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+        g.transmit(2, &udp(1, 2, 3, 4));
         f.switch.settle(5);
-        assert!(drain(&f.end).is_empty(), "{name}");
-        // The receive queue still works.
-        g.receive_buffer(1, 2048);
-        f.end.send(&udp(2, 1, 3, 4));
-        f.switch.poll();
-        assert_eq!(g.received().len(), 1, "{name}");
-        drop(g);
-        f.link(false);
+        assert_eq!(drain(&f.end).len(), 1);
+        assert_eq!(g.used_index(1), g.driver.avail[1]);
+        assert_eq!(f.switch.port_stats(f.guest).unwrap().rx_errors, 2);
     }
-    // Frames that are too short or ask for senseless offloads are dropped and given back.
-    let mut g = f.connect(FEATURES, None);
+}
+
+/// A base outside of the ring is the front-end's error.
+#[test]
+fn a_packed_ring_starts_within_itself() {
+    let f = fixture();
+    let mut g = f.connect(FEATURES | PACKED, None);
     f.link(true);
-    g.transmit(0, &[1, 2, 3]);
-    let at = BUFFERS + 0x8_0000 + 0x800;
-    g.transmit(1, &udp(1, 2, 3, 4));
-    g.write(at, &[1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
-    g.transmit(2, &udp(1, 2, 3, 4));
-    f.switch.settle(5);
-    assert_eq!(drain(&f.end).len(), 1);
-    assert_eq!(g.used_index(1), g.avail[1]);
-    assert_eq!(f.switch.port_stats(f.guest).unwrap().rx_errors, 2);
+    g.send(11, &pair(1, 0), &[]);
+    assert_eq!(g.reply(), pair(1, packed_base(0)));
+    g.send(10, &pair(1, u32::from(SIZE)), &[]);
+    let kick = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    assert_eq!(g.ack(12, &1u64.to_le_bytes(), &[kick.as_raw_fd()]), 1);
 }
 
 /// The header has its shortest form when nothing was negotiated.
@@ -357,9 +306,7 @@ fn queues_run_without_features() {
     f.link(true);
     let (at, frame) = (BUFFERS + 0x8_0000, udp(1, 2, 3, 4));
     g.write(at, &[&[0; 10], &frame[..]].concat());
-    g.descriptor(ring(1), 0, GUEST + at, 5, NEXT, 1);
-    g.descriptor(ring(1), 1, GUEST + at + 5, 5 + frame.len() as u32, 0, 0);
-    g.offer(1, 0);
+    g.offer(1, 0, &[(GUEST + at, 5, 0), (GUEST + at + 5, 5 + frame.len() as u32, 0)]);
     f.switch.poll();
     assert_eq!(drain(&f.end), [frame]);
 }
@@ -385,64 +332,126 @@ fn malformed_messages_end_the_connection_only() {
 
 #[test]
 fn a_guest_reconnects_to_a_new_switch_with_its_rings() {
+    for features in LAYOUTS {
+        let f = fixture();
+        let mut g = f.connect(features, None);
+        f.link(true);
+        g.receive_buffer(0, 2048);
+        for slot in 0..3 {
+            g.transmit(slot, &udp(1, 2, 3, 4));
+        }
+        f.switch.poll();
+        assert_eq!(drain(&f.end).len(), 3);
+        // Frames offered while there is no switch are not lost.
+        drop(f.switch);
+        g.transmit(3, &udp(1, 2, 3, 4));
+        let f2 = fixture();
+        let mut g = f2.connect(features, g.remains());
+        f2.link(true);
+        f2.switch.poll();
+        assert_eq!(drain(&f2.end).len(), 1);
+        f2.end.send(&udp(2, 1, 3, 4));
+        f2.switch.poll();
+        assert_eq!(g.received().len(), 1, "the buffer offered to the old switch is used by the new one");
+        // Stopping a queue tells where it stands; it starts again from there.
+        let base = if g.packed { packed_base(4) } else { 4 };
+        g.send(11, &pair(1, 0), &[]);
+        assert_eq!(g.reply(), pair(1, base));
+        g.set_up(1, base);
+        g.transmit(4, &udp(1, 2, 3, 4));
+        f2.switch.poll();
+        assert_eq!(drain(&f2.end).len(), 1);
+    }
+}
+
+/// A driver that starts anew after its queue was stopped finds nothing of the old one.
+#[test]
+fn a_queue_starts_anew_where_its_front_end_says() {
     let f = fixture();
-    let mut g = f.connect(FEATURES, None);
+    let mut g = f.connect(FEATURES | PACKED, None);
     f.link(true);
-    g.receive_buffer(0, 2048);
-    for slot in 0..3 {
+    for slot in 0..5 {
         g.transmit(slot, &udp(1, 2, 3, 4));
     }
     f.switch.poll();
-    assert_eq!(drain(&f.end).len(), 3);
-    // Frames offered while there is no switch are not lost.
-    let memory = g.memory.try_clone().unwrap();
-    drop(f.switch);
-    g.transmit(3, &udp(1, 2, 3, 4));
-    let (avail, used) = (g.avail, g.used);
-    let f2 = fixture();
-    let mut g = f2.connect(FEATURES, Some(memory));
-    (g.avail, g.used) = (avail, used);
-    f2.link(true);
-    f2.switch.poll();
-    assert_eq!(drain(&f2.end).len(), 1);
-    f2.end.send(&udp(2, 1, 3, 4));
-    f2.switch.poll();
-    assert_eq!(g.received().len(), 1, "the buffer offered to the old switch is used by the new one");
-    // Stopping a queue tells where it stands; it starts again from there.
+    assert_eq!(drain(&f.end).len(), 5);
     g.send(11, &pair(1, 0), &[]);
-    assert_eq!(g.reply(), pair(1, 4));
+    assert_eq!(g.reply(), pair(1, packed_base(5)));
+    // It clears its descriptors, but not what only the device writes.
+    g.write(ring(1), &[0; 16 * SIZE as usize]);
+    g.driver.avail[1] = 0;
+    g.set_up(1, packed_base(0));
+    g.transmit(0, &udp(1, 2, 3, 4));
+    f.switch.poll();
+    assert_eq!(drain(&f.end).len(), 1);
 }
 
-/// Buffers are given back in order and after what came of them, so the used index alone tells a successor where to go
-/// on: no record of descriptors in flight is needed.
+/// Buffers are given back in order and after what came of them, so the ring alone tells a successor where to go on: no
+/// record of descriptors in flight is needed.
 #[test]
 fn frames_that_a_dying_switch_had_taken_are_taken_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("s");
-    let port = VhostUserPort::new(&VhostUserOptions::new(&path, StreamMode::Listen)).unwrap();
-    let mut g = Guest::connect(&path, FEATURES, None);
-    for slot in 0..5 {
-        g.transmit(slot, &udp(1, 2, slot, 4));
+    for features in LAYOUTS {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let options = VhostUserOptions::new(&path, StreamMode::Listen);
+        let port = VhostUserPort::new(&VhostUserOptions { packed_rings: true, ..options }).unwrap();
+        let mut g = Guest::connect(&path, features, None);
+        let mut burst = Burst::new();
+        let frame = |n: u16| udp(1, 2, n, 4);
+        for slot in 0..5 {
+            g.transmit(slot, &frame(slot));
+        }
+        port.receive(0, &mut burst);
+        port.complete(0);
+        burst.clear();
+        for slot in 5..9 {
+            g.transmit(slot, &frame(slot));
+        }
+        port.receive(0, &mut burst);
+        assert_eq!((burst.len(), g.used_index(1)), (4, 5));
+        // It ends here, with the burst on its way. Nothing is done on leaving: the memory is that of this moment.
+        let before = g.read(0, MEMORY as usize);
+        let remains = g.remains();
+        drop((burst, port, g));
+        remains.as_ref().unwrap().0.write_all_at(&before, 0).unwrap();
+        let f = fixture();
+        let mut g = f.connect(features, remains);
+        f.link(true);
+        f.switch.poll();
+        assert_eq!(drain(&f.end), (5..9).map(frame).collect::<Vec<_>>());
+        assert_eq!(g.used_index(1), 9);
+        // One that died between giving a buffer back and saying so: it is not taken again.
+        if g.packed {
+            g.transmit(9, &frame(9));
+            let note = g.read(device_part(1), 4);
+            f.switch.poll();
+            assert_eq!(drain(&f.end).len(), 1);
+            let before = g.read(0, MEMORY as usize);
+            let remains = g.remains();
+            drop((f, g));
+            let memory = &remains.as_ref().unwrap().0;
+            memory.write_all_at(&before, 0).unwrap();
+            memory.write_all_at(&note, device_part(1)).unwrap();
+            let f = fixture();
+            let mut g = f.connect(features, remains);
+            f.link(true);
+            g.transmit(10, &frame(10));
+            f.switch.poll();
+            assert_eq!(drain(&f.end), [frame(10)]);
+        }
     }
-    let mut burst = Burst::new();
-    port.receive(0, &mut burst);
-    assert_eq!((burst.len(), g.used_index(1)), (5, 0));
-    // It ends here, with the burst on its way.
-    let (memory, avail) = (g.memory.try_clone().unwrap(), g.avail);
-    drop((burst, port, g));
-    let f = fixture();
-    let mut g = f.connect(FEATURES, Some(memory));
-    g.avail = avail;
-    f.link(true);
-    f.switch.poll();
-    assert_eq!(drain(&f.end), (0..5).map(|n| udp(1, 2, n, 4)).collect::<Vec<_>>());
-    assert_eq!(g.used_index(1), 5);
 }
 
 #[test]
 fn migration_logs_writes_and_announces() {
+    for features in LAYOUTS {
+        migration_logs(features);
+    }
+}
+
+fn migration_logs(features: u64) {
     let f = fixture();
-    let mut g = f.connect(FEATURES | LOG_ALL, None);
+    let mut g = f.connect(features | LOG_ALL, None);
     f.link(true);
     let log = tempfile::tempfile().unwrap();
     log.set_len(4096).unwrap();
@@ -454,10 +463,19 @@ fn migration_logs_writes_and_announces() {
     f.end.send(&udp(2, 1, 3, 4));
     f.switch.poll();
     assert_eq!(g.received().len(), 1);
-    let page = (GUEST + BUFFERS + 0x1000) / 4096;
-    let mut b = [0];
-    log.read_exact_at(&mut b, page / 8).unwrap();
-    assert_eq!(b[0] >> (page % 8) & 1, 1);
+    let mut written = Vec::new();
+    // Beyond the other queue.
+    let other = (GUEST + ring(1)) / 4096..(GUEST + ring(2)) / 4096;
+    for page in (GUEST / 4096..(GUEST + MEMORY) / 4096).filter(|p| !other.contains(p)) {
+        let mut b = [0];
+        log.read_exact_at(&mut b, page / 8).unwrap();
+        if b[0] >> (page % 8) & 1 == 1 {
+            written.push(4096 * page - GUEST);
+        }
+    }
+    // The buffer and what the device writes of its ring: of a packed one the descriptors too.
+    let ring = [ring(0), device_part(0)];
+    assert_eq!(written, [if g.packed { &ring[..] } else { &ring[1..] }, &[BUFFERS + 0x1000]].concat());
     // The back-end announces the guest, and takes MTU and status.
     assert_eq!(g.ack(19, &[2, 0, 0, 0, 0, 9, 0, 0], &[]), 0);
     assert_eq!(g.ack(20, &1400u64.to_le_bytes(), &[]), 0);
@@ -474,8 +492,14 @@ fn migration_logs_writes_and_announces() {
 
 #[test]
 fn memory_comes_and_goes_in_slots() {
+    for features in LAYOUTS {
+        memory_comes_and_goes(features);
+    }
+}
+
+fn memory_comes_and_goes(features: u64) {
     let f = fixture();
-    let mut g = f.connect(FEATURES, None);
+    let mut g = f.connect(features, None);
     f.link(true);
     assert!(g.ask(36, &[]) >= 32, "memory slots");
     let extra = tempfile::tempfile().unwrap();
@@ -486,14 +510,13 @@ fn memory_comes_and_goes_in_slots() {
     let slot: Vec<u8> = [0u64, guest, 0x1000, user, 0].iter().flat_map(|v| v.to_le_bytes()).collect();
     assert_eq!(g.ack(37, &slot, &[extra.as_raw_fd()]), 0);
     assert_eq!(g.ack(37, &slot, &[extra.as_raw_fd()]), 1, "it overlaps");
-    g.descriptor(ring(1), 0, guest, 12 + frame.len() as u32, 0, 0);
-    g.offer(1, 0);
+    let buffer = [(guest, 12 + frame.len() as u32, 0)];
+    g.offer(1, 0, &buffer);
     f.switch.poll();
     assert_eq!(drain(&f.end), std::slice::from_ref(&frame));
     // The second of these buffers is looked at before it is needed, and gone when it is.
     g.receive_buffer(1, 2048);
-    g.descriptor(ring(0), 5, guest, 2048, WRITE, 0);
-    g.offer(0, 5);
+    g.offer(0, 5, &[(guest, 2048, WRITE)]);
     f.end.send(&udp(2, 1, 3, 4));
     f.switch.poll();
     assert_eq!(g.received().len(), 1);
@@ -506,8 +529,8 @@ fn memory_comes_and_goes_in_slots() {
     g.transmit(1, &frame);
     f.switch.poll();
     assert_eq!(drain(&f.end), [frame]);
-    g.offer(1, 0);
+    g.offer(1, 0, &buffer);
     f.switch.settle(5);
     assert!(drain(&f.end).is_empty());
-    assert_ne!(g.used_index(1), g.avail[1]);
+    assert_ne!(g.used_index(1), g.driver.avail[1]);
 }

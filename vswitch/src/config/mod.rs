@@ -141,6 +141,9 @@ pub enum PortKind {
         /// Pairs of queues.
         #[serde(default = "one")]
         queue_pairs: usize,
+        /// Whether packed rings are offered besides split ones. Only for front-ends that support them.
+        #[serde(default)]
+        packed_rings: bool,
     },
     /// Unix stream with QEMU's and passt's framing.
     UnixStream {
@@ -213,10 +216,13 @@ impl PortKind {
     /// Opens the port; cables of patch ports are those of `panel`.
     pub fn open(&self, clock: &Clock, panel: &PatchPanel) -> Result<Arc<dyn Port>> {
         Ok(match self {
-            PortKind::VhostUser { socket, mode, queue_pairs } => {
-                let o =
-                    VhostUserOptions { queue_pairs: *queue_pairs, ..VhostUserOptions::new(socket, *mode) };
-                Arc::new(VhostUserPort::new(&o)?)
+            PortKind::VhostUser { socket, mode, queue_pairs, packed_rings } => {
+                Arc::new(VhostUserPort::new(&VhostUserOptions {
+                    path: socket.clone(),
+                    mode: *mode,
+                    queue_pairs: *queue_pairs,
+                    packed_rings: *packed_rings,
+                })?)
             }
             PortKind::UnixStream { socket, mode } => Arc::new(StreamPort::new(socket, *mode)?),
             PortKind::UnixDatagram { socket, peer } => Arc::new(DatagramPort::new(socket, peer.as_deref())?),

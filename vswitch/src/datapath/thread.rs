@@ -13,8 +13,12 @@ use crate::port::Port;
 use crate::shared::{PortEntry, Shared};
 use crate::sys::{Epoll, EventFd};
 
-/// Empty polls after which a queue in shared memory goes to sleep.
-const IDLE_POLLS_MEMORY: u32 = 20_000;
+/// Empty polls after which a queue in shared memory goes to sleep: so many when it just woke up, more for each poll that
+/// was not empty, up to a most. To poll long after single packets would cost much of a core at a few hundred packets a
+/// second, and a thread that used its share of a core is woken late by the scheduler.
+const IDLE_POLLS_FIRST: u32 = 500;
+const IDLE_POLLS_GAIN: u32 = 500;
+const IDLE_POLLS_MOST: u32 = 20_000;
 /// Empty polls after which a queue that costs a system call goes to sleep.
 const IDLE_POLLS_SYSCALL: u32 = 2;
 /// Rounds over the polled queues between two looks at the sleeping ones.
@@ -95,7 +99,9 @@ struct Queue {
     queue: usize,
     idle: u32,
     asleep: bool,
+    /// Empty polls after which it goes to sleep.
     idle_limit: u32,
+    idle_limit_most: u32,
 }
 
 struct Loop {
@@ -209,7 +215,8 @@ impl Loop {
                     queue,
                     idle: 0,
                     asleep: false,
-                    idle_limit: if cheap { IDLE_POLLS_MEMORY } else { IDLE_POLLS_SYSCALL },
+                    idle_limit: if cheap { IDLE_POLLS_FIRST } else { IDLE_POLLS_SYSCALL },
+                    idle_limit_most: if cheap { IDLE_POLLS_MOST } else { IDLE_POLLS_SYSCALL },
                 });
             }
         }
@@ -222,6 +229,7 @@ impl Loop {
         for q in self.queues.iter_mut().filter(|q| !q.asleep) {
             if self.forwarder.run_queue(&q.entry, q.queue) > 0 {
                 q.idle = 0;
+                q.idle_limit = (q.idle_limit + IDLE_POLLS_GAIN).min(q.idle_limit_most);
                 continue;
             }
             q.idle += 1;
@@ -229,6 +237,7 @@ impl Loop {
                 std::hint::spin_loop();
             } else if !q.entry.port.arm(q.queue, true) {
                 q.asleep = true;
+                q.idle_limit = q.idle_limit_most.min(IDLE_POLLS_FIRST);
                 self.awake -= 1;
             } else {
                 q.entry.port.arm(q.queue, false);

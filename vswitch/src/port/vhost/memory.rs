@@ -148,6 +148,14 @@ impl GuestMemory {
         })
     }
 
+    /// Guest address of an address in the front-end's process.
+    pub fn guest_of_user(&self, user: u64) -> Option<u64> {
+        self.regions.iter().find_map(|r| {
+            let offset = user.wrapping_sub(r.info.user);
+            (offset < r.info.size).then(|| r.info.guest + offset)
+        })
+    }
+
     /// Notes that `len` bytes at guest address `guest` were written.
     #[inline]
     pub fn log_write(&self, guest: u64, len: u64) {
@@ -219,6 +227,7 @@ mod tests {
         assert!(m.translate(0x1001, u64::MAX).is_none());
         assert!(m.translate_user(0x9fff, 1).is_some());
         assert!(m.translate_user(0x9fff, 2).is_none());
+        assert_eq!((m.guest_of_user(0x9fff), m.guest_of_user(0xa000)), (Some(0x2fff), None));
         assert!(m.with_region(region(0x2fff, 1, 0, 0), &fd).is_err(), "overlap");
         assert!(m.with_region(region(0x9000, 0x4001, 0, 0), &fd).is_err(), "beyond the file");
         assert!(m.with_region(region(u64::MAX - 1, 0x1000, 0, 0), &fd).is_err(), "wraps");

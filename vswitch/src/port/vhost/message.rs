@@ -54,6 +54,8 @@ bitflags! {
         const PROTOCOL_FEATURES = 1 << 30;
         /// The layout of virtio 1.0.
         const VERSION_1 = 1 << 32;
+        /// Rings have the packed layout.
+        const RING_PACKED = 1 << 34;
         /// Buffers are used in the order in which they were made available.
         const IN_ORDER = 1 << 35;
     }

@@ -1,8 +1,8 @@
 //! vhost-user port: the back-end of a guest's virtio-net device.
 //!
 //! Buffers are given back in the order in which the guest offered them, and only after what they held was sent on or
-//! copied. So the used index alone tells where the successor of a switch that died goes on, and no record of descriptors
-//! in flight (`INFLIGHT_SHMFD`) is needed.
+//! copied. So the ring alone tells where the successor of a switch that died goes on, by its used index if it is split,
+//! by a note of the switch's if it is packed, and no record of descriptors in flight (`INFLIGHT_SHMFD`) is needed.
 
 mod memory;
 mod message;
@@ -51,12 +51,15 @@ pub struct VhostUserOptions {
     pub mode: StreamMode,
     /// Pairs of queues offered.
     pub queue_pairs: usize,
+    /// Whether packed rings are offered. A front-end that passes whatever is offered on to its guest, but does not know
+    /// where such a ring starts, would get a dead device.
+    pub packed_rings: bool,
 }
 
 impl VhostUserOptions {
-    /// A port with one pair of queues.
+    /// A port with one pair of queues, split rings only.
     pub fn new(path: impl AsRef<Path>, mode: StreamMode) -> Self {
-        Self { path: path.as_ref().to_path_buf(), mode, queue_pairs: 1 }
+        Self { path: path.as_ref().to_path_buf(), mode, queue_pairs: 1, packed_rings: false }
     }
 }
 
@@ -76,6 +79,7 @@ struct Device {
     /// For each queue that the guest sends by: whether the last burst taken from it is to be given back.
     finished: Vec<AtomicBool>,
     pairs: usize,
+    packed_rings: bool,
     wakers: Vec<Waker>,
     acked: AtomicU64,
     link: AtomicBool,
@@ -85,7 +89,7 @@ struct Device {
 }
 
 impl Device {
-    fn new(pairs: usize) -> std::io::Result<Self> {
+    fn new(pairs: usize, packed_rings: bool) -> std::io::Result<Self> {
         let mut wakers = Vec::new();
         for _ in 0..pairs {
             let (set, nudge) = (Epoll::new()?, EventFd::new()?);
@@ -96,6 +100,7 @@ impl Device {
             vrings: (0..2 * pairs).map(|_| CachePadded::default()).collect(),
             finished: (0..pairs).map(|_| AtomicBool::new(false)).collect(),
             pairs,
+            packed_rings,
             wakers,
             acked: AtomicU64::new(0),
             link: AtomicBool::new(false),
@@ -106,8 +111,10 @@ impl Device {
     }
 
     fn features(&self) -> Features {
-        let f = Features::all();
-        if self.pairs > 1 { f } else { f - Features::MQ }
+        let mut f = Features::all();
+        f.set(Features::MQ, self.pairs > 1);
+        f.set(Features::RING_PACKED, self.packed_rings);
+        f
     }
 
     fn protocol_features(&self) -> ProtocolFeatures {
@@ -220,7 +227,7 @@ impl VhostUserPort {
             }
             StreamMode::Connect => None,
         };
-        let device = Arc::new(Device::new(options.queue_pairs).map_err(fail)?);
+        let device = Arc::new(Device::new(options.queue_pairs, options.packed_rings).map_err(fail)?);
         let stop = Arc::new(Stop {
             requested: AtomicBool::new(false),
             wake: EventFd::new().map_err(fail)?,
@@ -237,7 +244,7 @@ impl VhostUserPort {
     /// A port without socket and thread, and what serves its front-ends: for fuzzing.
     #[doc(hidden)]
     pub fn driven(queue_pairs: usize) -> std::io::Result<(Self, VhostUserDriver)> {
-        let device = Arc::new(Device::new(queue_pairs)?);
+        let device = Arc::new(Device::new(queue_pairs, true)?);
         let stop =
             Stop { requested: AtomicBool::new(false), wake: EventFd::new()?, stream: Mutex::default() };
         let port = Self {

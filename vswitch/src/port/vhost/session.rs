@@ -183,6 +183,7 @@ impl<'a> Session<'a> {
         self.features = f;
         let modern = f.intersects(Features::VERSION_1 | Features::MRG_RXBUF);
         let ring = RingFeatures {
+            packed: f.contains(Features::RING_PACKED),
             event_idx: f.contains(Features::EVENT_IDX),
             mergeable: f.contains(Features::MRG_RXBUF),
             header: if modern { 12 } else { 10 },
@@ -259,19 +260,19 @@ impl<'a> Session<'a> {
     fn get_base(&mut self, p: &[u8]) -> Option<Vec<u8>> {
         let i = u32_at(p, 0)?;
         self.device.vrings.get(i as usize)?;
-        let base = self.stop(i as usize);
+        let base = self.stop(i as usize, true);
         self.device.set_kick(i as usize, None);
         self.update_link();
-        Some([i.to_le_bytes(), u32::from(base).to_le_bytes()].concat())
+        Some([i.to_le_bytes(), base.to_le_bytes()].concat())
     }
 
-    /// Stops a queue between two bursts.
-    fn stop(&self, i: usize) -> u16 {
+    /// Stops a queue between two bursts, see [`super::vring::Vring::stop`].
+    fn stop(&self, i: usize, told: bool) -> u32 {
         let end = Instant::now() + QUIET;
         loop {
             let mut v = self.device.vring(i);
             if !v.is_busy() || Instant::now() > end {
-                return v.stop();
+                return v.stop(told);
             }
             drop(v);
             std::thread::sleep(Duration::from_micros(20));
@@ -280,7 +281,8 @@ impl<'a> Session<'a> {
 
     fn stop_all(&mut self, forget: bool) {
         for i in 0..self.device.vrings.len() {
-            self.stop(i);
+            // A front-end that resets a queue sets it up anew; one that is gone may come back to another switch.
+            self.stop(i, !forget);
             self.device.set_kick(i, None);
             let mut v = self.device.vrings[i].lock();
             if forget {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::memory::GuestMemory;
 use super::message::VringAddr;
-use super::ring::{QUEUE_MAX, RingAddresses, RingError, RingFeatures, SplitRing, part_sizes};
+use super::ring::{
+    PackedRing, QUEUE_MAX, Ring, RingAddresses, RingError, RingFeatures, SplitRing, part_sizes,
+};
 use crate::packet::Burst;
 use crate::port::Batch;
 use crate::sys::EventFd;
@@ -14,14 +16,14 @@ use crate::sys::EventFd;
 #[derive(Debug, Default)]
 pub struct Vring {
     size: u16,
-    base: u16,
+    base: u32,
     addr: Option<VringAddr>,
     enabled: bool,
     kicked: bool,
     call: Option<EventFd>,
     memory: Arc<GuestMemory>,
     features: RingFeatures,
-    ring: Option<SplitRing>,
+    ring: Option<Ring>,
     /// Whether the guest is to notify. Kept here for a ring that starts later: one that starts while its queue is
     /// polled would otherwise cost the guest a system call a burst for nothing.
     armed: bool,
@@ -30,7 +32,7 @@ pub struct Vring {
 impl Vring {
     /// Whether packets may move.
     #[inline]
-    fn active(&mut self) -> Option<(&mut SplitRing, &Arc<GuestMemory>)> {
+    fn active(&mut self) -> Option<(&mut Ring, &Arc<GuestMemory>)> {
         if !self.enabled {
             return None;
         }
@@ -44,14 +46,21 @@ impl Vring {
 
     /// Sets the number of entries.
     pub fn set_size(&mut self, n: u32) -> Option<()> {
-        let n = u16::try_from(n).ok().filter(|n| n.is_power_of_two() && *n <= QUEUE_MAX)?;
+        let n = u16::try_from(n).ok().filter(|n| (1..=QUEUE_MAX).contains(n))?;
+        if !self.features.packed && !n.is_power_of_two() {
+            return None;
+        }
         (self.ring.is_none()).then(|| self.size = n)
     }
 
-    /// Sets the next available entry: what is answered when the queue stops without having run. One that runs goes on
-    /// where the used index stands, which some front-ends (DPDK's virtio-user) rely on after a reconnection.
+    /// Sets the next available entry. A split ring goes on where its used index stands, which some front-ends (DPDK's
+    /// virtio-user) rely on after a reconnection: this is what is answered when the queue stops without having run. A
+    /// packed one starts here, unless it tells of a device that died.
     pub fn set_base(&mut self, n: u32) -> Option<()> {
-        self.base = u16::try_from(n).ok()?;
+        if !self.features.packed && n > u16::MAX.into() {
+            return None;
+        }
+        self.base = n;
         Some(())
     }
 
@@ -88,8 +97,14 @@ impl Vring {
         }
         let at = self.addresses().ok_or(RingError::Address)?;
         // SAFETY: `addresses` checked that all parts are mapped; `self.memory` keeps them so while the ring exists.
-        let mut ring = unsafe { SplitRing::new(self.size, at, self.features) }?;
-        ring.arm(self.armed);
+        let mut ring = unsafe {
+            if self.features.packed {
+                Ring::Packed(PackedRing::new(self.size, at, self.features, self.base)?)
+            } else {
+                Ring::Split(SplitRing::new(self.size, at, self.features)?)
+            }
+        };
+        ring.arm(&self.memory, self.armed);
         self.ring = Some(ring);
         Ok(())
     }
@@ -108,7 +123,12 @@ impl Vring {
         };
         match at {
             // SAFETY: as in `start`.
-            Some(at) => unsafe { ring.relocate(at) },
+            Some(at) => unsafe {
+                match ring {
+                    Ring::Split(r) => r.relocate(at),
+                    Ring::Packed(r) => r.relocate(at),
+                }
+            },
             None => {
                 self.base = ring.base();
                 self.ring = None;
@@ -119,30 +139,37 @@ impl Vring {
 
     fn addresses(&self) -> Option<RingAddresses> {
         let a = self.addr?;
-        let (desc, avail, used) = part_sizes(self.size);
+        // A ring that runs keeps its layout.
+        let packed = match &self.ring {
+            Some(ring) => matches!(ring, Ring::Packed(_)),
+            None => self.features.packed,
+        };
+        let (desc, avail, used) = part_sizes(self.size, packed);
         let m = &self.memory;
         let at = RingAddresses {
             desc: m.translate_user(a.desc, desc)?,
             avail: m.translate_user(a.avail, avail)?,
             used: m.translate_user(a.used, used)?,
             used_log: a.log.then_some(a.used_guest),
+            desc_log: if a.log { m.guest_of_user(a.desc) } else { None },
         };
-        let aligned = (at.desc as usize).is_multiple_of(16)
-            && (at.avail as usize).is_multiple_of(2)
-            && (at.used as usize).is_multiple_of(4);
-        aligned.then_some(at)
+        at.is_aligned(packed).then_some(at)
     }
 
     /// Whether a burst that was received has not been completed.
     pub fn is_busy(&self) -> bool {
-        self.ring.as_ref().is_some_and(SplitRing::has_pending)
+        self.ring.as_ref().is_some_and(Ring::has_pending)
     }
 
-    /// Stops the ring; returns where it stands. The caller has waited until it is not busy.
-    pub fn stop(&mut self) -> u16 {
+    /// Stops the ring; returns where it stands, and says so in the ring unless the front-end gets to know. The caller
+    /// has waited until it is not busy.
+    pub fn stop(&mut self, told: bool) -> u32 {
         self.notify();
-        if let Some(r) = self.ring.take() {
+        if let Some(mut r) = self.ring.take() {
             self.base = r.base();
+            if told {
+                r.forget_position(&self.memory);
+            }
         }
         self.kicked = false;
         self.base
@@ -189,7 +216,7 @@ impl Vring {
     /// Asks the guest for notifications or waives them; says whether there is work.
     pub fn arm(&mut self, on: bool) -> bool {
         self.armed = on;
-        let work = self.ring.as_mut().is_some_and(|ring| ring.arm(on));
+        let work = self.ring.as_mut().is_some_and(|ring| ring.arm(&self.memory, on));
         work && self.enabled
     }
 

@@ -1,26 +1,14 @@
 //! What a ring asks the CPU for before it is needed. Cache lines that another core wrote last take long to come, many at
 //! once as long as one.
 
-use super::{INDIRECT, NEXT, SplitRing, WRITE};
+use super::SplitRing;
 use crate::packet::BURST;
 use crate::port::vhost::memory::GuestMemory;
+use crate::port::vhost::ring::frames::{Buffer, prefetch_buffer};
+use crate::port::vhost::ring::{INDIRECT, NEXT, WRITE};
 
 /// Buffers that are looked at before they are needed, so that their cache lines come meanwhile: a burst.
 pub(super) const WINDOW: u16 = BURST as u16;
-
-/// A chain of one buffer in the direction wanted.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Buffer {
-    pub ptr: *mut u8,
-    pub len: usize,
-    pub guest: u64,
-    pub head: u16,
-}
-
-impl Buffer {
-    /// Stands for a chain that is anything else.
-    pub const NONE: Self = Self { ptr: std::ptr::null_mut(), len: 0, guest: 0, head: 0 };
-}
 
 impl SplitRing {
     #[inline(always)]
@@ -74,18 +62,7 @@ impl SplitRing {
             return Buffer::NONE;
         }
         let Some(ptr) = memory.translate(d.addr, d.len.into()) else { return Buffer::NONE };
-        // A header with a cache line of its own is mostly left as it is; the frame follows it into the second line.
-        if write && ptr as usize % 64 + self.features.header < 64 {
-            crate::sys::prefetch_write(ptr);
-        } else {
-            crate::sys::prefetch(ptr.cast_const());
-        }
-        let second = ptr.wrapping_add(64);
-        if write {
-            crate::sys::prefetch_write(second)
-        } else {
-            crate::sys::prefetch(second.cast_const())
-        }
-        Buffer { ptr, len: d.len as usize, guest: d.addr, head }
+        prefetch_buffer(ptr, self.features.header, write);
+        Buffer { ptr, len: d.len as usize, guest: d.addr, id: head }
     }
 }
