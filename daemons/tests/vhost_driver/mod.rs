@@ -170,7 +170,7 @@ pub struct Driver {
 impl Driver {
     /// Connects and starts both queues where their used rings are. `slots`: memory is added as a slot.
     pub fn connect(socket: &Path, guest: &Guest, slots: bool) -> Self {
-        Self::start(socket, guest, slots, |_| {}, |queue| guest.used(queue))
+        Self::start(socket, guest, slots, Protocol::empty(), |_| {}, |queue| guest.used(queue))
     }
 
     /// Connects with the guest's record of requests in flight, which is made if there is none, and starts both queues as
@@ -184,7 +184,8 @@ impl Driver {
             });
             front.set_inflight_fd(given, file.as_raw_fd()).unwrap();
         };
-        let driver = Self::start(socket, guest, false, prepare, |queue| guest.available[queue]);
+        let feature = Protocol::INFLIGHT_SHMFD;
+        let driver = Self::start(socket, guest, false, feature, prepare, |queue| guest.available[queue]);
         guest.record = record;
         driver
     }
@@ -192,13 +193,14 @@ impl Driver {
     /// [`connect`](Self::connect) with a channel on which the back-end may send requests.
     pub fn connect_with_channel(socket: &Path, guest: &Guest, channel: &dyn AsRawFd) -> Self {
         let prepare = |front: &mut Frontend| front.set_backend_request_fd(channel).unwrap();
-        Self::start(socket, guest, false, prepare, |queue| guest.used(queue))
+        Self::start(socket, guest, false, Protocol::BACKEND_REQ, prepare, |queue| guest.used(queue))
     }
 
     fn start(
         socket: &Path,
         guest: &Guest,
         slots: bool,
+        more: Protocol,
         prepare: impl FnOnce(&mut Frontend),
         base: impl Fn(usize) -> u16,
     ) -> Self {
@@ -208,10 +210,10 @@ impl Driver {
         assert_eq!(features & (1 << 13 | 1 << 14 | 1 << 9), 1 << 13 | 1 << 14 | 1 << 9);
         front.set_features(features & !(1 << 29)).unwrap(); // without event indices
         let protocol = front.get_protocol_features().unwrap();
-        let wanted = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
+        let common = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
+        let wanted = common | more;
         assert!(protocol.contains(wanted));
-        let more = protocol & (Protocol::INFLIGHT_SHMFD | Protocol::BACKEND_REQ);
-        front.set_protocol_features(wanted | more).unwrap();
+        front.set_protocol_features(wanted).unwrap();
         assert_eq!(front.get_queue_num().unwrap(), 2);
         let host = guest.memory.get_host_address(GuestAddress(0)).unwrap() as u64;
         let region = VhostUserMemoryRegionInfo {
