@@ -108,18 +108,23 @@ impl Guest {
     pub fn set_up(&mut self, q: u32, base: u32) {
         self.send(8, &pair(q, SIZE.into()), &[]);
         self.send(10, &pair(q, base), &[]);
-        // Its writes are logged once logging is on.
-        let mut addr = pair(q, 1);
-        for part in [ring(q), device_part(q), driver_part(q)] {
-            addr.extend((USER + part).to_le_bytes());
-        }
-        addr.extend((GUEST + device_part(q)).to_le_bytes());
-        self.send(9, &addr, &[]);
+        self.send(9, &Self::addresses(q, GUEST + device_part(q)), &[]);
         let call = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
         self.send(13, &u64::from(q).to_le_bytes(), &[call.as_raw_fd()]);
         let kick = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
         self.send(12, &u64::from(q).to_le_bytes(), &[kick.as_raw_fd()]);
         assert_eq!(self.ack(18, &pair(q, 1), &[]), 0);
+    }
+
+    /// The message that tells where a queue's parts are. What the device writes is logged, once logging is on, as that
+    /// at guest address `log`.
+    pub fn addresses(q: u32, log: u64) -> Vec<u8> {
+        let mut m = pair(q, 1);
+        for part in [ring(q), device_part(q), driver_part(q)] {
+            m.extend((USER + part).to_le_bytes());
+        }
+        m.extend(log.to_le_bytes());
+        m
     }
 
     /// What outlives the connection.

@@ -146,12 +146,13 @@ impl Vring {
         };
         let (desc, avail, used) = part_sizes(self.size, packed);
         let m = &self.memory;
+        let logged = |guest: Option<u64>, len| guest.filter(|g| a.log && g.checked_add(len).is_some());
         let at = RingAddresses {
             desc: m.translate_user(a.desc, desc)?,
             avail: m.translate_user(a.avail, avail)?,
             used: m.translate_user(a.used, used)?,
-            used_log: a.log.then_some(a.used_guest),
-            desc_log: if a.log { m.guest_of_user(a.desc) } else { None },
+            used_log: logged(Some(a.used_guest), used),
+            desc_log: logged(m.guest_of_user(a.desc), desc),
         };
         at.is_aligned(packed).then_some(at)
     }
