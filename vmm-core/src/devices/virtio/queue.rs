@@ -6,7 +6,7 @@
 
 use std::sync::atomic::Ordering;
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::chain::{Chain, Segment};
 use crate::memory::{AccessError, GuestMemory};
@@ -77,7 +77,7 @@ pub struct Queue {
     signalled: u16,
 }
 
-#[derive(Clone, Copy, FromBytes, IntoBytes)]
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes)]
 #[repr(C)]
 struct Descriptor {
     address: u64,
@@ -291,18 +291,65 @@ impl Queue {
         Ok(())
     }
 
-    /// Asks the driver to notify of the next buffer; true when one became available meanwhile.
+    /// Asks the driver to notify of the next buffer that it makes available; true when some are available that were not
+    /// popped (or were given back).
     ///
     /// # Errors
     /// Fails when the ring is not RAM or its index is impossible.
     pub fn enable_notification(&mut self) -> Result<bool, QueueError> {
         if self.layout.event_idx {
+            // The next one after those that are there, popped or not: a driver does not tell twice of one buffer.
+            let seen = self.next_available.wrapping_add(self.available()?);
             let at = self.layout.device + 4 + 8 * u64::from(self.layout.size);
-            self.memory.store_u16(at, self.next_available, Ordering::Relaxed)?;
+            self.memory.store_u16(at, seen, Ordering::Relaxed)?;
         } else {
             self.memory.store_u16(self.layout.device, 0, Ordering::Relaxed)?;
         }
         self.memory.barrier();
         Ok(self.available()? != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A frame may need more buffers than there are: the device gives back those it took, and waits for the others.
+    #[test]
+    fn a_device_that_waits_for_more_buffers_is_told_of_them() {
+        const DESCRIPTORS: u64 = 0x1000;
+        const DRIVER: u64 = 0x2000;
+        const DEVICE: u64 = 0x3000;
+        const SIZE: u16 = 4;
+        let memory = GuestMemory::flat(1 << 20).unwrap();
+        let layout = QueueLayout {
+            size: SIZE,
+            descriptors: DESCRIPTORS,
+            driver: DRIVER,
+            device: DEVICE,
+            event_idx: true,
+            indirect: false,
+        };
+        let mut queue = Queue::new(memory.clone(), layout, (0, 0)).unwrap();
+        let buffer = Descriptor { address: 0x8000, len: 64, flags: WRITE, next: 0 };
+        for n in 0..SIZE {
+            memory.write(DESCRIPTORS + DESCRIPTOR_SIZE * u64::from(n), buffer.as_bytes()).unwrap();
+            memory.store_u16(DRIVER + 4 + 2 * u64::from(n), n, Ordering::Relaxed).unwrap();
+        }
+        let offer = |index| memory.store_u16(DRIVER + 2, index, Ordering::Release).unwrap();
+        let event = || memory.load_u16(DEVICE + 4 + 8 * u64::from(SIZE), Ordering::Acquire).unwrap();
+        offer(2);
+        let mut chain = Chain::default();
+        assert!(queue.pop(&mut chain).unwrap() && queue.pop(&mut chain).unwrap());
+        queue.unpop();
+        queue.unpop();
+        assert!(queue.enable_notification().unwrap());
+        offer(3);
+        assert!(wants_event(event(), 2, 3), "the driver tells of the third buffer");
+        for _ in 0..3 {
+            assert!(queue.pop(&mut chain).unwrap());
+        }
+        assert!(!queue.enable_notification().unwrap());
+        assert!(wants_event(event(), 3, 4), "and of the fourth");
     }
 }
