@@ -28,8 +28,10 @@ pub struct KvmFeatures {
     pub dirty_ring: Option<u32>,
     /// Writes to some ports and memory-mapped registers can be queued.
     pub coalesced_io: bool,
-    /// Guest memory of its own kind (`guest_memfd`). Machines here do not use it: what the host cannot see needs
-    /// `private_memory`, and for what it can see ordinary memory does more (dirty pages, huge pages).
+    /// Guest memory of its own kind (`guest_memfd`). Machines here do not use it. What the host cannot see needs
+    /// `private_memory`. For what it can see, the memory files that are used instead do more: KVM keeps no dirty log of
+    /// a slot on a `guest_memfd`, without which a running machine cannot be moved, and it has neither huge pages nor
+    /// swap.
     pub guest_memfd: bool,
     /// Such memory can be mapped by the host.
     pub guest_memfd_shared: bool,
