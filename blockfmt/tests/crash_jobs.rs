@@ -10,10 +10,12 @@ use blockfmt::format::qcow2::{Qcow2, Qcow2Options};
 use blockfmt::format::vhd::Vhd;
 use blockfmt::format::vhdx::{Vhdx, VhdxOptions};
 use blockfmt::job::{self, ConvertOptions, JobControl, Migration, Mirror, MirrorMode};
-use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
+use blockfmt::storage::{MemoryStorage, RecordingStorage};
 use blockfmt::{BackingRef, CreateOptions, Disk, Format, Layer, Storage};
 use common::Rng;
-use common::crash::{History, SECTOR, SIZE, corruptions, crash, rounds, sector};
+use common::crash::{
+    History, SECTOR, SIZE, corruptions, crash, last_mark, marks, own_corruptions, rounds, sector,
+};
 use std::sync::{Arc, Mutex};
 
 /// The mark of a job that was acknowledged.
@@ -152,6 +154,24 @@ struct Scenario {
 }
 
 impl Scenario {
+    /// A job on qcow2 images beside a busy guest, which leaves "top" the active image.
+    const fn new(name: &'static str, run: Run) -> Self {
+        Scenario {
+            name,
+            run,
+            after: "top",
+            busy: true,
+            copies: false,
+            redirects: false,
+            reverts: false,
+            formats: QCOW2,
+        }
+    }
+
+    const fn after(self, after: &'static str) -> Self {
+        Scenario { after, ..self }
+    }
+
     fn check(&self, seed: u64, cluster_size: u64) {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut rng = Rng(seed);
@@ -194,34 +214,33 @@ impl Scenario {
         let events = files[0].group_events();
         for round in 0..rounds(60) {
             let at = rng.below(events.len() as u64 + 1) as usize;
-            let marks = || {
-                events[..at]
-                    .iter()
-                    .rev()
-                    .filter_map(|(_, e)| if let Event::Mark(m) = e { Some(*m) } else { None })
-            };
+            let marks = || marks(&events[..at]).rev();
             let done = marks().any(|m| m == DONE);
             let redirected = marks().any(|m| m == REDIRECTED);
             let mark = marks().find(|m| *m < DONE).unwrap_or(0);
             let images = crash(&start, &events, at, &mut rng);
             let what = format!(
-                "{} with clusters of {cluster_size}, crash {round} at event {at} of {} ({})",
+                "{} (seed {seed}, clusters of {cluster_size}), crash {round} at event {at} of {} ({})",
                 self.name,
                 events.len(),
                 if done { "done" } else { "not done" }
             );
-            if round % 10 == 0 {
+            let ask_qemu = round % 10 == 0;
+            if ask_qemu {
+                // It opens the backing files, too.
                 for (name, image) in NAMES.iter().zip(&images) {
                     std::fs::write(dir.path().join(name), image.to_vec()).unwrap();
                 }
-                for (n, image) in images.iter().enumerate() {
-                    let exists = !self.redirects || redirected;
-                    if formats.of(NAMES[n]) == Format::Qcow2
-                        && (NAMES[n] != "target" || exists)
-                        && let Some(report) = corruptions(image, dir.path())
-                    {
-                        panic!("{what}: {}: {report}", NAMES[n]);
-                    }
+            }
+            for (name, image) in NAMES.iter().zip(&images) {
+                let exists = *name != "target" || !self.redirects || redirected;
+                if formats.of(name) == Format::Qcow2 && exists {
+                    let found = own_corruptions(image);
+                    let theirs = if ask_qemu { corruptions(image, dir.path()) } else { None };
+                    assert!(
+                        found.is_empty() && theirs.is_none(),
+                        "{what}: {name}: {found:?}, qemu-img: {theirs:?}"
+                    );
                 }
             }
             let survivors = group(&images);
@@ -261,244 +280,143 @@ fn target(files: &[Arc<RecordingStorage>], format: Format) -> blockfmt::Result<D
     Disk::from_layers(layers(files, "target", Formats { target: format, ..QCOW2 })?, false)
 }
 
+/// Makes "target" a child of `parent`.
+fn new_target(files: &[Arc<RecordingStorage>], parent: &str) -> blockfmt::Result<Arc<dyn Layer>> {
+    let file = files[index("target")].clone();
+    CreateOptions::new(Format::Qcow2, SIZE).backing(parent, Format::Qcow2).create_on(file.clone())?;
+    Ok(Arc::new(Qcow2::open(file, &LayerOptions::default())?))
+}
+
 #[test]
 fn merging() {
-    let plain = Scenario {
-        name: "commit of the active layer",
-        run: |_, disk, control| job::commit(disk, 0, control),
-        after: "mid",
-        busy: true,
-        copies: false,
-        redirects: false,
-        reverts: false,
-        formats: QCOW2,
-    };
-    plain.check(1, 65536);
-    plain.check(2, 4096);
-    let inner = Scenario {
-        name: "commit of an inner layer",
-        run: |_, disk, control| job::commit(disk, 1, control),
-        after: "top",
-        ..plain
-    };
+    let active =
+        Scenario::new("commit of the active layer", |_, disk, control| job::commit(disk, 0, control));
+    active.after("mid").check(1, 65536);
+    active.after("mid").check(2, 4096);
+    let inner = Scenario::new("commit of an inner layer", |_, disk, control| job::commit(disk, 1, control));
     inner.check(3, 65536);
     inner.check(4, 512);
 }
 
 #[test]
 fn pulling() {
-    let all = Scenario {
-        name: "stream",
-        run: |_, disk, control| job::stream(disk, 0, None, control),
-        after: "top",
-        busy: true,
-        copies: false,
-        redirects: false,
-        reverts: false,
-        formats: QCOW2,
-    };
+    let all = Scenario::new("stream", |_, disk, control| job::stream(disk, 0, None, control));
     all.check(11, 65536);
     all.check(12, 4096);
-    Scenario {
-        name: "stream of a part",
-        run: |_, disk, control| job::stream(disk, 0, Some(2), control),
-        ..all
-    }
-    .check(13, 16384);
-    Scenario {
-        name: "rebase",
-        run: |files, disk, control| {
-            let new = layers(files, "other", QCOW2)?;
-            let reference = BackingRef { path: "other".into(), format: Some("qcow2".into()) };
-            job::rebase(disk, &new, Some(&reference), control)
-        },
-        ..all
-    }
+    Scenario::new("stream of a part", |_, disk, control| job::stream(disk, 0, Some(2), control))
+        .check(13, 16384);
+    Scenario::new("rebase", |files, disk, control| {
+        let new = layers(files, "other", QCOW2)?;
+        let reference = BackingRef { path: "other".into(), format: Some("qcow2".into()) };
+        job::rebase(disk, &new, Some(&reference), control)
+    })
     .check(14, 16384);
 }
 
 #[test]
 fn merging_and_pulling_in_vhdx() {
-    let commit = Scenario {
-        name: "commit of the active VHDX",
-        run: |_, disk, control| job::commit(disk, 0, control),
-        after: "mid",
-        busy: true,
-        copies: false,
-        redirects: false,
-        reverts: false,
-        formats: Formats { chain: Format::Vhdx, ..QCOW2 },
-    };
-    commit.check(51, 65536);
-    Scenario {
-        name: "stream of VHDX",
-        run: |_, disk, control| job::stream(disk, 0, None, control),
-        after: "top",
-        ..commit
-    }
-    .check(52, 65536);
+    let formats = Formats { chain: Format::Vhdx, ..QCOW2 };
+    let commit = Scenario::new("commit of the active VHDX", |_, disk, control| job::commit(disk, 0, control));
+    Scenario { formats, ..commit.after("mid") }.check(51, 65536);
+    let stream = Scenario::new("stream of VHDX", |_, disk, control| job::stream(disk, 0, None, control));
+    Scenario { formats, ..stream }.check(52, 65536);
 }
 
 #[test]
 fn deleting_snapshots() {
-    let pulled = Scenario {
-        name: "deletion by pulling up",
-        run: |_, disk, control| match disk.layers().len() {
-            3 => job::remove(disk, 1, control).map(|gone| assert_eq!(gone, "mid")),
-            _ => Ok(()),
-        },
-        after: "top",
-        busy: true,
-        copies: false,
-        redirects: false,
-        reverts: false,
-        formats: QCOW2,
-    };
-    pulled.check(61, 65536);
-    let inner = Scenario {
-        name: "deletion by merging an inner layer",
-        run: |_, disk, control| match disk.layers().len() {
-            3 => job::remove(disk, 2, control).map(|gone| assert_eq!(gone, "mid")),
-            _ => Ok(()),
-        },
-        ..pulled
-    };
-    inner.check(62, 16384);
-    let merged = Scenario {
-        name: "deletion by merging the active layer",
-        run: |files, disk, control| {
-            let first = disk.layers()[0].storage().name() == "top";
-            if first {
-                let file = files[index("target")].clone();
-                CreateOptions::new(Format::Qcow2, SIZE)
-                    .backing("top", Format::Qcow2)
-                    .create_on(file.clone())?;
-                disk.push_layer(Arc::new(Qcow2::open(file, &LayerOptions::default())?))?;
-                files[0].mark(REDIRECTED);
-            }
-            // A second run may find that the guest wrote more to "target" than there is below.
-            job::remove(disk, 1, control).map(|gone| assert!(!first || gone == "target"))
-        },
-        redirects: true,
-        ..pulled
-    };
-    merged.check(63, 4096);
+    Scenario::new("deletion by pulling up", |_, disk, control| match disk.layers().len() {
+        3 => job::remove(disk, 1, control).map(|gone| assert_eq!(gone, "mid")),
+        _ => Ok(()),
+    })
+    .check(61, 65536);
+    Scenario::new("deletion by merging an inner layer", |_, disk, control| match disk.layers().len() {
+        3 => job::remove(disk, 2, control).map(|gone| assert_eq!(gone, "mid")),
+        _ => Ok(()),
+    })
+    .check(62, 16384);
+    let merged = Scenario::new("deletion by merging the active layer", |files, disk, control| {
+        let first = disk.layers()[0].storage().name() == "top";
+        if first {
+            disk.push_layer(new_target(files, "top")?)?;
+            files[0].mark(REDIRECTED);
+        }
+        // A second run may find that the guest wrote more to "target" than there is below.
+        job::remove(disk, 1, control).map(|gone| assert!(!first || gone == "target"))
+    });
+    Scenario { redirects: true, ..merged }.check(63, 4096);
 }
 
 #[test]
 fn rolling_back() {
-    let back = Scenario {
-        name: "roll-back",
-        run: |files, disk, _| {
-            let file = files[index("target")].clone();
-            CreateOptions::new(Format::Qcow2, SIZE).backing("mid", Format::Qcow2).create_on(file.clone())?;
-            disk.roll_back_to(1, Arc::new(Qcow2::open(file, &LayerOptions::default())?))?;
-            files[0].mark(REDIRECTED);
-            Ok(())
-        },
-        after: "target",
-        busy: false,
-        copies: false,
-        redirects: true,
-        reverts: true,
-        formats: QCOW2,
-    };
+    let back = Scenario::new("roll-back", |files, disk, _| {
+        disk.roll_back_to(1, new_target(files, "mid")?)?;
+        files[0].mark(REDIRECTED);
+        Ok(())
+    });
+    let back = Scenario { busy: false, redirects: true, reverts: true, ..back.after("target") };
     back.check(71, 65536);
     back.check(72, 4096);
 }
 
 #[test]
 fn redirecting() {
-    let migration = Scenario {
-        name: "migration",
-        run: |files, disk, control| {
-            if disk.layers()[0].storage().name() == "target" {
-                return Migration::resume(disk, None)?.run(control);
-            }
-            let file = files[index("target")].clone();
-            let create = CreateOptions::new(Format::Qcow2, SIZE).backing("top", Format::Qcow2);
-            create.create_on(file.clone())?;
-            let target = Arc::new(Qcow2::open(file, &LayerOptions::default())?);
-            let migration = Migration::start(disk, target, None)?;
-            files[0].mark(REDIRECTED);
-            migration.run(control)
-        },
-        after: "target",
-        busy: true,
-        copies: false,
-        redirects: true,
-        reverts: false,
-        formats: QCOW2,
-    };
+    let migration = Scenario::new("migration", |files, disk, control| {
+        if disk.layers()[0].storage().name() == "target" {
+            return Migration::resume(disk, None)?.run(control);
+        }
+        let migration = Migration::start(disk, new_target(files, "top")?, None)?;
+        files[0].mark(REDIRECTED);
+        migration.run(control)
+    });
+    let migration = Scenario { redirects: true, ..migration.after("target") };
     migration.check(41, 65536);
     migration.check(42, 4096);
 }
 
 #[test]
-fn copying() {
-    let mirror = Scenario {
-        name: "mirror",
-        run: |files, disk, control| {
-            let target = target(files, Format::Qcow2)?;
-            Mirror::start(disk, &target, MirrorMode::Background, None)?.run(control)?.pivot(control)
-        },
-        after: "target",
-        busy: true,
-        copies: false,
-        redirects: false,
-        reverts: false,
-        formats: QCOW2,
-    };
-    mirror.check(21, 65536);
-    Scenario {
-        name: "mirror that goes on",
-        run: |files, disk, control| {
-            let target = target(files, Format::Qcow2)?;
-            Mirror::resume(disk, &target, MirrorMode::Background)?.run(control)?.pivot(control)
-        },
-        ..mirror
-    }
+fn mirroring() {
+    Scenario::new("mirror", |files, disk, control| {
+        let target = target(files, Format::Qcow2)?;
+        Mirror::start(disk, &target, MirrorMode::Background, None)?.run(control)?.pivot(control)
+    })
+    .after("target")
+    .check(21, 65536);
+    Scenario::new("mirror that goes on", |files, disk, control| {
+        let target = target(files, Format::Qcow2)?;
+        Mirror::resume(disk, &target, MirrorMode::Background)?.run(control)?.pivot(control)
+    })
+    .after("target")
     .check(24, 4096);
-    Scenario {
-        name: "write-blocking mirror to VHD",
-        run: |files, disk, control| {
-            let target = target(files, Format::Vhd)?;
-            Mirror::start(disk, &target, MirrorMode::WriteBlocking, None)?.run(control)?.pivot(control)
-        },
-        formats: Formats { target: Format::Vhd, ..QCOW2 },
-        ..mirror
-    }
-    .check(22, 65536);
-    for format in [Format::Qcow2, Format::Vhd, Format::Vhdx] {
-        let run: Run = match format {
-            Format::Qcow2 => {
-                |files, disk, control| job::backup(disk, &target(files, Format::Qcow2)?, None, control)
-            }
-            Format::Vhd => {
-                |files, disk, control| job::backup(disk, &target(files, Format::Vhd)?, None, control)
-            }
-            _ => |files, disk, control| job::backup(disk, &target(files, Format::Vhdx)?, None, control),
-        };
+    let blocking = Scenario::new("write-blocking mirror to VHD", |files, disk, control| {
+        let target = target(files, Format::Vhd)?;
+        Mirror::start(disk, &target, MirrorMode::WriteBlocking, None)?.run(control)?.pivot(control)
+    });
+    let formats = Formats { target: Format::Vhd, ..QCOW2 };
+    Scenario { formats, ..blocking.after("target") }.check(22, 65536);
+}
+
+#[test]
+fn copying() {
+    let backups: [(Format, Run); 3] = [
+        (Format::Qcow2, |files, disk, control| {
+            job::backup(disk, &target(files, Format::Qcow2)?, None, control)
+        }),
+        (Format::Vhd, |files, disk, control| job::backup(disk, &target(files, Format::Vhd)?, None, control)),
+        (Format::Vhdx, |files, disk, control| {
+            job::backup(disk, &target(files, Format::Vhdx)?, None, control)
+        }),
+    ];
+    for (format, run) in backups {
         let formats = Formats { target: format, ..QCOW2 };
-        Scenario { name: "backup", run, after: "top", copies: true, formats, ..mirror }.check(23, 4096);
+        Scenario { copies: true, formats, ..Scenario::new("backup", run) }.check(23, 4096);
     }
-    Scenario {
-        name: "compressing conversion",
-        run: |files, disk, control| {
-            let target = target(files, Format::Qcow2)?;
-            // A second run finds what the first one left.
-            let options =
-                ConvertOptions { compress: true, target_is_zero: false, ..ConvertOptions::default() };
-            job::convert(disk, &target, options, control)
-        },
-        after: "top",
-        busy: false,
-        copies: true,
-        redirects: false,
-        reverts: false,
-        formats: QCOW2,
-    }
-    .check(25, 65536);
+    let conversion = Scenario::new("compressing conversion", |files, disk, control| {
+        let target = target(files, Format::Qcow2)?;
+        // A second run finds what the first one left.
+        let options = ConvertOptions { compress: true, target_is_zero: false, ..ConvertOptions::default() };
+        job::convert(disk, &target, options, control)
+    });
+    Scenario { copies: true, busy: false, ..conversion }.check(25, 65536);
 }
 
 /// Internal snapshots and bitmaps of one image.
@@ -553,8 +471,7 @@ fn snapshot_run(seed: u64, cluster_size: u64) {
     let events = record.group_events();
     for round in 0..rounds(120) {
         let at = rng.below(events.len() as u64 + 1) as usize;
-        let mark =
-            events[..at].iter().rev().find_map(|(_, e)| if let Event::Mark(m) = e { Some(*m) } else { None });
+        let mark = last_mark(&events, at);
         let survivor = Arc::new(crash(&start, &events, at, &mut rng).remove(0));
         let what = format!(
             "snapshots with clusters of {cluster_size}, crash {round} at event {at} of {}",
@@ -562,7 +479,7 @@ fn snapshot_run(seed: u64, cluster_size: u64) {
         );
         let image = Arc::new(Qcow2::open(survivor, &LayerOptions::default()).expect(&what));
         let disk = Disk::from_layers(vec![image.clone()], false).unwrap();
-        history.check(&disk, mark.unwrap_or(0), &what);
+        history.check(&disk, mark, &what);
         // A bitmap that claims to be complete was closed properly, which happens at the very end only.
         for bitmap in image.bitmaps().expect(&what) {
             let complete = !bitmap.inconsistent && image.bitmap("changes").is_ok_and(|map| map.count() > 0);

@@ -5,9 +5,9 @@
 mod common;
 
 use blockfmt::format::LayerOptions;
-use blockfmt::format::qcow2::{Qcow2, Qcow2Options};
+use blockfmt::format::qcow2::{Qcow2, Qcow2Options, Repair};
 use blockfmt::storage::{Fault, FaultStorage, MemoryStorage, Operation, RecordingStorage};
-use blockfmt::{BackingRef, CreateOptions, Disk, Format, Layer};
+use blockfmt::{BackingRef, CreateOptions, Disk, Format, Layer, Storage};
 use common::crash::{corruptions, each_loss, own_corruptions};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -113,6 +113,25 @@ fn payload_is_durable_before_its_entry_even_if_a_flush_came_between() {
         assert!(tail.iter().all(|b| *b == 7), "crash at {at} without {lost}: what lies below is gone");
     });
     assert!(crashes > 3, "{crashes}");
+}
+
+#[test]
+fn references_beyond_the_end_of_the_file_are_found_and_repaired() {
+    let rig = Rig::new(1 << 20, 65536, None);
+    let mut model = vec![0; 1 << 20];
+    model[..5 * 65536].fill(6);
+    rig.disk.write_at(&model[..5 * 65536], 0).unwrap();
+    rig.disk.close().unwrap();
+    let image: Arc<dyn Storage> = Arc::new(MemoryStorage::clone(&rig.inner));
+    // Two clusters were never written; what is left of a third one reads as zeros from its middle on.
+    image.truncate(image.length().unwrap() - 5 * 32768).unwrap();
+    model[5 * 32768..5 * 65536].fill(0);
+    let layer = Qcow2::open(image.clone(), &LayerOptions::default()).unwrap();
+    let found = layer.check(Repair::Nothing).unwrap();
+    assert_eq!((found.corruptions, found.corruptions_fixed), (2, 0), "{:?}", found.findings);
+    let repaired = layer.check(Repair::All).unwrap();
+    assert_eq!((repaired.corruptions, repaired.corruptions_fixed), (0, 2), "{:?}", repaired.findings);
+    common::assert_same(&Disk::from_layers(vec![Arc::new(layer)], false).unwrap(), &model);
 }
 
 /// A disk whose refcount table is nearly full, and what it holds.

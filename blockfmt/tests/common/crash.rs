@@ -190,13 +190,14 @@ pub fn each_loss(
     }
 }
 
+/// The marks of the test among events, in order.
+pub fn marks(events: &[(usize, Event)]) -> impl DoubleEndedIterator<Item = u64> {
+    events.iter().filter_map(|(_, event)| if let Event::Mark(mark) = event { Some(*mark) } else { None })
+}
+
 /// The last mark of the test before event `at`, 0 if there is none.
 pub fn last_mark(events: &[(usize, Event)], at: usize) -> u64 {
-    let mut marks = events[..at].iter().filter_map(|(_, e)| match e {
-        Event::Mark(mark) => Some(*mark),
-        _ => None,
-    });
-    marks.next_back().unwrap_or(0)
+    marks(&events[..at]).next_back().unwrap_or(0)
 }
 
 /// What our own check finds beyond leaks in a qcow2 image, without changing it.

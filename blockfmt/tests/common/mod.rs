@@ -108,7 +108,8 @@ pub fn assert_same(disk: &blockfmt::Disk, model: &[u8]) {
     assert_eq!(disk.size(), model.len() as u64);
     let mut seen = vec![0xa5; model.len()];
     disk.read_at(&mut seen, 0).expect("read");
-    if let Some(at) = seen.iter().zip(model).position(|(a, b)| a != b) {
+    if seen != model {
+        let at = seen.iter().zip(model).position(|(a, b)| a != b).expect("there is a difference");
         panic!("the disk differs from the model at byte {at}: {} instead of {}", seen[at], model[at]);
     }
 }
