@@ -86,6 +86,9 @@ pub enum Error {
     /// Something else changes the chain of a disk, or copies the disk, at the moment.
     #[error("A job works on {0}; wait for its end or cancel it")]
     Busy(String),
+    /// A queue has taken as many requests as it can.
+    #[error("The queue is full; take its completions first")]
+    QueueFull,
     /// An argument that makes no sense.
     #[error("Invalid option: {0}")]
     InvalidOption(String),
@@ -159,7 +162,7 @@ impl Error {
             Error::Unsupported { .. } => libc::ENOTSUP,
             Error::Corrupt { .. } | Error::ParentChanged(_) => libc::EIO,
             Error::NotAllowed { .. } | Error::WrongSecret(_) | Error::SecretNeeded(_) => libc::EACCES,
-            Error::Locked { .. } | Error::NoLease { .. } => libc::EAGAIN,
+            Error::Locked { .. } | Error::NoLease { .. } | Error::QueueFull => libc::EAGAIN,
             Error::Busy(_) => libc::EBUSY,
             Error::NotFound { .. } => libc::ENOENT,
             Error::Exists { .. } => libc::EEXIST,

@@ -1,12 +1,22 @@
 //! A gate that many threads pass cheaply and one thread can close.
 
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{ArcRwLockReadGuard, RawRwLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::ops::Deref;
+use std::sync::Arc;
 
 const SHARDS: usize = 16;
 
-#[derive(Debug, Default)]
+/// The copy of a value for one shard.
+#[derive(Debug)]
 #[repr(align(128))] // one cache line pair each, so that passers on different shards do not share one
-struct Shard<T>(RwLock<T>);
+pub(crate) struct Shard<T>(T);
+
+impl<T> Deref for Shard<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
 
 /// A value read by every request and replaced rarely.
 ///
@@ -14,35 +24,44 @@ struct Shard<T>(RwLock<T>);
 /// A writer locks all of them.
 #[derive(Debug)]
 pub(crate) struct Gate<T> {
-    shards: Box<[Shard<T>]>,
+    shards: Box<[Arc<RwLock<Shard<T>>>]>,
 }
 
 /// Passage through a [`Gate`]; the gate cannot be closed while it lives.
-pub(crate) type Pass<'a, T> = RwLockReadGuard<'a, T>;
+pub(crate) type Pass<'a, T> = RwLockReadGuard<'a, Shard<T>>;
+
+/// A [`Pass`] that any thread may end.
+pub(crate) type Hold<T> = ArcRwLockReadGuard<RawRwLock, Shard<T>>;
 
 /// Exclusive possession of a [`Gate`].
-pub(crate) struct Closed<'a, T>(Vec<RwLockWriteGuard<'a, T>>);
+pub(crate) struct Closed<'a, T>(Vec<RwLockWriteGuard<'a, Shard<T>>>);
 
 impl<T: Clone> Gate<T> {
     pub(crate) fn new(value: T) -> Self {
-        Gate { shards: (0..SHARDS).map(|_| Shard(RwLock::new(value.clone()))).collect() }
+        Gate { shards: (0..SHARDS).map(|_| Arc::new(RwLock::new(Shard(value.clone())))).collect() }
     }
 
     /// Enters; waits while the gate is closed. Must not be called by a thread that is inside already.
     pub(crate) fn enter(&self) -> Pass<'_, T> {
-        self.shards[shard()].0.read()
+        self.shards[shard()].read()
+    }
+
+    /// Enters for longer than this call. `None` if someone closes the gate or is about to: whoever waited now, with
+    /// other holds, would wait for himself.
+    pub(crate) fn try_hold(&self) -> Option<Hold<T>> {
+        self.shards[shard()].try_read_arc()
     }
 
     /// Waits until everyone who is inside now has left once; others may enter meanwhile.
     pub(crate) fn synchronize(&self) {
         for shard in &self.shards {
-            drop(shard.0.write());
+            drop(shard.write());
         }
     }
 
     /// Waits until everyone is out and keeps others from entering.
     pub(crate) fn close(&self) -> Closed<'_, T> {
-        Closed(self.shards.iter().map(|s| s.0.write()).collect())
+        Closed(self.shards.iter().map(|s| s.write()).collect())
     }
 }
 
@@ -55,7 +74,7 @@ impl<T: Clone> Closed<'_, T> {
     /// Replaces the value for everyone who enters next.
     pub(crate) fn set(&mut self, value: T) {
         for guard in &mut self.0 {
-            **guard = value.clone();
+            guard.0 = value.clone();
         }
     }
 }
@@ -92,5 +111,22 @@ mod tests {
             }
         });
         assert_eq!(seen.into_inner(), 0);
+    }
+
+    #[test]
+    fn a_hold_ends_in_another_thread_and_none_begins_before_someone_who_waits() {
+        let gate = Gate::new(7);
+        let first = gate.try_hold().unwrap();
+        let second = gate.try_hold().unwrap();
+        assert_eq!((**first, **second), (7, 7));
+        std::thread::scope(|scope| {
+            let closer = scope.spawn(|| gate.close().set(8));
+            while let Some(hold) = gate.try_hold() {
+                assert_eq!(**hold, 7);
+            }
+            scope.spawn(move || drop((first, second)));
+            closer.join().unwrap();
+        });
+        assert_eq!(**gate.enter(), 8);
     }
 }

@@ -248,6 +248,87 @@ impl<'a> Gather<'a> {
     }
 }
 
+/// The memory of a request that outlives the call that made it.
+pub struct Memory(Owner);
+
+enum Owner {
+    Bytes(Vec<u8>),
+    Segments(Vec<iovec>),
+}
+
+// SAFETY: bytes belong to this alone, and who made segments promised that they may be used from anywhere.
+unsafe impl Send for Memory {}
+
+impl From<Vec<u8>> for Memory {
+    fn from(bytes: Vec<u8>) -> Self {
+        Memory(Owner::Bytes(bytes))
+    }
+}
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory").field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl Memory {
+    /// Raw segments, for example of guest memory.
+    ///
+    /// # Safety
+    /// As long as this lives, every segment must stay mapped and writable (readable is enough for a write to a disk),
+    /// whichever thread uses it. Other parties may read and write the bytes at any time, but no Rust reference to them
+    /// may exist.
+    pub unsafe fn from_iovecs(segments: Vec<iovec>) -> Self {
+        Memory(Owner::Segments(segments))
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.gather().len()
+    }
+
+    /// Whether there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The bytes, if this was made of a vector.
+    pub fn into_vec(self) -> Option<Vec<u8>> {
+        match self.0 {
+            Owner::Bytes(bytes) => Some(bytes),
+            Owner::Segments(_) => None,
+        }
+    }
+
+    /// The segments, if they are several, and the only one, if it is one. They stay valid when this is moved.
+    pub(crate) fn segments(&mut self) -> (&[iovec], Option<iovec>) {
+        match &mut self.0 {
+            Owner::Bytes(bytes) => {
+                (&[], Some(iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }))
+            }
+            Owner::Segments(list) => (list, <[iovec; 1]>::try_from(&list[..]).ok().map(|[one]| one)),
+        }
+    }
+
+    /// The memory as the destination of a read.
+    pub fn scatter(&mut self) -> Scatter<'_> {
+        match &mut self.0 {
+            Owner::Bytes(bytes) => Scatter::new(bytes),
+            // SAFETY: the segments are as `Scatter` wants them, by the contract of `from_iovecs`.
+            Owner::Segments(list) => unsafe { Scatter::from_iovecs(list) },
+        }
+    }
+
+    /// The memory as the source of a write.
+    pub fn gather(&self) -> Gather<'_> {
+        match &self.0 {
+            Owner::Bytes(bytes) => Gather::new(bytes),
+            // SAFETY: the segments are as `Gather` wants them, by the contract of `from_iovecs`.
+            Owner::Segments(list) => unsafe { Gather::from_iovecs(list) },
+        }
+    }
+}
+
 /// A zeroed buffer that starts at a multiple of its alignment, for direct I/O.
 pub(crate) struct AlignedBuf {
     bytes: Vec<u8>,

@@ -1,7 +1,7 @@
 //! One instance of a format.
 
 use crate::format::check::{CheckReport, Repair};
-use crate::gate::Pass;
+use crate::gate::{Hold, Pass};
 use crate::storage::Storage;
 use crate::{Format, Gather, Result, Scatter};
 use std::fmt::Debug;
@@ -217,6 +217,10 @@ impl<'a> Below<'a> {
 #[derive(Debug)]
 pub struct LayerPass<'a>(#[expect(dead_code, reason = "held for its drop")] pub(crate) Option<Pass<'a, ()>>);
 
+/// A [`LayerPass`] for a request that outlives the call that made it; see [`Layer::try_hold`].
+#[derive(Debug)]
+pub struct LayerHold(#[expect(dead_code, reason = "held for its drop")] pub(crate) Option<Hold<()>>);
+
 /// One instance of a format over a storage.
 ///
 /// All methods may be called concurrently. Ranges are within [`size`](Layer::size); the [`Disk`](crate::Disk)
@@ -285,6 +289,11 @@ pub trait Layer: Send + Sync + Debug {
         LayerPass(None)
     }
 
+    /// [`enter`](Layer::enter) for longer than this call; `None` if that had to wait.
+    fn try_hold(&self) -> Option<LayerHold> {
+        Some(LayerHold(None))
+    }
+
     /// Where the bytes at `offset` are, for at most `len` bytes.
     fn resolve_read(&self, offset: u64, len: u64) -> Result<Extent>;
 
@@ -298,6 +307,18 @@ pub trait Layer: Send + Sync + Debug {
 
     /// Writes. `below` supplies bytes of clusters that the write covers in part.
     fn write(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()>;
+
+    /// The place in [`data_file`](Layer::data_file) where the whole range may be written by the caller, if nothing else
+    /// has to change for that. The caller holds the layer, and calls [`written`](Layer::written) at the end.
+    fn resolve_write(&self, offset: u64, len: u64) -> Result<Option<u64>> {
+        let _ = (offset, len);
+        Ok(None)
+    }
+
+    /// Tells that bytes were written, or may have been, where [`resolve_write`](Layer::resolve_write) said.
+    fn written(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
 
     /// Writes bytes that another storage holds, without moving them through the memory of this process where
     /// that is possible. Returns whether that was done; otherwise some bytes may be written, and the caller

@@ -55,6 +55,7 @@ pub mod disk;
 pub mod format;
 pub mod job;
 pub mod nbd;
+pub mod queue;
 pub mod storage;
 
 pub use crypt::{CipherMode, Hash, IvGenerator, LuksOptions, Secret};
@@ -63,6 +64,6 @@ pub use disk::{
 };
 pub use error::{Error, Result};
 pub use format::Format;
-pub use iobuf::{Gather, Scatter};
-pub use layer::{BackingRef, Below, Extent, Layer, LayerInfo, Source, Stored};
+pub use iobuf::{Gather, Memory, Scatter};
+pub use layer::{BackingRef, Below, Extent, Layer, LayerHold, LayerInfo, LayerPass, Source, Stored};
 pub use storage::{LockMode, Storage};

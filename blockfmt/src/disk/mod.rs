@@ -3,6 +3,7 @@
 mod chain;
 mod create;
 mod open;
+mod place;
 mod policy;
 mod shared;
 mod throttle;
@@ -16,6 +17,7 @@ pub use throttle::{Limits, Throttle};
 pub use tree::{SnapshotNode, snapshot_tree};
 
 pub(crate) use chain::Claim;
+pub(crate) use place::{Held, Place};
 
 use crate::gate::Gate;
 use crate::storage::FileId;

@@ -79,6 +79,10 @@ impl Layer for Raw {
         self.io("write", self.storage.writev(src, offset))
     }
 
+    fn resolve_write(&self, offset: u64, _len: u64) -> Result<Option<u64>> {
+        Ok(Some(offset))
+    }
+
     fn write_stored(&self, src: Stored<'_>, offset: u64, _below: Below<'_>) -> Result<bool> {
         Ok(self.storage.copy_from(&**src.storage, src.offset, offset, src.len) == src.len)
     }

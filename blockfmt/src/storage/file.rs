@@ -483,6 +483,14 @@ impl Storage for FileStorage {
         Some(self.raw())
     }
 
+    fn alignment(&self) -> usize {
+        self.align
+    }
+
+    fn writable_end(&self) -> u64 {
+        self.least_length.load(Ordering::Acquire)
+    }
+
     fn set_lock(&self, mode: LockMode) -> Result<()> {
         if let Some(lease) = self.lease.as_ref().filter(|_| mode != LockMode::None) {
             lease.change(mode)?;

@@ -124,6 +124,17 @@ pub trait Storage: Send + Sync + Debug {
         None
     }
 
+    /// What offsets and lengths of I/O on [`fd`](Storage::fd) have to be multiples of. Unless it is 1, memory has to be
+    /// aligned to sectors of 512 bytes, too.
+    fn alignment(&self) -> usize {
+        1
+    }
+
+    /// Where I/O on [`fd`](Storage::fd) must stop to write: beyond, it would change the length beside others who do.
+    fn writable_end(&self) -> u64 {
+        0
+    }
+
     /// Gives up (or takes again) the locks against other processes, around a hand-over.
     fn set_lock(&self, mode: LockMode) -> crate::Result<()> {
         let _ = mode;

@@ -4,7 +4,7 @@ use super::header::{Header, compatible, extension, incompatible};
 use super::write::Payload;
 use super::{Qcow2, map};
 use crate::format::check::{CheckReport, Repair};
-use crate::layer::LayerPass;
+use crate::layer::{LayerHold, LayerPass};
 use crate::{
     BackingRef, Below, Error, Extent, Format, Gather, Layer, LayerInfo, Result, Scatter, Storage, Stored,
 };
@@ -96,6 +96,10 @@ impl Layer for Qcow2 {
         LayerPass(Some(self.gate.enter()))
     }
 
+    fn try_hold(&self) -> Option<LayerHold> {
+        self.gate.try_hold().map(|hold| LayerHold(Some(hold)))
+    }
+
     fn resolve_read(&self, offset: u64, len: u64) -> Result<Extent> {
         self.resolve(offset, len)
     }
@@ -122,6 +126,18 @@ impl Layer for Qcow2 {
         let result = self.write_guest(Payload::Memory(src), offset, below);
         self.record(offset, src.len() as u64);
         result
+    }
+
+    fn resolve_write(&self, offset: u64, len: u64) -> Result<Option<u64>> {
+        self.check_writable()?;
+        match self.lookup(offset, len)? {
+            (map::Kind::Data { host, copied: true }, n) if n == len => Ok(Some(host)),
+            _ => Ok(None),
+        }
+    }
+
+    fn written(&self, offset: u64, len: u64) {
+        self.record(offset, len);
     }
 
     fn write_stored(&self, src: Stored<'_>, offset: u64, below: Below<'_>) -> Result<bool> {
