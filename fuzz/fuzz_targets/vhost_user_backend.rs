@@ -25,6 +25,9 @@ const DESCRIPTORS: u8 = 0x40;
 const MEMORY_BYTES: u8 = 0x41;
 const FRAME: u8 = 0x42;
 const RAW: u8 = 0x43;
+/// The request by which a front-end says what features it wants, and one of them.
+const SET_FEATURES: u32 = 2;
+const RING_PACKED: u64 = 1 << 34;
 /// Bit of a request's kind: it asks for an answer.
 const NEED_REPLY: u8 = 0x80;
 
@@ -35,6 +38,8 @@ struct FrontEnd<'a> {
     event: EventFd,
     /// Descriptors that go with the next message.
     descriptors: Vec<RawFd>,
+    /// Whether packed rings were asked for.
+    packed: bool,
     switch: &'a Switch,
     end: &'a Endpoint,
 }
@@ -67,6 +72,9 @@ impl FrontEnd<'_> {
             }
             _ => {
                 let code = u32::from(kind & 0x3f);
+                if let (SET_FEATURES, Some(bits)) = (code, body.first_chunk()) {
+                    self.packed = u64::from_le_bytes(*bits) & RING_PACKED != 0;
+                }
                 let flags = if kind & NEED_REPLY != 0 { 9u32 } else { 1 };
                 let header = [code, flags, body.len() as u32].map(u32::to_le_bytes).concat();
                 let _ = self.stream.send_with_fds(&[&header, body], &self.descriptors);
@@ -79,7 +87,11 @@ impl FrontEnd<'_> {
     fn settle(&mut self) {
         self.switch.settle(3);
         if !self.end.recv_burst(64).is_empty() {
-            reached("frame-from-guest");
+            if self.packed {
+                reached("frame-from-packed-ring");
+            } else {
+                reached("frame-from-guest");
+            }
         }
         let (bytes, _) = drain(&self.stream);
         self.stream.set_nonblocking(false).expect("socket");
@@ -119,6 +131,7 @@ fuzz_target!(|data: &[u8]| {
         small: file(SMALL),
         event: EventFd::new(0).expect("eventfd"),
         descriptors: Vec::new(),
+        packed: false,
         switch: &switch,
         end: &ends[0],
     };
