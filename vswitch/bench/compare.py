@@ -31,6 +31,8 @@ CASES = [
     ("learning, latency", 64, 1, 1, "learning"),
     ("UDP rule, 64k flows", 64, 0, 65536, "udp"),
     ("conntrack", 64, 512, 2, "conntrack"),
+    # With packed rings.
+    ("learning, 64 B, packed", 64, 512, 1, "learning"),
 ]
 
 
@@ -110,7 +112,7 @@ def nacre(binary, work, core, policy):
     config = {
         "port_groups": {"g": port},
         "security_groups": {"any": {"rules": rules}},
-        "ports": {s.name: {"kind": {"vhost_user": {"socket": str(s)}}, "group": "g", "number": i + 1}
+        "ports": {s.name: {"kind": {"vhost_user": {"socket": str(s), "packed_rings": True}}, "group": "g", "number": i + 1}
                   for i, s in enumerate(sockets)},
     }
     file = work / "nacre.json"
@@ -192,18 +194,19 @@ def ovs(work, huge, core, other, policy):
 class Testpmd:
     """Drives one testpmd through its prompt."""
 
-    def __init__(self, work, huge, sockets, core, main, size, in_flight, flows):
+    def __init__(self, work, huge, sockets, core, main, size, in_flight, flows, packed):
         self.log = work / "testpmd.log"
         out = open(self.log, "w")
         burst = 1 if in_flight == 1 else 32
         self.start = f"start tx_first {in_flight // burst}" if in_flight else "start"
         mode = ["--forward-mode=mac"] if in_flight else ["--forward-mode=flowgen", f"--flowgen-flows={flows}"]
         devices = [f"--vdev=net_virtio_user{i},mac=02:00:00:00:00:0{i},path={s},queues=1,queue_size=1024"
+                   + (",packed_vq=1" if packed else "")
                    for i, s in enumerate(sockets)]
         peers = [f"--eth-peer={i},02:00:00:00:00:0{1 - i}" for i in (0, 1)]
         command = ["stdbuf", "-oL", "dpdk-testpmd", "-l", f"{main},{core}", f"--main-lcore={main}", "-n", "1", "--no-pci",
                    "--no-telemetry", "--single-file-segments", "--file-prefix=nacre-bench", f"--huge-dir={huge}", "-m", "256",
-                   *devices, "--", "-i", "--nb-cores=1", *peers, "--txd=1024", "--rxd=1024", "--total-num-mbufs=16384",
+                   *devices, "--log-level=pmd.net.virtio.init:info", "--", "-i", "--nb-cores=1", *peers, "--txd=1024", "--rxd=1024", "--total-num-mbufs=16384",
                    *mode, f"--burst={burst}", f"--txpkts={size - 4}"]
         if flows > 1 and in_flight:
             command.append("--txonly-multi-flow")
@@ -211,6 +214,8 @@ class Testpmd:
                                         start_new_session=True)
         try:
             self.expect("testpmd>", 1)
+            if ("using packed ring" in self.text()) != packed:
+                sys.exit("the switch does not offer the rings to measure:\n" + self.text()[-2000:])
         except SystemExit:
             stop(self.process)
             raise
@@ -240,9 +245,9 @@ class Testpmd:
 
 def measure(work, huge, switch, args, case):
     """Returns frames a second, and whether both sides had their cores to themselves."""
-    _, size, in_flight, flows, _ = case
+    name, size, in_flight, flows, _ = case
     pid, sockets = switch
-    pmd = Testpmd(work, huge, sockets, args.client_core, args.switch_core, size, in_flight, flows)
+    pmd = Testpmd(work, huge, sockets, args.client_core, args.switch_core, size, in_flight, flows, packed="packed" in name)
     try:
         favour(pid)
         favour(pmd.process.pid)

@@ -3,6 +3,7 @@
 //! `cargo bench -p vswitch --bench rest` prints the share of a core that a switch of 64 idle ports uses, and the time
 //! from giving a frame to a sleeping switch to its coming out of another port. Beside that stands the time in which this
 //! machine wakes any thread that waits for an eventfd, measured in turns with it: what is between them is the switch's.
+//! Once with the threads where the scheduler puts them, once on cores of their own.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
 

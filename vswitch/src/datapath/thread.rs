@@ -293,7 +293,10 @@ mod tests {
         told: AtomicUsize,
     }
 
-    struct LinePort(Arc<Line>);
+    struct LinePort {
+        line: Arc<Line>,
+        cheap: bool,
+    }
 
     impl Port for LinePort {
         fn kind(&self) -> &'static str {
@@ -303,19 +306,19 @@ mod tests {
         fn receive(&self, _queue: usize, burst: &mut Burst) {
             let mut frame = [0xff; 60];
             frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
-            for _ in 0..self.0.waiting.swap(0, Ordering::Relaxed) {
+            for _ in 0..self.line.waiting.swap(0, Ordering::Relaxed) {
                 burst.push_frame(&frame);
-                self.0.received.fetch_add(1, Ordering::Relaxed);
+                self.line.received.fetch_add(1, Ordering::Relaxed);
             }
         }
 
         fn transmit(&self, _queue: usize, batch: &Batch<'_>) -> usize {
-            self.0.sent.fetch_add(batch.len(), Ordering::Relaxed);
+            self.line.sent.fetch_add(batch.len(), Ordering::Relaxed);
             batch.len()
         }
 
         fn notify(&self, _queue: usize) {
-            self.0.told.store(self.0.sent.load(Ordering::Relaxed), Ordering::Relaxed);
+            self.line.told.store(self.line.sent.load(Ordering::Relaxed), Ordering::Relaxed);
         }
 
         fn ready_fd(&self, _queue: usize) -> Option<RawFd> {
@@ -323,23 +326,26 @@ mod tests {
         }
 
         fn arm(&self, _queue: usize, on: bool) -> bool {
-            self.0.armed.store(on, Ordering::Relaxed);
-            if on && self.0.late.load(Ordering::Relaxed) > 0 {
-                self.0.late.fetch_sub(1, Ordering::Relaxed);
-                self.0.waiting.fetch_add(1, Ordering::Relaxed);
+            self.line.armed.store(on, Ordering::Relaxed);
+            if on && self.line.late.load(Ordering::Relaxed) > 0 {
+                self.line.late.fetch_sub(1, Ordering::Relaxed);
+                self.line.waiting.fetch_add(1, Ordering::Relaxed);
             }
-            on && self.0.waiting.load(Ordering::Relaxed) > 0
+            on && self.line.waiting.load(Ordering::Relaxed) > 0
+        }
+
+        fn is_cheap_to_poll(&self) -> bool {
+            self.cheap
         }
     }
 
-    /// A frame that came between the last look at a queue and the request for a wake-up is not slept over, nor is the
-    /// notification of a peer.
-    #[test]
-    fn a_worker_goes_to_sleep_with_nothing_left_to_do() {
+    /// A switch with two lines, and a worker that does what it is told.
+    fn worker(cheap: bool) -> (Switch, [Arc<Line>; 2], Loop) {
         let s = Switch::builder().workers(0).build().unwrap();
-        let lines: Vec<_> = (0..2).map(|_| Arc::new(Line::default())).collect();
+        let lines = [0, 1].map(|_| Arc::new(Line::default()));
         for (n, line) in lines.iter().enumerate() {
-            s.add_port(&n.to_string(), LinePort(line.clone()), PortConfig::default()).unwrap();
+            let port = LinePort { line: line.clone(), cheap };
+            s.add_port(&n.to_string(), port, PortConfig::default()).unwrap();
         }
         let control = Control {
             stop: AtomicBool::new(false),
@@ -347,18 +353,49 @@ mod tests {
             requested: AtomicU64::new(0),
             answered: AtomicU64::new(0),
         };
-        let mut worker = Loop::new(s.shared.clone(), 0, Arc::new(control)).unwrap();
-        lines[0].late.store(3, Ordering::Relaxed);
-        worker.turn().unwrap();
-        for _ in 0..1000 {
-            if worker.awake == 0 {
-                break;
-            }
+        let worker = Loop::new(s.shared.clone(), 0, Arc::new(control)).unwrap();
+        (s, lines, worker)
+    }
+
+    /// Turns until every queue is asleep.
+    fn turns(worker: &mut Loop) -> u32 {
+        for n in 1..100_000 {
             worker.turn().unwrap();
+            if worker.awake == 0 {
+                return n;
+            }
         }
-        assert_eq!(worker.awake, 0);
+        panic!("the worker does not go to sleep");
+    }
+
+    /// A frame that came between the last look at a queue and the request for a wake-up is not slept over, nor is the
+    /// notification of a peer.
+    #[test]
+    fn a_worker_goes_to_sleep_with_nothing_left_to_do() {
+        let (_switch, lines, mut worker) = worker(false);
+        lines[0].late.store(3, Ordering::Relaxed);
+        turns(&mut worker);
         assert_eq!(lines[0].received.load(Ordering::Relaxed), 3);
         assert_eq!(lines[1].told.load(Ordering::Relaxed), 3);
         assert!(lines.iter().all(|l| l.armed.load(Ordering::Relaxed)));
+    }
+
+    #[test]
+    fn a_queue_is_polled_the_longer_the_more_came() {
+        let (_switch, lines, mut worker) = worker(true);
+        turns(&mut worker);
+        let wake_with = |frames: usize, worker: &mut Loop| {
+            wake(&mut worker.queues[0], &mut worker.awake);
+            for _ in 0..frames {
+                lines[0].waiting.store(1, Ordering::Relaxed);
+                worker.turn().unwrap();
+            }
+            turns(worker)
+        };
+        let single = wake_with(1, &mut worker);
+        assert!(single <= IDLE_POLLS_FIRST + IDLE_POLLS_GAIN, "{single}");
+        assert_eq!(wake_with(1000, &mut worker), IDLE_POLLS_MOST);
+        assert_eq!(wake_with(1, &mut worker), single, "a busy time is forgotten with the next sleep");
+        assert_eq!(lines[1].told.load(Ordering::Relaxed), 1002);
     }
 }
