@@ -17,10 +17,10 @@ pub use vms::LocalVm;
 use std::collections::BTreeMap;
 
 use crate::fence::{Fencer, LocalMonitor, MonitorConfig};
-use crate::ha::{HaManager, Request, RequestError};
-use crate::lease::{LeaseHolder, LeaseObserver, LeaseStatus};
+use crate::ha::{HaManager, HaOutput, Request, RequestError};
+use crate::lease::{LeaseHolder, LeaseObserver, LeaseOutput, LeaseStatus};
 use crate::lock::Locker;
-use crate::membership::{Coordinator, CoordinatorConfig, Membership, Verdict};
+use crate::membership::{CoordOutput, Coordinator, CoordinatorConfig, Membership, MembershipOutput, Verdict};
 use crate::types::{
     Generation, HostId, HostSet, Incarnation, LockspaceId, ResourceId, Resources, Time, VmId,
 };
@@ -52,7 +52,10 @@ pub struct Node {
     config: Config,
     me: Incarnation,
     volumes: Vec<Volume>,
+    /// Each with when it is due.
     locks: Vec<(ResourceId, Locker, Time)>,
+    /// When the first of them is.
+    locks_wake: Time,
     gone: BTreeMap<(LockspaceId, HostId), Generation>,
     watchdogs: HostSet,
     membership: Membership,
@@ -76,6 +79,16 @@ pub struct Node {
     leaving: bool,
     stopping_all: bool,
     op: u64,
+    buffers: Buffers,
+}
+
+/// What the parts of a node say, kept from step to step so that it is not allocated each time. Empty between steps.
+#[derive(Debug, Default)]
+struct Buffers {
+    membership: Vec<MembershipOutput>,
+    coordinator: Vec<CoordOutput>,
+    ha: Vec<HaOutput>,
+    lease: Vec<LeaseOutput>,
 }
 
 impl Node {
@@ -94,6 +107,7 @@ impl Node {
             me,
             volumes: (0..usize::from(config.lockspaces)).map(volume).collect(),
             locks: Vec::new(),
+            locks_wake: Time(u64::MAX),
             gone: BTreeMap::new(),
             watchdogs: HostSet::default(),
             membership: Membership::new(now, config.membership.clone(), boot, config.watchdog),
@@ -117,6 +131,7 @@ impl Node {
             leaving: false,
             stopping_all: false,
             op: 0,
+            buffers: Buffers::default(),
             config,
         }
     }
@@ -241,12 +256,10 @@ impl Node {
             .min(self.ha_wake)
             .min(self.monitor_wake)
             .min(self.next_report)
+            .min(self.locks_wake)
             .min(self.vms_wake());
         for v in &self.volumes {
             wake = wake.min(v.wake).min(v.next_scan);
-        }
-        for (_, _, at) in &self.locks {
-            wake = wake.min(*at);
         }
         for f in &self.fencings {
             wake = wake.min(f.wake);

@@ -52,10 +52,10 @@ impl Node {
     }
 
     pub(super) fn membership_input(&mut self, now: Time, input: MembershipInput, out: &mut Vec<NodeOutput>) {
-        let mut events = Vec::new();
+        let mut events = core::mem::take(&mut self.buffers.membership);
         let volumes = &self.volumes;
         self.membership.step(now, input, &|host| Self::disk_life(volumes, host), &mut events);
-        for e in events {
+        for e in events.drain(..) {
             match e {
                 MembershipOutput::Send(beat) => out.push(NodeOutput::Broadcast(Message::Heartbeat(beat))),
                 MembershipOutput::Changed { host, verdict } => {
@@ -82,12 +82,13 @@ impl Node {
                 MembershipOutput::WakeAt(at) => self.membership_wake = at,
             }
         }
+        self.buffers.membership = events;
     }
 
     pub(super) fn coordinator_input(&mut self, now: Time, input: CoordInput, out: &mut Vec<NodeOutput>) {
-        let mut events = Vec::new();
+        let mut events = core::mem::take(&mut self.buffers.coordinator);
         self.coordinator.step(now, input, &mut events);
-        for e in events {
+        for e in events.drain(..) {
             match e {
                 CoordOutput::WakeAt(at) => self.coordinator_wake = at,
                 CoordOutput::Elected { token } => {
@@ -104,14 +105,15 @@ impl Node {
                 request => out.push(NodeOutput::Store(StoreRequest::Election(request))),
             }
         }
+        self.buffers.coordinator = events;
     }
 
     pub(super) fn ha_input(&mut self, now: Time, input: HaInput, out: &mut Vec<NodeOutput>) {
-        let mut events = Vec::new();
+        let mut events = core::mem::take(&mut self.buffers.ha);
         let leads = self.coordinator.token();
         self.ha.step(now, input, &View { membership: &self.membership }, &mut events);
         self.ha_wake = if leads.is_some() { now + 1000 } else { Time(u64::MAX) };
-        for e in events {
+        for e in events.drain(..) {
             match e {
                 HaOutput::Load { op } => out.push(NodeOutput::Store(StoreRequest::Load { op })),
                 HaOutput::Write { op, token, updates } => {
@@ -132,6 +134,7 @@ impl Node {
                 HaOutput::GaveUp(vm) => out.push(NodeOutput::GaveUp(vm)),
             }
         }
+        self.buffers.ha = events;
     }
 
     fn start_fencing(&mut self, now: Time, target: Incarnation, out: &mut Vec<NodeOutput>) {

@@ -85,10 +85,10 @@ impl Node {
         out: &mut Vec<NodeOutput>,
     ) {
         let Some(v) = self.volumes.get_mut(usize::from(lockspace.0)) else { return };
-        let mut events = Vec::new();
+        let mut events = core::mem::take(&mut self.buffers.lease);
         v.wake = Time(u64::MAX);
         v.lease.step(now, input, &mut events);
-        for e in events {
+        for e in events.drain(..) {
             match e {
                 LeaseOutput::Read { op } => out.push(NodeOutput::ReadDelta { lockspace, op }),
                 LeaseOutput::Write { op, record } => {
@@ -110,6 +110,7 @@ impl Node {
                 LeaseOutput::Released => self.next_report = now,
             }
         }
+        self.buffers.lease = events;
         let v = &mut self.volumes[usize::from(lockspace.0)];
         if v.lease.is_idle() && !self.leaving {
             v.wake = now + self.config.timing.io();
@@ -168,10 +169,12 @@ impl Node {
         if now >= self.witness_wake {
             self.seek_witness(now, out);
         }
-        for i in 0..self.locks.len() {
-            if now >= self.locks[i].2 {
-                let resource = self.locks[i].0;
-                self.lock_input(now, resource, LockInput::Tick, out);
+        if now >= self.locks_wake {
+            for i in 0..self.locks.len() {
+                if now >= self.locks[i].2 {
+                    let resource = self.locks[i].0;
+                    self.lock_input(now, resource, LockInput::Tick, out);
+                }
             }
         }
     }
@@ -231,6 +234,7 @@ impl Node {
                 }
             }
         }
+        self.locks_wake = self.locks.iter().map(|l| l.2).min().unwrap_or(Time(u64::MAX));
     }
 
     pub(super) fn want_witness(&mut self, now: Time, wanted: bool, out: &mut Vec<NodeOutput>) {

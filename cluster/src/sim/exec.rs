@@ -2,6 +2,7 @@
 
 use super::check::{self, Violation};
 use super::guests::Guest;
+use super::schedule::Rng;
 use super::state::{Bmc, Proc, ProcState};
 use super::world::{Event, World};
 use crate::fence::{AgentReply, FenceAction, FenceInput};
@@ -212,18 +213,21 @@ impl World {
             return;
         }
         let loss = self.network.loss[from].max(self.network.loss[to]);
-        let mut copies = 1;
+        let mut twice = false;
         if loss > 0 {
             if self.rng.chance(loss) {
                 return;
             }
-            copies += u64::from(self.rng.chance(20));
+            twice = self.rng.chance(20);
         }
-        for _ in 0..copies {
-            let delay = if loss > 0 { self.rng.range(1, 800) } else { self.rng.range(1, 5) };
-            let input = NodeInput::Message(message.clone());
-            self.push(self.now + delay, Event::Node { host: to, boot: 0, input });
+        let delay = |rng: &mut Rng| if loss > 0 { rng.range(1, 800) } else { rng.range(1, 5) };
+        let node = |input| Event::Node { host: to, boot: 0, input };
+        if twice {
+            let at = self.now + delay(&mut self.rng);
+            self.push(at, node(NodeInput::Message(message.clone())));
         }
+        let at = self.now + delay(&mut self.rng);
+        self.push(at, node(NodeInput::Message(message)));
     }
 
     pub(super) fn store_request(&mut self, host: usize, boot: u64, request: StoreRequest) {

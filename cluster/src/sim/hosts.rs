@@ -27,7 +27,7 @@ impl World {
         h.watchdog_event = false;
         h.paused_until = 0;
         h.agent_paused_until = 0;
-        h.wake_at = u64::MAX;
+        h.forget_wake();
         h.usurper_since = None;
         h.node = Some(Node::new(h.local(now), config, h.boot));
         let boot = h.boot;

@@ -60,6 +60,8 @@ pub(super) struct SimHost {
     pub(super) agent_paused_until: u64,
     pub(super) procs: Vec<Proc>,
     pub(super) wake_at: u64,
+    /// What that is on the host's own clock.
+    pub(super) wake_local: Time,
     pub(super) bmc: Bmc,
     pub(super) unkillable: bool,
     pub(super) stall: Stall,
@@ -74,6 +76,11 @@ impl SimHost {
     pub(super) fn lease_over(&mut self, volume: usize) {
         let (seen, over) = &mut self.generations[volume];
         *over = (*over).max(*seen);
+    }
+
+    /// Nothing wakes the host.
+    pub(super) fn forget_wake(&mut self) {
+        (self.wake_at, self.wake_local) = (u64::MAX, Time(u64::MAX));
     }
 
     /// The host's own clock.

@@ -126,6 +126,7 @@ impl World {
             agent_paused_until: 0,
             procs: Vec::new(),
             wake_at: u64::MAX,
+            wake_local: Time(u64::MAX),
             bmc: Bmc::Good,
             unkillable: false,
             stall: Stall::default(),
@@ -260,7 +261,7 @@ impl World {
         match event {
             Event::Wake { host, .. } => {
                 if self.hosts[host].wake_at <= self.now {
-                    self.hosts[host].wake_at = u64::MAX;
+                    self.hosts[host].forget_wake();
                     self.step(host, NodeInput::Tick);
                 }
             }
@@ -323,9 +324,12 @@ impl World {
 
     pub(super) fn wake(&mut self, host: usize, local: Time) {
         let h = &mut self.hosts[host];
+        if local >= h.wake_local {
+            return;
+        }
         let at = h.global(local).max(self.now + 1);
         if at < h.wake_at {
-            h.wake_at = at;
+            (h.wake_at, h.wake_local) = (at, local);
             let boot = h.boot;
             self.push(at, Event::Wake { host, boot });
         }
