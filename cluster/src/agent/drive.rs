@@ -247,12 +247,19 @@ impl Driver {
     }
 
     fn step(&mut self, now: Time, input: NodeInput) {
+        self.with_node(now, |node, out| node.step(now, input, out));
+    }
+
+    /// Does something with the node, and carries out what it asks for.
+    fn with_node<T>(&mut self, now: Time, f: impl FnOnce(&mut Node, &mut Vec<NodeOutput>) -> T) -> T {
         let mut out = core::mem::take(&mut self.out);
-        self.node.step(now, input, &mut out);
+        let result = f(&mut self.node, &mut out);
+        self.wake = self.node.next_wake(now);
         for output in out.drain(..) {
             self.carry_out(now, output);
         }
         self.out = out;
+        result
     }
 
     fn volume(&self, now: Time, lockspace: LockspaceId, tag: Tag, request: VolumeRequest) {
@@ -313,7 +320,6 @@ impl Driver {
                 self.note(Severity::Info, "host.left", host, "This host has left the cluster".into());
                 self.end.get_or_insert(AgentEnd::Left);
             }
-            NodeOutput::WakeAt(at) => self.wake = at,
             announcement => self.announce(announcement),
         }
     }
@@ -424,12 +430,7 @@ impl Driver {
                 None => self.refusal(&RequestError::NotCoordinator),
             },
             ApiRequest::ConfirmOff { host } => {
-                let mut out = core::mem::take(&mut self.out);
-                let known = self.node.confirm_off(now, host, &mut out);
-                for output in out.drain(..) {
-                    self.carry_out(now, output);
-                }
-                self.out = out;
+                let known = self.with_node(now, |node, out| node.confirm_off(now, host, out));
                 if known { ApiReply::Done } else { self.refusal(&RequestError::BadHost(host)) }
             }
             ApiRequest::Leave => {

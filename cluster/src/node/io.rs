@@ -335,6 +335,4 @@ pub enum NodeOutput {
     GaveUp(VmId),
     /// The host has left the cluster.
     Left,
-    /// Call with [`NodeInput::Tick`] at this time at the latest.
-    WakeAt(crate::types::Time),
 }

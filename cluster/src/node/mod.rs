@@ -215,7 +215,7 @@ impl Node {
         true
     }
 
-    /// Advances the host by one input.
+    /// Advances the host by one input. Step again at [`Self::next_wake`] at the latest.
     pub fn step(&mut self, now: Time, input: NodeInput, out: &mut Vec<NodeOutput>) {
         match input {
             NodeInput::Tick => {}
@@ -236,7 +236,6 @@ impl Node {
             NodeInput::Leave => self.leave(),
         }
         self.run_due(now, out);
-        out.push(NodeOutput::WakeAt(self.next_wake(now)));
     }
 
     fn run_due(&mut self, now: Time, out: &mut Vec<NodeOutput>) {
@@ -248,7 +247,8 @@ impl Node {
         }
     }
 
-    fn next_wake(&self, now: Time) -> Time {
+    /// When the host has something to do by itself: step it with [`NodeInput::Tick`] then.
+    pub fn next_wake(&self, now: Time) -> Time {
         let mut wake = self
             .membership_wake
             .min(self.witness_wake)

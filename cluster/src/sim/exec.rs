@@ -110,7 +110,6 @@ impl World {
             NodeOutput::FencingStarted(target) => self.check_age(target),
             NodeOutput::Fenced(target, evidence) => self.check_fenced(target, evidence),
             NodeOutput::Locked(resource, token) => self.check_token(resource, token),
-            NodeOutput::WakeAt(at) => self.wake(host, at),
             NodeOutput::Ailing { vm, epoch, ailment } => self.check_ailing(host, vm, epoch, ailment),
             NodeOutput::LeaseLost(volume) => self.hosts[host].lease_over(usize::from(volume.0)),
             NodeOutput::HostChanged(..)

@@ -293,9 +293,10 @@ impl World {
         let mut outputs = core::mem::take(&mut self.outputs);
         let h = &mut self.hosts[host];
         let local = h.local(self.now);
-        if let Some(node) = &mut h.node {
+        let wake = h.node.as_mut().map(|node| {
             node.step(local, input, &mut outputs);
-        }
+            node.next_wake(local)
+        });
         for output in outputs.drain(..) {
             if self.trace.is_some() {
                 self.note_output(host, &output);
@@ -303,13 +304,15 @@ impl World {
             self.carry_out(host, output);
         }
         self.outputs = outputs;
+        if let Some(wake) = wake {
+            self.wake(host, wake);
+        }
     }
 
     fn note_output(&mut self, host: usize, output: &NodeOutput) {
         let routine = matches!(
             output,
-            NodeOutput::WakeAt(_)
-                | NodeOutput::ReadDelta { .. }
+            NodeOutput::ReadDelta { .. }
                 | NodeOutput::ReadSpace { .. }
                 | NodeOutput::WriteDelta { .. }
                 | NodeOutput::FeedWatchdog
