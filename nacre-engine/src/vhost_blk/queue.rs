@@ -37,7 +37,28 @@ impl State {
         self.busy || old
     }
 
-    /// Drops a ring that is malformed. Only its driver suffers, until it resets the device.
+    /// Does something with the ring if it may be served now. One that is malformed is given up: only its driver suffers,
+    /// until it resets the device.
+    fn act<T>(&mut self, act: impl FnOnce(&mut Ring) -> Result<T, RingError>) -> Option<T> {
+        let allowed = self.enabled && !self.ended;
+        let ring = self.ring.as_mut().filter(|ring| allowed && (!self.draining || ring.has_old()))?;
+        act(ring).map_err(|error| self.give_up(&error)).ok()
+    }
+
+    /// Tells the driver that a request is done, and notifies it if it wants that.
+    fn complete(&mut self, chain: &Chain, written: u32) {
+        let Some(ring) = &mut self.ring else { return };
+        match ring.complete(chain.head(), written) {
+            Ok(true) => {
+                if let Some(mut call) = self.call.as_ref() {
+                    let _ = call.write(&1u64.to_ne_bytes()); // a counter that is full says the same
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.give_up(&error),
+        }
+    }
+
     fn give_up(&mut self, error: &RingError) {
         tracing::warn!(%error, "A queue is malformed");
         self.ring = None;
@@ -56,7 +77,7 @@ fn notifier(file: Option<File>) -> io::Result<Option<File>> {
 struct Shared {
     device: Arc<Device>,
     state: Mutex<State>,
-    /// A request was completed.
+    /// Everything that may be served was.
     completed: Condvar,
     /// Wakes the thread, which has the other end.
     wake: UnixStream,
@@ -176,62 +197,83 @@ impl Shared {
         let mut state = self.state.lock();
         loop {
             // What the driver makes available from here on is seen without being told of.
-            if !self.step(&mut state, Ring::ignore_driver) {
-                return;
+            if state.act(Ring::ignore_driver).is_none() {
+                break;
             }
-            while let Some(chain) = self.take(&mut state) {
+            while let Some(chain) = state.act(Ring::take).flatten() {
+                state.busy = true;
                 let written = MutexGuard::unlocked(&mut state, || self.device.execute(&chain));
                 state.busy = false;
-                let wanted = self.complete(&mut state, &chain, written);
-                self.completed.notify_all();
-                if wanted && let Some(mut call) = state.call.as_ref() {
-                    let _ = call.write(&1u64.to_ne_bytes()); // a counter that is full says the same
-                }
+                state.complete(&chain, written);
             }
-            let mut more = false;
-            let listen = |ring: &mut Ring| ring.listen_to_driver().map(|found| more = found);
-            if !self.step(&mut state, listen) || !more {
-                return;
+            if state.act(Ring::listen_to_driver) != Some(true) {
+                break;
             }
+        }
+        self.completed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::inflight::Record;
+    use super::super::ring::RingSetup;
+    use super::*;
+    use blockfmt::storage::MemoryStorage;
+    use blockfmt::{Format, OpenOptions};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    const SETUP: RingSetup =
+        RingSetup { size: 4, descriptors: 0, available: 0x100, used: 0x200, base: 0, event_idx: false };
+
+    /// A queue, and memory with a flush in its first descriptors, which is available.
+    fn queue() -> (Queue, Arc<GuestMemoryMmap>) {
+        let storage = Arc::new(MemoryStorage::from_bytes(&[0; 4096]));
+        let disk = OpenOptions::new(Format::Raw).open_storage(storage, "disk").unwrap();
+        let device = Arc::new(Device::new(disk, "disk", false, 1).unwrap());
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        for (n, (address, len, flags)) in [(0x300u64, 16u32, 1u16), (0x310, 1, 2)].into_iter().enumerate() {
+            let at = n as u64 * 16;
+            memory.write_obj(address, GuestAddress(at)).unwrap();
+            memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+            memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+            memory.write_obj(1u16, GuestAddress(at + 14)).unwrap();
+        }
+        memory.write_obj(4u32, GuestAddress(0x300)).unwrap();
+        memory.write_obj(0xffu8, GuestAddress(0x310)).unwrap();
+        memory.write_obj(1u16, GuestAddress(0x102)).unwrap();
+        (Queue::start(device, 0).unwrap(), Arc::new(memory))
+    }
+
+    /// A record with requests in flight.
+    fn record(heads: &[usize]) -> Record {
+        let mut bytes = [0; 80];
+        bytes[8] = 1;
+        heads.iter().for_each(|head| bytes[16 + 16 * head] = 1);
+        Record::with_bytes(4, &bytes).unwrap()
+    }
+
+    #[test]
+    fn what_was_in_flight_is_done_before_a_queue_stops_and_nothing_else() {
+        for heads in [&[0][..], &[]] {
+            let (queue, memory) = queue();
+            let ring = Ring::start(&SETUP, memory.clone(), Some(record(heads))).unwrap();
+            queue.change(|state| (state.ring, state.enabled, state.draining) = (Some(ring), true, true));
+            assert_eq!(queue.stop(), Some(heads.len() as u16));
+            let used: u16 = memory.read_obj(GuestAddress(0x202)).unwrap();
+            assert_eq!(usize::from(used), heads.len());
         }
     }
 
-    /// Does something with the ring if it may be served; gives it up when it is malformed.
-    fn step(&self, state: &mut State, act: impl FnOnce(&mut Ring) -> Result<(), RingError>) -> bool {
-        let Some(ring) = state.ring.as_mut().filter(|_| state.enabled && !state.draining && !state.ended)
-        else {
-            return false;
-        };
-        match act(ring) {
-            Ok(()) => true,
-            Err(error) => {
-                state.give_up(&error);
-                false
-            }
-        }
-    }
-
-    fn take(&self, state: &mut State) -> Option<Chain> {
-        let allowed = state.enabled && !state.ended;
-        let ring = state.ring.as_mut().filter(|ring| allowed && (!state.draining || ring.has_old()))?;
-        match ring.take() {
-            Ok(chain) => {
-                state.busy = chain.is_some();
-                chain
-            }
-            Err(error) => {
-                state.give_up(&error);
-                None
-            }
-        }
-    }
-
-    /// Tells the driver that a request is done; whether it wants to be notified.
-    fn complete(&self, state: &mut State, chain: &Chain, written: u32) -> bool {
-        let Some(ring) = &mut state.ring else { return false };
-        ring.complete(chain.head(), written).unwrap_or_else(|error| {
-            state.give_up(&error);
-            false
-        })
+    #[test]
+    fn a_queue_stops_whose_ring_turns_out_malformed() {
+        let (queue, memory) = queue();
+        let ring = Ring::start(&SETUP, memory, Some(record(&[0, 1]))).unwrap();
+        queue.change(|state| {
+            (state.ring, state.enabled, state.draining) = (Some(ring), true, true);
+            let gone = Arc::new(GuestMemoryMmap::new());
+            state.ring.as_mut().unwrap().set_memory(gone);
+        });
+        assert_eq!(queue.stop(), None);
     }
 }
