@@ -387,16 +387,22 @@ fn byte(storage: &Arc<dyn Storage>, offset: u64) -> u8 {
     byte[0]
 }
 
+/// A queue of one thread with two writes: the first waits at the door.
+fn two_submitted(disk: &Disk, engine: Engine) -> Queue {
+    let options = QueueOptions { depth: 8, threads: 1, engine: Some(engine) };
+    let mut queue = Queue::new(disk, options).unwrap();
+    queue.push(1, write(0, 1, 512)).unwrap();
+    queue.push(2, write(512, 2, 512)).unwrap();
+    queue.submit();
+    queue
+}
+
 #[test]
 fn what_has_not_begun_is_cancelled() {
     for engine in ENGINES {
         let door = Arc::new(Door::default());
         let (inner, disk) = door.storage();
-        let options = QueueOptions { depth: 8, threads: 1, engine: Some(engine) };
-        let mut queue = Queue::new(&disk, options).unwrap();
-        queue.push(1, write(0, 1, 512)).unwrap();
-        queue.push(2, write(512, 2, 512)).unwrap();
-        queue.submit();
+        let mut queue = two_submitted(&disk, engine);
         door.wait_for_one();
         queue.push(3, write(1024, 3, 512)).unwrap();
         for tag in [1, 2, 3, 99] {
@@ -419,11 +425,7 @@ fn dropping_a_queue_waits_for_what_has_begun() {
     for engine in ENGINES {
         let door = Arc::new(Door::default());
         let (inner, disk) = door.storage();
-        let options = QueueOptions { depth: 8, threads: 1, engine: Some(engine) };
-        let mut queue = Queue::new(&disk, options).unwrap();
-        queue.push(1, write(0, 1, 512)).unwrap();
-        queue.push(2, write(512, 2, 512)).unwrap();
-        queue.submit();
+        let mut queue = two_submitted(&disk, engine);
         queue.push(3, write(1024, 3, 512)).unwrap();
         door.wait_for_one();
         let dropped = AtomicBool::new(false);

@@ -339,6 +339,14 @@ fn vm(socket: &Path, command: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_nacre")).arg("vm").arg(socket).args(command).output().unwrap()
 }
 
+/// Ends a machine that came from another process: it runs a little before it takes commands.
+fn stop(socket: &Path) {
+    while !vm(socket, &["status"]).status.success() {
+        std::thread::yield_now();
+    }
+    assert!(vm(socket, &["stop"]).status.success());
+}
+
 /// Ends a process that was started.
 struct Ended(Child);
 
@@ -417,10 +425,7 @@ fn a_machine_is_saved_and_moved() {
     assert!(output.status.success() && text.contains("\"confirmed\":true"), "{text}");
     assert_eq!(second.status(), Some(7));
     more_dots(&path("third"), 3);
-    while !control("third").exists() {
-        std::thread::yield_now();
-    }
-    assert!(vm(&control("third"), &["stop"]).status.success());
+    stop(&control("third"));
     assert_eq!(third.status(), Some(6));
     assert!(!path("move").exists() && !control("third").exists());
 
@@ -479,7 +484,7 @@ fn a_machine_moves_over_tls_between_those_who_have_certificates_only() {
     assert!(output.status.success() && text.contains("\"confirmed\":true"), "{output:?}");
     assert_eq!(source.status(), Some(7));
     more_dots(&path("target"), 3);
-    assert!(vm(&path("target.sock"), &["stop"]).status.success());
+    stop(&path("target.sock"));
     assert_eq!(target.status(), Some(6));
 }
 
