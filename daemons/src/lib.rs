@@ -16,6 +16,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -77,7 +78,8 @@ pub fn log_to_stderr(default: LevelFilter) {
     // `Targets` does without the regular expressions of `EnvFilter`: less to load at each start.
     let chosen = std::env::var("NACRE_LOG").ok().and_then(|list| list.parse().ok());
     let filter = chosen.unwrap_or_else(|| Targets::new().with_default(default));
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let colours = std::io::stderr().is_terminal();
+    let lines = tracing_subscriber::fmt::layer().with_ansi(colours).with_writer(std::io::stderr);
     tracing_subscriber::registry().with(lines).with(filter).init();
 }
 
