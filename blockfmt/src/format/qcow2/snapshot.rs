@@ -10,6 +10,7 @@ use super::tables::{COPIED, OFFSET_MASK};
 use super::walk::Reference;
 use super::{Header, Qcow2};
 use crate::{Error, Result};
+use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Largest snapshot table in bytes.
@@ -194,9 +195,8 @@ impl Qcow2 {
             self.count_tree(&l1, 1)?;
             self.update_flags()?;
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let last = list.iter().filter_map(|s| s.id.parse::<u64>().ok()).max().unwrap_or(0);
             let snapshot = Snapshot {
-                id: (last + 1).to_string(),
+                id: unused_id(&list).to_string(),
                 name: name.into(),
                 date_sec: now.as_secs() as u32,
                 date_nsec: now.subsec_nanos(),
@@ -328,4 +328,39 @@ impl Qcow2 {
 
 fn flagged(entry: u64, copied: bool) -> u64 {
     if copied { entry | COPIED } else { entry & !COPIED }
+}
+
+/// An identifier for a new snapshot: the highest number in use and one, or the lowest unused one if there is none
+/// higher. What is not a number is no number of ours.
+fn unused_id(list: &[Snapshot]) -> u64 {
+    let used: BTreeSet<u64> = list.iter().filter_map(|s| s.id.parse().ok()).collect();
+    let next = used.last().map_or(Some(1), |last| last.checked_add(1));
+    next.unwrap_or_else(|| (1..).find(|n| !used.contains(n)).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_identifier_is_unused() {
+        let with = |ids: &[&str]| {
+            let empty = Snapshot {
+                id: String::new(),
+                name: String::new(),
+                date_sec: 0,
+                date_nsec: 0,
+                vm_clock_nsec: 0,
+                vm_state_size: 0,
+                disk_size: 0,
+                l1_offset: 0,
+                l1_size: 0,
+                more: Vec::new(),
+            };
+            let list: Vec<_> = ids.iter().map(|id| Snapshot { id: (*id).into(), ..empty.clone() }).collect();
+            unused_id(&list)
+        };
+        assert_eq!((with(&[]), with(&["7", "name", "3"])), (1, 8));
+        assert_eq!(with(&["1", "18446744073709551615", "3"]), 2);
+    }
 }

@@ -18,6 +18,8 @@ const MAX_REGIONS: u32 = 2047;
 pub(super) const MAX_FILE: u64 = 128 << 40;
 /// Largest log that is accepted; it is read as a whole.
 const MAX_LOG: u32 = 64 << 20;
+/// Highest sequence number of a header that is accepted, so that no number of updates reaches the end of its range.
+const MAX_SEQUENCE: u64 = u64::MAX >> 1;
 pub(super) const BAT_REGION: Uuid = uuid!("2dc27766-f623-4200-9d64-115e9bfd4a08");
 const METADATA_REGION: Uuid = uuid!("8b7ca206-4790-4b9a-b8fe-575f050f886e");
 
@@ -148,6 +150,9 @@ impl Headers {
         let mut headers = best.ok_or_else(|| Error::corrupt(name, "both of its headers are damaged"))?;
         headers.copies = copies;
         let h = &headers.current;
+        if h.sequence > MAX_SEQUENCE {
+            return Err(Error::corrupt(name, "the sequence number of its header is out of bounds"));
+        }
         let aligned = u64::from(h.log_length).is_multiple_of(MIB) && h.log_offset.is_multiple_of(MIB);
         if !aligned || h.log_length == 0 || h.log_offset < MIB || h.log_offset > MAX_FILE {
             return Err(Error::corrupt(name, "its log is out of bounds"));
@@ -287,6 +292,25 @@ impl Regions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::MemoryStorage;
+
+    #[test]
+    fn a_header_at_the_end_of_its_sequence_is_refused() {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        storage.write_at(b"vhdxfile", 0).unwrap();
+        let id = Uuid::from_u128(1);
+        let (log_length, log_offset) = (MIB as u32, MIB);
+        let new = |sequence| {
+            Header { sequence, file_write: id, data_write: id, log: Uuid::nil(), log_length, log_offset }
+                .write_new(&storage)
+                .unwrap();
+            Headers::read(&storage, "x")
+        };
+        new(MAX_SEQUENCE - 1).unwrap().update(&storage, |_| {}).unwrap();
+        for sequence in [MAX_SEQUENCE, u64::MAX - 1] {
+            assert!(matches!(new(sequence), Err(Error::Corrupt { .. })), "{sequence}");
+        }
+    }
 
     #[test]
     fn a_region_table_survives_a_round_trip_and_no_flipped_bit() {

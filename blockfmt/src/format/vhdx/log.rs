@@ -67,7 +67,10 @@ impl Replay {
         for (at, head) in heads {
             let follows = |from: usize, e: &Entry| {
                 let next = (from + e.len) % log.len();
-                entries.get(&next).filter(|n| n.sequence == e.sequence + 1).map(|n| (next, n))
+                entries
+                    .get(&next)
+                    .filter(|n| e.sequence.checked_add(1) == Some(n.sequence))
+                    .map(|n| (next, n))
             };
             if follows(at, head).is_some() {
                 continue; // not the end of its run
@@ -312,5 +315,20 @@ mod tests {
         read(log.id).read_at(&storage, &mut buf, 2 * MIB).unwrap();
         assert_eq!(buf[0], 38);
         assert!(read(Uuid::new_v4()).patches.is_empty(), "entries of another log count");
+    }
+
+    #[test]
+    fn the_last_possible_sequence_number_has_no_successor() {
+        let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new());
+        storage.truncate(4 * MIB).unwrap();
+        let mut log = Log::new(MIB, MIB as u32);
+        log.start(&storage, 4 * MIB).unwrap();
+        log.append(&storage, &[], 4 * MIB).unwrap();
+        let mut entry = [0; PAGE as usize];
+        storage.read_at(&mut entry, MIB).unwrap();
+        put(&mut entry, 16, &u64::MAX.to_le_bytes());
+        seal(&mut entry);
+        storage.write_at(&entry, MIB).unwrap();
+        assert!(Replay::read(&storage, "x", MIB, MIB as u32, log.id).unwrap().patches.is_empty());
     }
 }
