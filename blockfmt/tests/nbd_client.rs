@@ -5,10 +5,11 @@
 mod common;
 
 use blockfmt::format::qcow2::Qcow2Options;
-use blockfmt::nbd::{Export, NbdOptions, NbdStorage, Server, TlsServer};
+use blockfmt::nbd::{Export, NbdOptions, NbdStorage, Server, TlsClient, TlsServer};
 use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions, Storage};
 use common::{Rng, assert_same, exercise, qemu, qemu_ok, text};
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command};
@@ -356,4 +357,41 @@ fn tls() {
     let _program = Program::start("qemu-nbd", "qemu-utils", &args, &socket);
     let uri = format!("nbds+unix:///?socket={}&tls-certificates={}", text(&socket), text(&pki));
     assert_same(&open(&uri), &model);
+}
+
+#[test]
+fn what_a_peer_said_last_is_heard_also_after_a_write_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pki, nobody) = (dir.path().join("pki"), dir.path().join("nobody"));
+    std::fs::create_dir(&pki).unwrap();
+    std::fs::create_dir(&nobody).unwrap();
+    make_certificates(&pki);
+    std::fs::copy(pki.join("ca-cert.pem"), nobody.join("ca-cert.pem")).unwrap();
+    let tls = TlsServer::from_directory(&pki, true).unwrap();
+    // Connects, and writes until that fails: the server has gone before the first write.
+    let write = |certificates: &Path, last_words: &'static [u8]| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let tls = tls.clone();
+        let server = std::thread::spawn(move || {
+            let mut stream = tls.accept(listener.accept().unwrap().0)?;
+            stream.write_all(last_words)
+        });
+        let client = TlsClient::from_directory(certificates).unwrap();
+        let mut stream = client.connect(TcpStream::connect(address).unwrap(), "localhost").unwrap();
+        let served = server.join().unwrap();
+        let error = loop {
+            if let Err(error) = stream.write_all(&[0; 4096]) {
+                break error.to_string();
+            }
+        };
+        let mut heard = Vec::new();
+        stream.read_to_end(&mut heard).unwrap_err();
+        (served.is_ok(), error, heard)
+    };
+    let (served, error, heard) = write(&nobody, b"");
+    assert!(!served && heard.is_empty() && error.contains("CertificateRequired"), "{error}");
+    // One that was let in hears what was said to it.
+    let (served, error, heard) = write(&pki, b"go away");
+    assert!(served && heard == b"go away", "{error}");
 }

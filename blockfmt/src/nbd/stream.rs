@@ -1,7 +1,7 @@
 //! A connection or a listener, over a Unix or a TCP socket.
 
-use super::tls::TlsServer;
-use rustls::{ClientConnection, ServerConnection, StreamOwned};
+use super::tls::{Encrypted, TlsServer};
+use rustls::{ClientConnection, ServerConnection};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
@@ -13,8 +13,8 @@ use std::time::Duration;
 pub(super) enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
-    TlsServer(Box<StreamOwned<ServerConnection, Box<Stream>>>),
-    TlsClient(Box<StreamOwned<ClientConnection, Box<Stream>>>),
+    TlsServer(Box<Encrypted<ServerConnection, Box<Stream>>>),
+    TlsClient(Box<Encrypted<ClientConnection, Box<Stream>>>),
 }
 
 impl Stream {
@@ -38,8 +38,8 @@ impl Stream {
         let _ = match self {
             Stream::Unix(s) => s.shutdown(Shutdown::Both),
             Stream::Tcp(s) => s.shutdown(Shutdown::Both),
-            Stream::TlsServer(s) => return s.sock.shutdown(),
-            Stream::TlsClient(s) => return s.sock.shutdown(),
+            Stream::TlsServer(s) => return s.below().shutdown(),
+            Stream::TlsClient(s) => return s.below().shutdown(),
         };
     }
 
@@ -48,8 +48,8 @@ impl Stream {
         match self {
             Stream::Unix(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
             Stream::Tcp(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
-            Stream::TlsServer(s) => s.sock.set_timeout(timeout),
-            Stream::TlsClient(s) => s.sock.set_timeout(timeout),
+            Stream::TlsServer(s) => s.below().set_timeout(timeout),
+            Stream::TlsClient(s) => s.below().set_timeout(timeout),
         }
     }
 }

@@ -5,10 +5,95 @@ use crate::{Error, Result};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+use rustls::{
+    ClientConfig, ClientConnection, ConnectionCommon, RootCertStore, ServerConfig, ServerConnection,
+    SideData, StreamOwned,
+};
 use std::io::{self, Read, Write};
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::Arc;
+
+/// How often a connection is read from for the last that a peer said: more than it can have left in the buffers.
+const LAST_READS: usize = 1024;
+
+/// An encrypted connection. A peer that goes away may have said why, and a write notices first that it is gone: what it
+/// said last is heard nevertheless. An alert takes the place of the error, and whatever else came can still be read.
+#[derive(Debug)]
+pub(super) struct Encrypted<C, S: Read + Write>(StreamOwned<C, S>);
+
+impl<C, D, S> Encrypted<C, S>
+where
+    C: DerefMut + Deref<Target = ConnectionCommon<D>>,
+    D: SideData,
+    S: Read + Write,
+{
+    fn new(connection: C, stream: S) -> Self {
+        Encrypted(StreamOwned::new(connection, stream))
+    }
+
+    /// What goes through the encryption.
+    pub fn below(&self) -> &S {
+        &self.0.sock
+    }
+
+    /// Lets both ends prove who they are.
+    fn shake_hands(&mut self) -> io::Result<()> {
+        self.0.conn.complete_io(&mut self.0.sock).map(drop).map_err(|error| self.hear_out(error))
+    }
+
+    /// Takes in what a peer that is gone left. A connection that failed so has it, or never will: reads do not wait.
+    fn hear_out(&mut self, error: io::Error) -> io::Error {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+        if !matches!(error.kind(), BrokenPipe | ConnectionReset | ConnectionAborted) {
+            return error;
+        }
+        let StreamOwned { conn, sock } = &mut self.0;
+        for _ in 0..LAST_READS {
+            match conn.read_tls(sock) {
+                Ok(1..) => {}
+                // It is at its end, or more came than is kept.
+                _ => break,
+            }
+            if let Err(alert) = conn.process_new_packets() {
+                return io::Error::new(io::ErrorKind::InvalidData, alert);
+            }
+        }
+        error
+    }
+}
+
+impl<C, D, S> Read for Encrypted<C, S>
+where
+    C: DerefMut + Deref<Target = ConnectionCommon<D>>,
+    D: SideData,
+    S: Read + Write,
+{
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf).or_else(|error| {
+            let error = self.hear_out(error);
+            match self.0.conn.reader().read(buf) {
+                Ok(n @ 1..) => Ok(n),
+                _ => Err(error),
+            }
+        })
+    }
+}
+
+impl<C, D, S> Write for Encrypted<C, S>
+where
+    C: DerefMut + Deref<Target = ConnectionCommon<D>>,
+    D: SideData,
+    S: Read + Write,
+{
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.write(buf).map_err(|error| self.hear_out(error))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(|error| self.hear_out(error))
+    }
+}
 
 /// What a server needs for TLS. The files in its directory have the names that libnbd, nbdkit and QEMU use.
 #[derive(Clone, Debug)]
@@ -69,17 +154,17 @@ impl TlsServer {
     }
 
     pub(super) fn wrap(&self, stream: Stream) -> io::Result<Stream> {
-        Ok(Stream::TlsServer(Box::new(StreamOwned::new(self.connection()?, Box::new(stream)))))
+        Ok(Stream::TlsServer(Box::new(Encrypted::new(self.connection()?, Box::new(stream)))))
     }
 
     /// Encrypts a connection of any protocol, as its server, once both ends have proved who they are.
     ///
     /// # Errors
     /// The peer is refused, refuses, or goes away.
-    pub fn accept<S: Read + Write>(&self, mut stream: S) -> io::Result<impl Read + Write + use<S>> {
-        let mut connection = self.connection()?;
-        connection.complete_io(&mut stream)?;
-        Ok(StreamOwned::new(connection, stream))
+    pub fn accept<S: Read + Write>(&self, stream: S) -> io::Result<impl Read + Write + use<S>> {
+        let mut encrypted = Encrypted::new(self.connection()?, stream);
+        encrypted.shake_hands()?;
+        Ok(encrypted)
     }
 }
 
@@ -107,21 +192,17 @@ impl TlsClient {
     }
 
     pub(super) fn wrap(&self, stream: Stream, host: &str) -> io::Result<Stream> {
-        Ok(Stream::TlsClient(Box::new(StreamOwned::new(self.connection(host)?, Box::new(stream)))))
+        Ok(Stream::TlsClient(Box::new(Encrypted::new(self.connection(host)?, Box::new(stream)))))
     }
 
     /// Encrypts a connection of any protocol to the server with this name, once it has proved that it has it. Whether
-    /// the server takes this client shows when its first answer is read.
+    /// the server takes this client shows when its first answer is read, or in the error of a write if it was refused.
     ///
     /// # Errors
     /// The server is refused, refuses, or goes away.
-    pub fn connect<S: Read + Write>(
-        &self,
-        mut stream: S,
-        host: &str,
-    ) -> io::Result<impl Read + Write + use<S>> {
-        let mut connection = self.connection(host)?;
-        connection.complete_io(&mut stream)?;
-        Ok(StreamOwned::new(connection, stream))
+    pub fn connect<S: Read + Write>(&self, stream: S, host: &str) -> io::Result<impl Read + Write + use<S>> {
+        let mut encrypted = Encrypted::new(self.connection(host)?, stream);
+        encrypted.shake_hands()?;
+        Ok(encrypted)
     }
 }

@@ -7,6 +7,7 @@ mod metrics;
 mod options;
 mod origin;
 mod pairs;
+mod strangers;
 mod terminal;
 
 use std::path::PathBuf;

@@ -100,6 +100,17 @@ pub struct Signals {
     received: Cell<bool>,
 }
 
+/// What ended a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// A signal asked to end.
+    Signal,
+    /// What was waited for can be read.
+    Ready,
+    /// The time is over.
+    Timeout,
+}
+
 impl Signals {
     /// Blocks the signals; call it before any thread is started.
     pub fn block() -> io::Result<Self> {
@@ -117,17 +128,18 @@ impl Signals {
         self.received.get()
     }
 
-    /// Waits until `fd` is readable; false when a signal came first.
-    pub fn wait_or(&self, fd: &impl AsFd) -> io::Result<bool> {
+    /// Waits until `fd` is readable, for at most so many milliseconds if there is a limit.
+    pub fn wait_or(&self, fd: &impl AsFd, limit: Option<u8>) -> io::Result<Wake> {
         loop {
             if self.received() {
-                return Ok(false);
+                return Ok(Wake::Signal);
             }
             let wanted = |fd| PollFd::new(fd, PollFlags::POLLIN);
             let mut fds = [wanted(self.signals.as_fd()), wanted(fd.as_fd())];
-            match poll(&mut fds, PollTimeout::NONE) {
+            match poll(&mut fds, limit.map_or(PollTimeout::NONE, PollTimeout::from)) {
                 Err(error) if error != Errno::EINTR => return Err(error.into()),
-                _ if fds[1].any().unwrap_or(false) => return Ok(true),
+                _ if fds[1].any().unwrap_or(false) => return Ok(Wake::Ready),
+                Ok(0) => return Ok(Wake::Timeout),
                 _ => {}
             }
         }
