@@ -64,15 +64,18 @@ pub enum Mutant {
     OldViewAccepted,
     /// A value block counts as valid although its last writer may have died.
     ValueOfTheDeadTrusted,
+    /// The first part of what a host tells in a new view is taken for all of it.
+    HalfRecoveryUsed,
 }
 
 impl Mutant {
     /// The planted bugs of the distributed lock manager, which has a simulator of its own.
-    pub const DLM: [Mutant; 4] = [
+    pub const DLM: [Mutant; 5] = [
         Mutant::ConversionIgnoresOthers,
         Mutant::ClaimNeverYields,
         Mutant::OldViewAccepted,
         Mutant::ValueOfTheDeadTrusted,
+        Mutant::HalfRecoveryUsed,
     ];
 
     /// The planted bugs of the lock that only a storm of contending hosts shows; the lock's own tests find them.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::master::{Owner, Resource, Tell};
+use super::recovery::{Account, PART, Recovery};
 use super::{
     Body, DlmInput, DlmOutput, LockEvent, LockId, Message, Mode, NAME_MAX, Told, VALUE_SIZE, Value, View,
     Wish,
@@ -49,8 +50,6 @@ struct Claim {
     deferred: Vec<(HostId, u64)>,
 }
 
-type Recovery = BTreeMap<HostId, (Vec<Told>, Vec<(String, Value)>)>;
-
 /// The lock manager on one host.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Dlm {
@@ -68,6 +67,8 @@ pub struct Dlm {
     recovery: Option<Recovery>,
     /// Messages that wait for the recovery to end, or for a later view.
     held: Vec<(HostId, Message)>,
+    /// Entries in one message of a recovery.
+    part: usize,
 }
 
 impl Dlm {
@@ -84,7 +85,14 @@ impl Dlm {
             attempt: 0,
             recovery: None,
             held: Vec::new(),
+            part: PART,
         }
+    }
+
+    /// A host that tells at most so many entries in one message.
+    #[cfg(test)]
+    pub(super) fn with_part(me: HostId, part: usize) -> Self {
+        Dlm { part, ..Dlm::new(me) }
     }
 
     /// Whether the members have told each other their locks; until then nothing is granted.
@@ -256,7 +264,7 @@ impl Dlm {
     fn receive(&mut self, from: HostId, message: Message, out: &mut Vec<DlmOutput>) {
         let stale = message.view < self.view.number && !mutants::active(Mutant::OldViewAccepted);
         let ahead = message.view > self.view.number;
-        if stale || (!ahead && !self.view.members.contains(&from)) {
+        if stale || (!ahead && !self.view.members.contains(&from)) || !message.body.is_bounded() {
             return;
         }
         if ahead || (self.recovery.is_some() && !matches!(message.body, Body::Recover { .. })) {
@@ -299,9 +307,9 @@ impl Dlm {
             Body::Deadlock { id } => self.tell(Tell::Deadlock((self.me, id)), out),
             Body::Released { id } => self.tell(Tell::Released((self.me, id)), out),
             Body::Blocking { id, mode } => self.tell(Tell::Blocking((self.me, id), mode), out),
-            Body::Recover { locks, mastered } => {
+            Body::Recover { part, more, locks, mastered } => {
                 if let Some(recovery) = &mut self.recovery {
-                    recovery.insert(from, (locks, mastered));
+                    recovery.entry(from).or_default().take(part, more, locks, mastered);
                     self.settle(out);
                 }
             }
@@ -409,10 +417,12 @@ impl Dlm {
         let locks: Vec<Told> = self.locks.iter_mut().map(told).collect();
         let mastered: Vec<(String, Value)> =
             self.mastered.iter().map(|(name, r)| (name.clone(), r.value.clone())).collect();
+        let account = Account::whole(locks, mastered);
+        let messages = account.messages(self.part);
         for host in self.others() {
-            self.send(host, Body::Recover { locks: locks.clone(), mastered: mastered.clone() }, out);
+            messages.iter().for_each(|body| self.send(host, body.clone(), out));
         }
-        self.recovery = Some([(self.me, (locks, mastered))].into());
+        self.recovery = Some([(self.me, account)].into());
         self.settle(out);
         self.take_held(out);
     }
@@ -427,19 +437,18 @@ impl Dlm {
     /// Once everybody has told everything: finds the masters and rebuilds what this host masters.
     fn settle(&mut self, out: &mut Vec<DlmOutput>) {
         let members = &self.view.members;
-        let Some(recovery) = self.recovery.take_if(|r| members.iter().all(|h| r.contains_key(h))) else {
-            return;
-        };
+        let told = |r: &mut Recovery| members.iter().all(|h| r.get(h).is_some_and(Account::is_complete));
+        let Some(recovery) = self.recovery.take_if(told) else { return };
         let mut masters: BTreeMap<&str, HostId> = BTreeMap::new();
         let mut values: BTreeMap<&str, &Value> = BTreeMap::new();
-        for (host, (_, mastered)) in &recovery {
-            for (name, value) in mastered {
+        for (host, account) in &recovery {
+            for (name, value) in &account.mastered {
                 masters.entry(name).or_insert(*host);
                 values.entry(name).or_insert(value);
             }
         }
         // In ascending order of hosts: the lowest one with a lock masters a name whose master is gone.
-        let all = || recovery.iter().flat_map(|(h, (locks, _))| locks.iter().map(|l| (*h, l)));
+        let all = || recovery.iter().flat_map(|(h, account)| account.locks.iter().map(|l| (*h, l)));
         for (host, lock) in all() {
             masters.entry(&lock.name).or_insert(host);
         }

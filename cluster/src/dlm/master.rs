@@ -60,7 +60,7 @@ impl Resource {
     /// that those who are gone may have given.
     pub(super) fn end_doubt(&mut self, view: u64) {
         if core::mem::take(&mut self.doubtful) {
-            self.value.version = self.value.version.max(view << 32);
+            self.value.version = self.value.version.max(view.saturating_mul(1 << 32));
         }
     }
 
@@ -72,7 +72,9 @@ impl Resource {
 
     fn write_value(&mut self, mode: Option<Mode>, bytes: Option<Vec<u8>>) {
         if let Some(bytes) = bytes.filter(|_| mode.is_some_and(Mode::writes_value)) {
-            self.value = Value { bytes, version: self.value.version + 1, valid: !self.doubtful };
+            // Only a host that lies can have brought it near the end.
+            let version = self.value.version.saturating_add(1);
+            self.value = Value { bytes, version, valid: !self.doubtful };
         }
     }
 
@@ -219,5 +221,15 @@ mod tests {
         r.release(owner(1), Some(vec![9]), &mut out);
         assert_eq!(r.value.bytes, [7]);
         assert!(r.is_empty());
+    }
+
+    #[test]
+    fn versions_after_a_doubt_are_above_all_former_ones() {
+        for (view, version) in [(2, 2 << 32), (u64::MAX - 1, u64::MAX)] {
+            let mut r = Resource::default();
+            r.doubt();
+            r.end_doubt(view);
+            assert_eq!(r.value.version, version);
+        }
     }
 }

@@ -18,6 +18,7 @@ mod master;
 mod mode;
 #[cfg(test)]
 mod model;
+mod recovery;
 #[cfg(test)]
 mod tests;
 
@@ -180,13 +181,42 @@ pub enum Body {
         /// The mode that somebody wants.
         mode: Mode,
     },
-    /// The members have changed: all my locks, and the values of the names that I master.
+    /// The members have changed: my locks, and the values of the names that I master, in one or more parts.
     Recover {
-        /// The locks.
+        /// The number of the part, from 0.
+        part: u32,
+        /// Another part follows.
+        more: bool,
+        /// Some of the locks.
         locks: Vec<Told>,
-        /// The names that the sender mastered, with their values.
+        /// Some of the names that the sender mastered, with their values.
         mastered: Vec<(String, Value)>,
     },
+}
+
+impl Body {
+    /// Whether it keeps to the limits. What does not comes from no [`Dlm`], and would be told on.
+    fn is_bounded(&self) -> bool {
+        let name = |name: &String| (1..=NAME_MAX).contains(&name.len());
+        let bytes = |bytes: &Option<Vec<u8>>| bytes.as_ref().is_none_or(|b| b.len() <= VALUE_SIZE);
+        let wish = |wish: &Wish| match wish {
+            Wish::Mode { value, .. } | Wish::Release { value } => bytes(value),
+        };
+        let value = |value: &Value| value.bytes.len() <= VALUE_SIZE;
+        match self {
+            Body::Claim { name: n, .. }
+            | Body::Consent { name: n, .. }
+            | Body::Mastered { name: n, .. }
+            | Body::NotMaster { name: n, .. } => name(n),
+            Body::Request { name: n, wish: w, .. } => name(n) && wish(w),
+            Body::Granted { value: v, .. } => value(v),
+            Body::Deadlock { .. } | Body::Released { .. } | Body::Blocking { .. } => true,
+            Body::Recover { locks, mastered, .. } => {
+                locks.iter().all(|t| name(&t.name) && t.wish.iter().all(wish) && value(&t.value))
+                    && mastered.iter().all(|(n, v)| name(n) && value(v))
+            }
+        }
+    }
 }
 
 /// A message between hosts.

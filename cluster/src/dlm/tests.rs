@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::host::Dlm;
-use super::{Body, DlmInput, DlmOutput, LockError, LockEvent, LockId, Message, Mode, View, Wish};
+use super::{
+    Body, DlmInput, DlmOutput, LockError, LockEvent, LockId, Message, Mode, Told, Value, View, Wish,
+};
 use crate::mutants::{self, Mutant};
 use crate::types::HostId;
 
@@ -19,6 +21,11 @@ impl Rng {
         self.0 ^= self.0 << 17;
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % n
     }
+}
+
+/// A host that tells what it has in many small parts.
+fn host(number: usize) -> Dlm {
+    Dlm::with_part(HostId(number as u16), 1)
 }
 
 struct World {
@@ -38,7 +45,7 @@ impl World {
     fn new(seed: u64, hosts: usize) -> Self {
         let mut world = World {
             rng: Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
-            hosts: (1..=hosts).map(|n| Some(Dlm::new(HostId(n as u16)))).collect(),
+            hosts: (1..=hosts).map(|n| Some(host(n))).collect(),
             queues: BTreeMap::new(),
             views: vec![VecDeque::new(); hosts],
             view: 0,
@@ -196,14 +203,19 @@ impl World {
     fn kill(&mut self, host: usize) {
         self.hosts[host] = None;
         self.views[host].clear();
-        // What it sent may still arrive; what was sent to it is lost.
+        // What it sent may still arrive, up to somewhere; what was sent to it is lost.
         self.queues.retain(|(_, to), _| *to != host);
+        for ((from, _), queue) in &mut self.queues {
+            if *from == host {
+                queue.truncate(self.rng.below(2 * queue.len() as u64 + 1) as usize);
+            }
+        }
         self.new_view();
     }
 
-    fn restart(&mut self, host: usize) {
-        self.hosts[host] = Some(Dlm::new(HostId(host as u16 + 1)));
-        self.queues.retain(|(from, to), _| *from != host && *to != host);
+    fn restart(&mut self, n: usize) {
+        self.hosts[n] = Some(host(n + 1));
+        self.queues.retain(|(from, to), _| *from != n && *to != n);
         self.new_view();
     }
 
@@ -314,6 +326,84 @@ fn the_first_one_masters_a_name_and_of_two_the_lower() {
     world.drain();
     assert_eq!(masters(&world), [0]);
     assert!(world.hosts[2].as_ref().expect("it lives").locks().all(|l| l.2 == Some(Mode::Exclusive)));
+}
+
+#[test]
+fn nothing_of_a_recovery_is_used_before_all_of_it_is_there() {
+    let names = ["a", "b", "c"];
+    let mut world = World::new(1, 3);
+    world.drain();
+    let mut out = Vec::new();
+    for name in names {
+        let dlm = world.hosts[2].as_mut().expect("it lives");
+        dlm.lock(name, Mode::Exclusive, &mut out).expect("it is a member");
+        world.apply(2, core::mem::take(&mut out));
+        world.drain();
+    }
+    world.new_view();
+    while world.install() {}
+    // All but the last part of what host 3 tells, of six; then it dies.
+    let parts = world.queues.get_mut(&(2, 0)).expect("it tells host 1");
+    assert_eq!(parts.len(), 2 * names.len());
+    let last = parts.pop_back();
+    let number = |m: &Message| match &m.body {
+        Body::Recover { part, more, .. } => (*part, *more),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(last.as_ref().map(number), Some((5, false)));
+    // Others that say they are the last are not taken for it.
+    for part in [4, 6] {
+        let body = Body::Recover { part, more: false, locks: Vec::new(), mastered: Vec::new() };
+        parts.push_back(Message { view: 2, body });
+    }
+    while world.deliver() {}
+    let settled = |w: &World, host: usize| w.hosts[host].as_ref().is_some_and(Dlm::is_settled);
+    assert!(!settled(&world, 0) && settled(&world, 1));
+    let dlm = world.hosts[0].as_mut().expect("it lives");
+    let wanted = dlm.lock("a", Mode::Exclusive, &mut out).expect("it is a member");
+    assert_eq!(out, []);
+    world.kill(2);
+    world.drain();
+    assert!(settled(&world, 0) && settled(&world, 1));
+    let granted = |w: &World| w.hosts[0].as_ref().and_then(|d| d.locks().find(|l| l.0 == wanted)?.2);
+    assert_eq!(granted(&world), Some(Mode::Exclusive));
+    assert_eq!(world.violation, None);
+}
+
+#[test]
+fn what_breaks_the_limits_is_ignored_and_the_highest_version_is_no_overflow() {
+    let both = [HostId(1), HostId(2)].into_iter().collect();
+    let mut dlm = Dlm::new(HostId(1));
+    let mut out = Vec::new();
+    dlm.step(DlmInput::View(View::new(1, &both)), &mut out);
+    let value = Value { bytes: vec![1], version: u64::MAX, valid: true };
+    let told = |name: &str, value: &Value| Told {
+        name: name.into(),
+        id: 1,
+        granted: Some(Mode::Exclusive),
+        wish: None,
+        value: value.clone(),
+    };
+    let long = Value { bytes: vec![0; 65], ..value.clone() };
+    let recover = |told: Told| {
+        let body = Body::Recover { part: 0, more: false, locks: vec![told], mastered: Vec::new() };
+        DlmInput::Message(HostId(2), Message { view: 1, body })
+    };
+    for bad in [told("", &value), told(&"x".repeat(256), &value), told("a", &long)] {
+        dlm.step(recover(bad), &mut out);
+        assert!(!dlm.is_settled());
+    }
+    // Host 1 masters the name, which host 2 says that it has written for the last time.
+    dlm.lock("a", Mode::Null, &mut out).expect("it is a member");
+    dlm.step(DlmInput::View(View::new(2, &both)), &mut out);
+    let body = Body::Recover { part: 0, more: false, locks: vec![told("a", &value)], mastered: Vec::new() };
+    dlm.step(DlmInput::Message(HostId(2), Message { view: 2, body }), &mut out);
+    assert!(dlm.is_settled());
+    let wish = Wish::Release { value: Some(vec![2]) };
+    let body = Body::Request { name: "a".into(), id: 1, wish };
+    out.clear();
+    dlm.step(DlmInput::Message(HostId(2), Message { view: 2, body }), &mut out);
+    assert!(out.contains(&DlmOutput::Send(HostId(2), Message { view: 2, body: Body::Released { id: 1 } })));
 }
 
 #[test]

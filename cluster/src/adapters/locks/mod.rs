@@ -26,7 +26,7 @@ use crate::types::HostId;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait before the next attempt to connect.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Messages that go out together, and wait for one answer.
+/// Messages that go out together, and wait for one answer; fewer if they are long.
 const BATCH: usize = 256;
 /// Connections that have not proved who they are; one more takes the place of the oldest.
 const STRANGERS: usize = 32;
@@ -252,6 +252,17 @@ impl Drop for LockManager {
     }
 }
 
+/// The first message of a queue, and those after it that are no longer in all than one may be.
+fn batch(queue: &VecDeque<Vec<u8>>) -> Vec<Vec<u8>> {
+    let mut length = 0;
+    let fits = |message: &&Vec<u8>| {
+        let first = length == 0;
+        length += message.len();
+        first || length <= wire::LONGEST
+    };
+    queue.iter().take(BATCH).take_while(fits).cloned().collect()
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -342,7 +353,7 @@ impl Shared {
                 if outbox.stream != hello.stream {
                     return Ok(());
                 }
-                (outbox.first, outbox.queue.iter().take(BATCH).cloned().collect::<Vec<_>>())
+                (outbox.first, batch(&outbox.queue))
             };
             if messages.is_empty() {
                 continue;

@@ -192,3 +192,61 @@ fn who_sends_slowly_does_not_gain_time() {
     patient.until = Some(Instant::now());
     assert_eq!(patient.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::TimedOut);
 }
+
+#[test]
+fn the_largest_part_of_a_recovery_is_no_longer_than_a_message_may_be() {
+    let members = [HostId(1), HostId(2)].into_iter().collect();
+    let mut dlm = Dlm::new(HostId(1));
+    let mut out = Vec::new();
+    let alone = [HostId(1)].into_iter().collect();
+    dlm.step(DlmInput::View(View::new(1, &alone)), &mut out);
+    for n in 0..1000 {
+        // Of all characters those become longest in JSON.
+        let name = format!("{n:03}{}", "\u{1}".repeat(crate::dlm::NAME_MAX - 3));
+        let id = dlm.lock(&name, Mode::Exclusive, &mut out).unwrap();
+        let value = || Some(vec![255; crate::dlm::VALUE_SIZE]);
+        dlm.convert(id, Mode::ProtectedWrite, value(), &mut out).unwrap();
+        dlm.convert(id, Mode::Exclusive, value(), &mut out).unwrap();
+    }
+    out.clear();
+    dlm.step(DlmInput::View(View::new(u64::MAX, &members)), &mut out);
+    let length = |output: &DlmOutput| match output {
+        DlmOutput::Send(_, message) => serde_json::to_vec(message).unwrap().len(),
+        DlmOutput::Event(event) => panic!("{event:?}"),
+    };
+    let lengths: Vec<usize> = out.iter().map(length).collect();
+    assert_eq!(lengths.len(), 8, "a thousand locks and as many names");
+    // A wish with a value, and larger numbers, may come to what is here.
+    assert!(lengths.iter().all(|n| (300_000..wire::LONGEST * 3 / 4).contains(n)), "{lengths:?}");
+}
+
+#[test]
+fn more_locks_than_a_message_holds_survive_a_change_of_members_while_connections_break() {
+    const LOCKS: usize = 700;
+    let hosts = cluster(5, 3);
+    let name = |n: usize| format!("disk {n}");
+    let asked: BTreeSet<LockId> =
+        (0..LOCKS).map(|n| hosts[1].manager.lock(&name(n), Mode::Exclusive).unwrap()).collect();
+    let mut missing = asked;
+    while !missing.is_empty() {
+        if let LockEvent::Granted { id, .. } = hosts[1].events.recv().unwrap() {
+            missing.remove(&id);
+        }
+    }
+    // Host 1 waits for one of them; then host 3 leaves.
+    let waiting = hosts[0].manager.lock(&name(LOCKS - 1), Mode::Exclusive).unwrap();
+    hosts[..2].iter().for_each(|h| h.manager.install(view(2, &[1, 2])));
+    for _ in 0..20 {
+        hosts[..2].iter().for_each(Host::cut);
+        thread::sleep(Duration::from_millis(10));
+    }
+    while !hosts[..2].iter().all(|h| h.manager.is_settled()) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    let held =
+        |host: &Host| host.manager.locks().iter().filter(|l| l.granted == Some(Mode::Exclusive)).count();
+    assert_eq!((held(&hosts[0]), held(&hosts[1])), (0, LOCKS));
+    let last = hosts[1].manager.locks().into_iter().find(|l| l.name == name(LOCKS - 1)).unwrap();
+    hosts[1].release(last.id, None);
+    hosts[0].granted(waiting);
+}

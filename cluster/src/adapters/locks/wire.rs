@@ -4,7 +4,7 @@
 //!
 //! | from | bytes | what |
 //! |---|---|---|
-//! | sender | 4, 2, 2, 8, 8, 16 | `NLM2`, own host, receiver's host, stream, first number, nonce |
+//! | sender | 4, 2, 2, 8, 8, 16 | `NLM3`, own host, receiver's host, stream, first number, nonce |
 //! | receiver | 16 | nonce |
 //! | sender | 32 | proof: MAC of all of the above |
 //! | receiver | 8, 32 | number of the last message that it has of this stream, MAC |
@@ -25,11 +25,11 @@ use sha2::Sha256;
 
 use crate::types::HostId;
 
-const MAGIC: [u8; 4] = *b"NLM2";
+const MAGIC: [u8; 4] = *b"NLM3";
 const HELLO: usize = 4 + 2 + 2 + 8 + 8 + 16;
 const MAC: usize = 32;
-/// The longest message; a host with a million locks tells them all in one.
-const LONGEST: u32 = 256 << 20;
+/// The longest message in bytes.
+pub(super) const LONGEST: usize = 1 << 20;
 /// The longest part of one.
 const PART: u32 = 64 << 10;
 const ANSWER: u32 = 1 << 31;
@@ -148,7 +148,7 @@ impl<S: Read + Write> Sending<S> {
     pub fn send(&mut self, first: u64, messages: &[Vec<u8>]) -> io::Result<u64> {
         let mut bytes = Vec::new();
         for (at, message) in messages.iter().enumerate() {
-            if message.len() > (LONGEST - PART) as usize {
+            if message.len() > LONGEST {
                 return Err(invalid("message too long"));
             }
             let number = (first + at as u64).to_be_bytes();
@@ -226,7 +226,7 @@ impl<S: Read + Write> Receiving<S> {
             let head: [u8; 4] = array(&mut self.stream)?;
             let number: [u8; 8] = array(&mut self.stream)?;
             let (length, flags) = (u32::from_be_bytes(head) & !(ANSWER | MORE), u32::from_be_bytes(head));
-            if length > PART || message.len() > (LONGEST - PART) as usize {
+            if length > PART || message.len() + length as usize > LONGEST {
                 return Err(invalid("message too long"));
             }
             let start = message.len();
@@ -358,5 +358,30 @@ mod tests {
         ours.write_all(&[0; 8]).unwrap();
         // Nothing else comes, and nothing else is waited for.
         assert_eq!(receiving.receive().err().map(|e| e.kind()), Some(io::ErrorKind::InvalidData));
+    }
+
+    #[test]
+    fn a_message_has_an_end() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (there, back) = seals(b"secret", &[0; super::HELLO], &[0; 16]);
+        let mut sending = Sending { stream: ours, there, back };
+        let long = vec![vec![0; LONGEST + 1]];
+        assert_eq!(sending.send(1, &long).err().map(|e| e.kind()), Some(io::ErrorKind::InvalidData));
+        // One who sends it nevertheless is not listened to up to its end, which never comes.
+        let mut seal = sending.there;
+        let sender = thread::spawn(move || {
+            let (head, number, part) = ((PART | MORE).to_be_bytes(), 1u64.to_be_bytes(), [0; PART as usize]);
+            loop {
+                let mac = seal.next(&[&head, &number, &part]).finalize().into_bytes();
+                sending.stream.write_all(&[&head[..], &number, &part, &mac].concat())?;
+            }
+            #[expect(unreachable_code, reason = "it names the type of the error")]
+            io::Result::Ok(())
+        });
+        let (there, back) = seals(b"secret", &[0; super::HELLO], &[0; 16]);
+        let mut receiving = Receiving { stream: &mut theirs, there, back };
+        assert_eq!(receiving.receive().err().map(|e| e.kind()), Some(io::ErrorKind::InvalidData));
+        drop(theirs);
+        assert!(sender.join().unwrap().is_err());
     }
 }
