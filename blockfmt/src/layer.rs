@@ -124,34 +124,66 @@ impl<'a> Below<'a> {
     }
 
     fn read_some(&self, mut dst: Scatter<'_>, offset: u64) -> Result<usize> {
-        let mut want = dst.len();
+        self.with_extent(offset, dst.len() as u64, |layer, extent| {
+            let want = extent.len as usize;
+            match (extent.source, layer) {
+                (Source::Data { file, offset: host }, Some(layer)) => {
+                    let storage = layer.data_file(file);
+                    storage
+                        .readv(dst.slice(0, want), host)
+                        .map_err(|e| crate::Error::io("read", storage.name(), e))?;
+                }
+                (Source::Opaque { .. }, Some(layer)) => layer.read_opaque(dst.slice(0, want), offset)?,
+                _ => dst.slice(0, want).zero(),
+            }
+            Ok(want)
+        })
+    }
+
+    /// Calls `f` with the extent at `offset`, of at most `len` bytes, and the layer that holds it, if one does. What the
+    /// extent says is true until `f` returns.
+    fn with_extent<R>(
+        &self,
+        offset: u64,
+        len: u64,
+        f: impl FnOnce(Option<&dyn Layer>, Extent) -> Result<R>,
+    ) -> Result<R> {
+        let mut want = len;
         for layer in self.0 {
             let size = layer.size();
             if offset >= size {
                 break; // a shorter backing file reads as zeros beyond its end
             }
-            want = want.min(usize::try_from(size - offset).unwrap_or(usize::MAX));
             let _pass = layer.enter();
-            let extent = layer.resolve_read(offset, want as u64)?;
-            want = want.min(extent.len as usize);
-            match extent.source {
-                Source::Data { file, offset: host } => {
-                    let storage = layer.data_file(file);
-                    storage
-                        .readv(dst.slice(0, want), host)
-                        .map_err(|e| crate::Error::io("read", storage.name(), e))?;
-                    return Ok(want);
-                }
-                Source::Zero { .. } => break,
-                Source::Opaque { .. } => {
-                    layer.read_opaque(dst.slice(0, want), offset)?;
-                    return Ok(want);
-                }
-                Source::Below => {}
+            let extent = layer.resolve_read(offset, want.min(size - offset))?;
+            if extent.source != Source::Below {
+                return f(Some(&**layer), extent);
             }
+            want = extent.len;
         }
-        dst.slice(0, want).zero();
-        Ok(want)
+        f(None, Extent { len: want, source: Source::Zero { allocated: false } })
+    }
+
+    /// Copies what the layers hold at `offset` to byte `at` of `target` without moving it through the memory of this
+    /// process. Where that is not possible for all of it, `false` is returned, and the caller reads and writes it.
+    pub(crate) fn copy_to(&self, offset: u64, len: u64, target: &dyn Storage, at: u64) -> Result<bool> {
+        let mut done = 0;
+        while done < len {
+            let copied = self.with_extent(offset + done, len - done, |layer, extent| {
+                let copied = match (extent.source, layer) {
+                    (Source::Data { file, offset: host }, Some(layer)) => {
+                        target.copy_from(&**layer.data_file(file), host, at + done, extent.len)
+                    }
+                    _ => 0,
+                };
+                Ok(if copied == extent.len { copied } else { 0 })
+            })?;
+            if copied == 0 {
+                return Ok(false);
+            }
+            done += copied;
+        }
+        Ok(true)
     }
 
     /// The extent at `offset`, mapped through all layers, and the index of the layer that decided.

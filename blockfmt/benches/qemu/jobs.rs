@@ -1,6 +1,6 @@
 //! Jobs and NBD exports against qemu-img and qemu-storage-daemon.
 
-use super::{Bench, Cost, SIZE, create, full, qemu};
+use super::{Bench, Cost, SIZE, create, floor, full, qemu};
 use blockfmt::format::qcow2::{Compression, Qcow2Options};
 use blockfmt::job::{self, ConvertOptions, JobControl, Mirror, MirrorMode};
 use blockfmt::nbd::{Export, Server};
@@ -15,7 +15,7 @@ use std::time::Duration;
 pub fn conversions(bench: &Bench) {
     let (raw, qcow2, out) = (bench.at("base.raw"), bench.at("base.qcow2"), bench.at("out"));
     let ours = |from: Format, source: &Path, to: Format, options: Qcow2Options, compress: bool| {
-        create(&out, CreateOptions::new(to, SIZE).qcow2(options));
+        CreateOptions::new(to, SIZE).qcow2(options).create(&out).unwrap();
         let source = OpenOptions::new(from).read_only(true).open(source).unwrap();
         let target = OpenOptions::new(to).open(&out).unwrap();
         let options = ConvertOptions { compress, ..ConvertOptions::default() };
@@ -23,24 +23,27 @@ pub fn conversions(bench: &Bench) {
         target.close().unwrap();
     };
     let theirs = |from: Format, source: &Path, to: Format, more: &[&str]| {
-        let _ = std::fs::remove_file(&out);
         let (source, target) = (source.to_str().unwrap(), out.to_str().unwrap());
         let args = [&["convert", "-f", from.name(), "-O", to.name()][..], more, &[source, target]].concat();
         qemu("qemu-img", &args);
     };
     let plain = Qcow2Options::default;
+    let clear = || bench.remove(&["out"]);
     for (from, source, to) in [(Format::Raw, &raw, Format::Qcow2), (Format::Qcow2, &qcow2, Format::Raw)] {
         bench.timed(
             &format!("convert {from} to {to}"),
             || full(from)(source),
+            clear,
             || theirs(from, source, to, &[]),
             || ours(from, source, to, plain(), false),
         );
+        floor::reads_and_writes(bench, &format!("convert {from} to {to}"), source);
     }
     for (compression, name) in [(Compression::Zlib, "zlib"), (Compression::Zstd, "zstd")] {
         bench.timed(
             &format!("convert raw to qcow2, {name}"),
             || texts(&raw),
+            clear,
             || theirs(Format::Raw, &raw, Format::Qcow2, &["-c", "-o", &format!("compression_type={name}")]),
             || {
                 let options = Qcow2Options { compression, ..plain() };
@@ -183,6 +186,7 @@ pub fn chains(bench: &Bench) {
         });
         (theirs, ours)
     });
+    floor::copies(bench, "mirror", &top);
 }
 
 /// Requests that fio makes.

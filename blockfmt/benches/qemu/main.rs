@@ -3,10 +3,15 @@
 //! `cargo bench -p blockfmt --bench qemu [-- NAME...]` runs the cases whose names contain a NAME. Images
 //! live in `/dev/shm` (1 GiB each); set `NACRE_BENCH_DIR` to measure another file system. Both sides take
 //! turns; the best of three rounds counts, and the ratio of processor times tells on a busy machine.
+//!
+//! Rows that begin with `floor` are what the bare system calls reach that the row above them cannot do without: no
+//! program that fills the same pages in the same number of files is faster.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark may panic")]
 
+mod floor;
 mod jobs;
+mod queue;
 
 use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions};
@@ -18,6 +23,8 @@ const SIZE: u64 = 1 << 30;
 /// A step that visits the disk in a scattered order.
 const SCATTER: u64 = 410_136_576;
 const ROUNDS: usize = 3;
+/// Alignment of memory for direct I/O.
+const ALIGN: usize = 4096;
 
 struct Bench {
     dir: PathBuf,
@@ -73,28 +80,45 @@ impl Bench {
     /// Compares what `run`, which is told the number of the round, costs QEMU and us. The shortest times
     /// and the least processor times of all rounds count.
     fn measured(&self, name: &str, amount: f64, unit: &str, run: impl Fn(usize) -> (Cost, Cost)) {
+        self.compared(["QEMU", "here"], name, amount, unit, run);
+    }
+
+    /// [`measured`](Self::measured) for two `sides` with these names.
+    fn compared(
+        &self,
+        sides: [&str; 2],
+        name: &str,
+        amount: f64,
+        unit: &str,
+        run: impl Fn(usize) -> (Cost, Cost),
+    ) {
         if !self.wanted(name) {
             return;
         }
         let costs: Vec<_> = (0..ROUNDS).map(run).collect();
         let best = |cost: &dyn Fn(&(Cost, Cost)) -> f64| costs.iter().map(cost).fold(f64::MAX, f64::min);
-        let (theirs, ours) = (best(&|c| c.0.seconds), best(&|c| c.1.seconds));
+        let (first, second) = (best(&|c| c.0.seconds), best(&|c| c.1.seconds));
         let cpu = best(&|c| c.0.cpu) / best(&|c| c.1.cpu);
         println!(
-            "{name:<40} QEMU {:>8.0} {unit}  here {:>8.0} {unit}  ratio {:>5.2}  by CPU time {cpu:>5.2}",
-            amount / theirs,
-            amount / ours,
-            theirs / ours
+            "{name:<40} {} {:>8.0} {unit}  {} {:>8.0} {unit}  ratio {:>5.2}  by CPU time {cpu:>5.2}",
+            sides[0],
+            amount / first,
+            sides[1],
+            amount / second,
+            first / second
         );
     }
 
-    /// Compares a command of QEMU's with `ours` on a whole disk.
-    fn timed(&self, name: &str, prepare: impl Fn(), theirs: impl Fn(), ours: impl Fn()) {
+    /// Compares a command of QEMU's with `ours` on a whole disk. `prepare` is called once, `clear` before each side.
+    fn timed(&self, name: &str, prepare: impl Fn(), clear: impl Fn(), theirs: impl Fn(), ours: impl Fn()) {
         self.measured(name, SIZE as f64 / 1e6, "MB/s", |round| {
             if round == 0 {
                 prepare();
             }
-            (Cost::children(&theirs), Cost::own(&ours))
+            clear();
+            let theirs = Cost::children(&theirs);
+            clear();
+            (theirs, Cost::own(&ours))
         });
     }
 }
@@ -166,13 +190,15 @@ fn our_bench(disk: &Disk, load: Load) {
     std::thread::scope(|scope| {
         for thread in 0..load.threads {
             scope.spawn(move || {
-                let mut buffer = vec![65; load.size as usize];
+                let mut memory = vec![65; load.size as usize + ALIGN];
+                let start = memory.as_ptr().align_offset(ALIGN);
+                let buffer = &mut memory[start..start + load.size as usize];
                 let mut i = thread;
                 while i < load.count {
                     let offset = i * load.step % (SIZE - load.size + 1) / load.size * load.size;
                     match load.write {
-                        true => disk.write_at(&buffer, offset).unwrap(),
-                        false => disk.read_at(&mut buffer, offset).unwrap(),
+                        true => disk.write_at(buffer, offset).unwrap(),
+                        false => disk.read_at(buffer, offset).unwrap(),
                     }
                     i += load.threads;
                 }
@@ -230,6 +256,8 @@ fn run(bench: &Bench) {
     bench.case("qcow2 random read qd64, 2 threads", two, Format::Qcow2, full(Format::Qcow2));
     bench.case("qcow2 overwrite qd64", write, Format::Qcow2, full(Format::Qcow2));
 
+    queue::cases(bench);
+
     let empty = |path: &Path| create(path, CreateOptions::new(Format::Qcow2, SIZE));
     let allocate = Load { write: true, count: SIZE / 65536, size: 4096, step: 65536, ..read };
     bench.case("qcow2 allocate 4k per cluster, 1 thread", allocate, Format::Qcow2, empty);
@@ -256,6 +284,8 @@ fn run(bench: &Bench) {
         bench.case(name, allocate, Format::Qcow2, child);
         let two = Load { threads: 2, ..allocate };
         bench.case(&format!("{name}, 2 threads"), two, Format::Qcow2, child);
+        // A whole cluster is written for every request, a page if there are subclusters.
+        floor::writes(bench, name, if extended_l2 { 4096 } else { 65536 });
     }
     for depth in [8, 32] {
         let chain = |path: &Path| {

@@ -5,8 +5,8 @@ use super::parallel::each_piece;
 use crate::{Below, Disk, Error, Result, Scatter, Source, Stored};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Largest piece that is moved at once.
-const PIECE: u64 = 2 << 20;
+/// Largest piece that is moved at once: small enough for the processor's cache, where it is written from.
+const PIECE: u64 = 512 << 10;
 /// Runs of zeros of at least this length become holes.
 const HOLE: usize = 4096;
 

@@ -221,14 +221,20 @@ impl FileStorage {
     }
 
     /// Runs a change up to `end`: under the lock if it may make the file longer, as others read the length to set it.
-    fn reaching<R>(&self, end: u64, change: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+    /// The change returns the end that it reached.
+    fn reaching(&self, end: u64, change: impl FnOnce() -> io::Result<u64>) -> io::Result<u64> {
         if end <= self.least_length.load(Ordering::Acquire) {
             return change();
         }
         let _bounce = self.bounce.lock();
-        let result = change()?;
-        self.least_length.fetch_max(self.len()?, Ordering::Release);
-        Ok(result)
+        let reached = change()?;
+        self.least_length.fetch_max(reached, Ordering::Release);
+        Ok(reached)
+    }
+
+    /// Writes up to `end`, which may make the file longer.
+    fn write_up_to(&self, end: u64, src: Gather<'_>, offset: u64) -> io::Result<()> {
+        self.reaching(end, || self.write_list(src, offset).map(|()| end)).map(|_| ())
     }
 
     /// Changes the length. The caller has locked `bounce`.
@@ -241,7 +247,8 @@ impl FileStorage {
 
     /// Makes the file at least this long.
     fn lengthen(&self, end: u64) -> io::Result<()> {
-        self.reaching(end, || if self.len()? < end { self.set_len_locked(end) } else { Ok(()) })
+        let lengthen = || if self.len()? < end { self.set_len_locked(end) } else { Ok(()) };
+        self.reaching(end, || lengthen().map(|()| end)).map(|_| ())
     }
 
     fn fallocate(&self, mode: i32, offset: u64, len: u64) -> io::Result<bool> {
@@ -252,7 +259,10 @@ impl FileStorage {
             return self.fallocate_now(mode, offset, len);
         }
         match mode & libc::FALLOC_FL_KEEP_SIZE {
-            0 => self.reaching(offset + len, || self.fallocate_now(mode, offset, len)),
+            0 => {
+                let change = || Ok(if self.fallocate_now(mode, offset, len)? { offset + len } else { 0 });
+                Ok(self.reaching(offset + len, change)? != 0)
+            }
             _ => self.fallocate_now(mode, offset, len),
         }
     }
@@ -272,6 +282,26 @@ impl FileStorage {
                 _ => return Err(error),
             }
         }
+    }
+
+    /// Writes zeros from the end of the file, or from `offset` if that is behind it, up to `end`.
+    fn append_zero_bytes(&self, offset: u64, end: u64) -> io::Result<()> {
+        // What others append waits for this, or is there already and stays.
+        let _bounce = self.bounce.lock();
+        let old = self.len()?;
+        if end <= old {
+            return Ok(());
+        }
+        let align = self.align as u64;
+        let mut at = old.next_multiple_of(align).max(offset / align * align);
+        let stop = end.next_multiple_of(align);
+        let zeros = AlignedBuf::new(ZERO_CHUNK, self.align.max(8));
+        while at < stop {
+            let n = (stop - at).min(ZERO_CHUNK as u64) as usize;
+            self.write_list(Gather::new(&zeros[..n]), at)?;
+            at += n as u64;
+        }
+        self.set_len_locked(end) // whole blocks may have gone beyond
     }
 
     fn write_zero_bytes(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -345,14 +375,14 @@ impl Storage for FileStorage {
     fn writev(&self, src: Gather<'_>, offset: u64) -> io::Result<()> {
         let end = checked_end(offset, src.len() as u64)?;
         if self.align == 1 || (self.is_aligned(offset, src.len()) && src.aligned(512)) {
-            return self.reaching(end, || self.write_list(src, offset));
+            return self.write_up_to(end, src, offset);
         }
         let (start, wide) = self.widened(offset, src.len());
         let skip = (offset - start) as usize;
         let mut buf = AlignedBuf::new(wide, self.align);
         if wide == src.len() {
             src.copy_to(&mut buf); // only the memory is unaligned
-            return self.reaching(end, || self.write_list(Gather::new(&buf), start));
+            return self.write_up_to(end, Gather::new(&buf), start);
         }
         let _bounce = self.bounce.lock();
         let old_len = self.len()?;
@@ -372,8 +402,8 @@ impl Storage for FileStorage {
         if checked_end(from, len).is_err() || checked_end(offset, len).is_err() {
             return 0;
         }
-        let copied = self.reaching(offset + len, || Ok(self.copy_range(fd, from, offset, len)));
-        copied.unwrap_or(0)
+        let copy = || Ok(offset + self.copy_range(fd, from, offset, len));
+        self.reaching(offset + len, copy).map_or(0, |end| end - offset)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -416,10 +446,7 @@ impl Storage for FileStorage {
             return self.set_len(end);
         }
         if len > 0 && !self.fallocate(0, offset, len)? {
-            let old = self.len()?;
-            if end > old {
-                self.write_zero_bytes(old.max(offset), end - old.max(offset))?;
-            }
+            self.append_zero_bytes(offset, end)?;
         }
         Ok(())
     }

@@ -13,6 +13,8 @@ const RESERVE_BYTES: u64 = 2 << 20;
 const MAX_STEP_BYTES: u64 = 4 << 20;
 /// Bytes of another storage that are moved through memory at a time.
 const PIECE: u64 = 1 << 20;
+/// From this number of bytes on, copying around a write is better left to the host's file system.
+const COPY_BYTES: u64 = 32 << 10;
 const ALL_UNITS: u64 = 0xffff_ffff;
 
 /// Clusters that are counted as used already and wait for a writer.
@@ -175,24 +177,43 @@ impl Qcow2 {
             return write(src, offset);
         }
         let end = offset + src.len() as u64;
-        let before = (offset - step.from) as usize;
-        let mut edges = self.buffers.take(before + (step.to - end) as usize);
-        let (head, tail) = edges.split_at_mut(before);
-        self.read_guest(Scatter::new(head), step.from, below)?;
-        self.read_guest(Scatter::new(tail), end, below)?;
-        match src {
-            Payload::Memory(src) if !head.is_empty() || !tail.is_empty() => {
-                src.with_edges(head, tail, |all| write(Payload::Memory(all), step.from))?;
-            }
-            _ => {
-                write(Payload::Memory(Gather::new(head)), step.from)?;
-                write(Payload::Memory(Gather::new(tail)), end)?;
-                write(src, offset)?;
+        let (before, after) = (offset - step.from, step.to - end);
+        if before + after == 0
+            || (before + after >= COPY_BYTES
+                && self.copy_below(step.from, before, host(step.from), below)?
+                && self.copy_below(end, after, host(end), below)?)
+        {
+            write(src, offset)?;
+        } else {
+            let mut edges = self.buffers.take((before + after) as usize);
+            let (head, tail) = edges.split_at_mut(before as usize);
+            self.read_guest(Scatter::new(head), step.from, below)?;
+            self.read_guest(Scatter::new(tail), end, below)?;
+            match src {
+                Payload::Memory(src) => {
+                    src.with_edges(head, tail, |all| write(Payload::Memory(all), step.from))?;
+                }
+                Payload::Stored(_) => {
+                    write(Payload::Memory(Gather::new(head)), step.from)?;
+                    write(Payload::Memory(Gather::new(tail)), end)?;
+                    write(src, offset)?;
+                }
             }
         }
         // Not any earlier: a write-back that is under way would take the mark and miss the payload.
         self.barrier.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Copies a range to its place in the file, if the image does not hold it and the file system can do that.
+    fn copy_below(&self, guest: u64, len: u64, host: u64, below: Below<'_>) -> Result<bool> {
+        if len == 0 {
+            return Ok(true);
+        }
+        match self.lookup(guest, len)? {
+            (Kind::Below, n) if n == len => below.copy_to(guest, len, &**self.payload(), host),
+            _ => Ok(false),
+        }
     }
 
     /// Writes payload to its place in the file.

@@ -154,3 +154,37 @@ fn locks_follow_readers_and_writers() {
     drop((reader, file));
     open(LockMode::Write, false).unwrap();
 }
+
+#[test]
+fn zeros_of_an_allocation_do_not_overwrite_what_others_append() {
+    for direct in [false, true] {
+        let (_dir, file) = scratch(direct);
+        let thread = std::sync::atomic::AtomicI32::new(0);
+        let appending = file.bounce.lock();
+        std::thread::scope(|scope| {
+            let allocation = scope.spawn(|| {
+                // SAFETY: a system call without arguments.
+                thread.store(unsafe { libc::gettid() }, Ordering::Release);
+                file.append_zero_bytes(100, 30_000).unwrap();
+            });
+            // Until it sleeps: it waits for the lock.
+            let sleeps = || {
+                let stat = format!("/proc/self/task/{}/stat", thread.load(Ordering::Acquire));
+                std::fs::read_to_string(stat).is_ok_and(|stat| stat.contains(") S "))
+            };
+            while !allocation.is_finished() && !sleeps() {
+                std::thread::yield_now();
+            }
+            // What an append does that came first.
+            let mut bytes = AlignedBuf::new(8192, 4096);
+            bytes.fill(7);
+            file.write_list(Gather::new(&bytes), 0).unwrap();
+            drop(appending);
+        });
+        assert_eq!(file.len().unwrap(), 30_000);
+        let mut back = vec![0; 30_000];
+        <dyn Storage>::read_at(&file, &mut back, 0).unwrap();
+        assert!(back[..8192].iter().all(|b| *b == 7), "what was appended is lost");
+        assert!(back[8192..].iter().all(|b| *b == 0));
+    }
+}
