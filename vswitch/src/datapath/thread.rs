@@ -9,14 +9,17 @@ use std::time::{Duration, Instant};
 use super::worker::Forwarder;
 use crate::clock::{MILLISECOND, Nanos};
 use crate::error::{Error, Result};
-use crate::port::Port;
 use crate::shared::{PortEntry, Shared};
 use crate::sys::{Epoll, EventFd};
 
-/// Empty polls after which a queue in shared memory goes to sleep: so many when it just woke up, more for each poll that
-/// was not empty, up to a most. To poll long after single packets would cost much of a core at a few hundred packets a
-/// second, and a thread that used its share of a core is woken late by the scheduler.
-const IDLE_POLLS_FIRST: u32 = 500;
+/// Empty polls after which a queue in shared memory goes to sleep again that slept long. What comes alone is not polled
+/// after: the guest that waits for an answer may need this core to see it, and at a few hundred packets a second it would
+/// cost much of a core.
+const IDLE_POLLS_ALONE: u32 = 16;
+/// The same when it slept less than [`SHORT_SLEEP`], which is about as long as so many polls take.
+const IDLE_POLLS_FIRST: u32 = 1000;
+const SHORT_SLEEP: Nanos = MILLISECOND / 10;
+/// So many more for each poll that was not empty, up to a most.
 const IDLE_POLLS_GAIN: u32 = 500;
 const IDLE_POLLS_MOST: u32 = 20_000;
 /// Empty polls after which a queue that costs a system call goes to sleep.
@@ -99,9 +102,28 @@ struct Queue {
     queue: usize,
     idle: u32,
     asleep: bool,
+    /// Whether the port may have been asked for a wake-up: one that is asleep was, one that just woke up still is.
+    armed: bool,
+    /// When it went to sleep last.
+    since: Nanos,
     /// Empty polls after which it goes to sleep.
     idle_limit: u32,
     idle_limit_most: u32,
+}
+
+impl Queue {
+    /// As [`crate::port::Port::arm`].
+    fn arm(&mut self, on: bool) -> bool {
+        self.armed = on;
+        self.entry.port.arm(self.queue, on)
+    }
+
+    /// Has it polled for a while if it woke up soon.
+    fn woke_up(&mut self, now: Nanos) {
+        let slept = now.saturating_sub(self.since);
+        let limit = if slept < SHORT_SLEEP { IDLE_POLLS_FIRST } else { IDLE_POLLS_ALONE };
+        self.idle_limit = limit.min(self.idle_limit_most);
+    }
 }
 
 struct Loop {
@@ -172,16 +194,20 @@ impl Loop {
         let n = self.wait(timeout)?;
         self.slept += timeout;
         if n == 0 && self.slept >= SLEEP_MS {
-            // One look each: polling them all for long would cost an idle switch with many ports much of a core.
-            for q in &mut self.queues {
-                wake(q, &mut self.awake);
-                q.idle = q.idle_limit;
-            }
+            self.look_at_all();
         }
         if n > 0 || self.slept >= SLEEP_MS {
             self.slept = 0;
         }
         Ok(())
+    }
+
+    /// Wakes every queue for one look: polling them all for long would cost an idle switch with many ports much of a core.
+    fn look_at_all(&mut self) {
+        for q in &mut self.queues {
+            wake(q, &mut self.awake);
+            q.idle = q.idle_limit;
+        }
     }
 
     fn answer(&mut self) {
@@ -208,15 +234,16 @@ impl Loop {
                 if let Some(fd) = entry.port.ready_fd(queue) {
                     self.epoll.add(fd, self.queues.len() as u64)?;
                 }
-                entry.port.arm(queue, false);
-                let cheap = entry.port.is_cheap_to_poll();
+                let limit = if entry.port.is_cheap_to_poll() { IDLE_POLLS_MOST } else { IDLE_POLLS_SYSCALL };
                 self.queues.push(Queue {
                     entry: entry.clone(),
                     queue,
                     idle: 0,
                     asleep: false,
-                    idle_limit: if cheap { IDLE_POLLS_FIRST } else { IDLE_POLLS_SYSCALL },
-                    idle_limit_most: if cheap { IDLE_POLLS_MOST } else { IDLE_POLLS_SYSCALL },
+                    armed: true,
+                    since: 0,
+                    idle_limit: limit.min(IDLE_POLLS_ALONE),
+                    idle_limit_most: limit,
                 });
             }
         }
@@ -230,18 +257,28 @@ impl Loop {
             if self.forwarder.run_queue(&q.entry, q.queue) > 0 {
                 q.idle = 0;
                 q.idle_limit = (q.idle_limit + IDLE_POLLS_GAIN).min(q.idle_limit_most);
-                continue;
-            }
-            q.idle += 1;
-            if q.idle < q.idle_limit {
-                std::hint::spin_loop();
-            } else if !q.entry.port.arm(q.queue, true) {
-                q.asleep = true;
-                q.idle_limit = q.idle_limit_most.min(IDLE_POLLS_FIRST);
-                self.awake -= 1;
             } else {
-                q.entry.port.arm(q.queue, false);
+                q.idle += 1;
+                std::hint::spin_loop();
+            }
+            if q.idle >= q.idle_limit {
+                let was_looked_at = q.armed;
+                if !q.arm(true) {
+                    q.asleep = true;
+                    self.awake -= 1;
+                    if !was_looked_at {
+                        q.since = self.forwarder.now();
+                    }
+                    continue;
+                }
                 q.idle = 0;
+            }
+            if q.armed {
+                // Only now: to take back the request for a wake-up costs system calls, which are slow in a thread that
+                // just woke up, and who waits for what it woke up for may sleep as well.
+                self.forwarder.notify();
+                q.arm(false);
+                q.woke_up(self.forwarder.now());
             }
         }
     }
@@ -259,10 +296,9 @@ impl Loop {
     }
 }
 
+/// Has a queue polled again that is asleep.
 fn wake(q: &mut Queue, awake: &mut usize) {
     if q.asleep {
-        let port: &dyn Port = &*q.entry.port;
-        port.arm(q.queue, false);
         q.asleep = false;
         q.idle = 0;
         *awake += 1;
@@ -274,10 +310,12 @@ mod tests {
     use std::os::fd::RawFd;
     use std::sync::atomic::AtomicUsize;
 
+    use parking_lot::Mutex;
+
     use super::*;
     use crate::packet::Burst;
-    use crate::port::Batch;
-    use crate::{PortConfig, Switch};
+    use crate::port::{Batch, Port};
+    use crate::{Clock, PortConfig, Switch};
 
     /// What is on a line, seen from its far end.
     #[derive(Default)]
@@ -296,6 +334,8 @@ mod tests {
     struct LinePort {
         line: Arc<Line>,
         cheap: bool,
+        /// What the switch did to all lines.
+        log: Arc<Mutex<Vec<&'static str>>>,
     }
 
     impl Port for LinePort {
@@ -306,19 +346,26 @@ mod tests {
         fn receive(&self, _queue: usize, burst: &mut Burst) {
             let mut frame = [0xff; 60];
             frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
-            for _ in 0..self.line.waiting.swap(0, Ordering::Relaxed) {
+            let n = self.line.waiting.load(Ordering::Relaxed).min(burst.room());
+            for _ in 0..n {
                 burst.push_frame(&frame);
-                self.line.received.fetch_add(1, Ordering::Relaxed);
+            }
+            if n > 0 {
+                self.line.waiting.fetch_sub(n, Ordering::Relaxed);
+                self.line.received.fetch_add(n, Ordering::Relaxed);
+                self.log.lock().push("receive");
             }
         }
 
         fn transmit(&self, _queue: usize, batch: &Batch<'_>) -> usize {
             self.line.sent.fetch_add(batch.len(), Ordering::Relaxed);
+            self.log.lock().push("transmit");
             batch.len()
         }
 
         fn notify(&self, _queue: usize) {
             self.line.told.store(self.line.sent.load(Ordering::Relaxed), Ordering::Relaxed);
+            self.log.lock().push("notify");
         }
 
         fn ready_fd(&self, _queue: usize) -> Option<RawFd> {
@@ -326,6 +373,7 @@ mod tests {
         }
 
         fn arm(&self, _queue: usize, on: bool) -> bool {
+            self.log.lock().push(if on { "arm" } else { "disarm" });
             self.line.armed.store(on, Ordering::Relaxed);
             if on && self.line.late.load(Ordering::Relaxed) > 0 {
                 self.line.late.fetch_sub(1, Ordering::Relaxed);
@@ -340,62 +388,129 @@ mod tests {
     }
 
     /// A switch with two lines, and a worker that does what it is told.
-    fn worker(cheap: bool) -> (Switch, [Arc<Line>; 2], Loop) {
-        let s = Switch::builder().workers(0).build().unwrap();
-        let lines = [0, 1].map(|_| Arc::new(Line::default()));
-        for (n, line) in lines.iter().enumerate() {
-            let port = LinePort { line: line.clone(), cheap };
-            s.add_port(&n.to_string(), port, PortConfig::default()).unwrap();
-        }
-        let control = Control {
-            stop: AtomicBool::new(false),
-            wake: EventFd::new().unwrap(),
-            requested: AtomicU64::new(0),
-            answered: AtomicU64::new(0),
-        };
-        let worker = Loop::new(s.shared.clone(), 0, Arc::new(control)).unwrap();
-        (s, lines, worker)
+    struct Bench {
+        switch: Switch,
+        lines: [Arc<Line>; 2],
+        log: Arc<Mutex<Vec<&'static str>>>,
+        worker: Loop,
     }
 
-    /// Turns until every queue is asleep.
-    fn turns(worker: &mut Loop) -> u32 {
-        for n in 1..100_000 {
-            worker.turn().unwrap();
-            if worker.awake == 0 {
-                return n;
+    impl Bench {
+        fn new(cheap: bool) -> Self {
+            let switch = Switch::builder().workers(0).clock(Clock::manual()).build().unwrap();
+            let (lines, log) = ([0, 1].map(|_| Arc::new(Line::default())), Arc::default());
+            for (n, line) in lines.iter().enumerate() {
+                let port = LinePort { line: line.clone(), cheap, log: Arc::clone(&log) };
+                switch.add_port(&n.to_string(), port, PortConfig::default()).unwrap();
             }
+            let control = Control {
+                stop: AtomicBool::new(false),
+                wake: EventFd::new().unwrap(),
+                requested: AtomicU64::new(0),
+                answered: AtomicU64::new(0),
+            };
+            let worker = Loop::new(switch.shared.clone(), 0, Arc::new(control)).unwrap();
+            Self { switch, lines, log, worker }
         }
-        panic!("the worker does not go to sleep");
+
+        /// Turns until every queue is asleep; returns how many it took.
+        fn turns(&mut self) -> u32 {
+            for n in 1..100_000 {
+                self.worker.turn().unwrap();
+                if self.worker.awake == 0 {
+                    return n;
+                }
+            }
+            panic!("the worker does not go to sleep");
+        }
+
+        /// Wakes the first queue `after` a sleep for `bursts` frames, one a turn, and turns until it is asleep again.
+        fn wake_for(&mut self, after: Duration, bursts: usize) -> u32 {
+            self.switch.clock().advance(after);
+            wake(&mut self.worker.queues[0], &mut self.worker.awake);
+            for _ in 1..bursts {
+                self.lines[0].waiting.store(1, Ordering::Relaxed);
+                self.worker.turn().unwrap();
+            }
+            self.lines[0].waiting.store(1, Ordering::Relaxed);
+            self.turns() - 1
+        }
     }
 
-    /// A frame that came between the last look at a queue and the request for a wake-up is not slept over, nor is the
-    /// notification of a peer.
+    /// A frame that came between the last look at a queue and the request for a wake-up is not slept over.
     #[test]
     fn a_worker_goes_to_sleep_with_nothing_left_to_do() {
-        let (_switch, lines, mut worker) = worker(false);
-        lines[0].late.store(3, Ordering::Relaxed);
-        turns(&mut worker);
-        assert_eq!(lines[0].received.load(Ordering::Relaxed), 3);
-        assert_eq!(lines[1].told.load(Ordering::Relaxed), 3);
-        assert!(lines.iter().all(|l| l.armed.load(Ordering::Relaxed)));
+        let mut b = Bench::new(false);
+        b.lines[0].late.store(3, Ordering::Relaxed);
+        b.turns();
+        assert_eq!(b.lines[0].received.load(Ordering::Relaxed), 3);
+        assert_eq!(b.lines[1].told.load(Ordering::Relaxed), 3);
+        assert!(b.lines.iter().all(|l| l.armed.load(Ordering::Relaxed)));
+    }
+
+    /// What a shaper lets out while every queue is asleep is followed by no look at a queue.
+    #[test]
+    fn a_worker_does_not_sleep_over_a_notification() {
+        let mut b = Bench::new(false);
+        let slow = PortConfig {
+            shaping: Some(serde_json::from_str(r#"{"kbps":8,"burst_kb":8}"#).unwrap()),
+            ..PortConfig::default()
+        };
+        b.switch.set_port_config(b.switch.port_id("1").unwrap(), slow).unwrap();
+        b.lines[0].waiting.store(30, Ordering::Relaxed);
+        b.turns();
+        let sent = |b: &Bench| b.lines[1].sent.load(Ordering::Relaxed);
+        let before = sent(&b);
+        assert!(before < 30, "{before}");
+        b.switch.clock().advance(Duration::from_secs(1));
+        assert_eq!(b.turns(), 1);
+        assert!(sent(&b) > before);
+        assert_eq!(b.lines[1].told.load(Ordering::Relaxed), sent(&b));
+    }
+
+    #[test]
+    fn what_a_worker_woke_up_for_goes_before_all_else() {
+        let mut b = Bench::new(true);
+        b.turns();
+        b.log.lock().clear();
+        b.lines[0].waiting.store(1, Ordering::Relaxed);
+        wake(&mut b.worker.queues[0], &mut b.worker.awake);
+        b.worker.turn().unwrap();
+        assert_eq!(*b.log.lock(), ["receive", "transmit", "notify", "disarm"]);
+        assert_eq!(b.worker.awake, 1);
+    }
+
+    /// One look at a queue that nobody woke, as once in a while, costs no more than to go back to sleep.
+    #[test]
+    fn a_look_at_a_sleeping_queue_leaves_it_asleep() {
+        let mut b = Bench::new(true);
+        b.turns();
+        b.log.lock().clear();
+        b.worker.look_at_all();
+        assert_eq!(b.turns(), 1);
+        assert_eq!(*b.log.lock(), ["arm", "arm"]);
     }
 
     #[test]
     fn a_queue_is_polled_the_longer_the_more_came() {
-        let (_switch, lines, mut worker) = worker(true);
-        turns(&mut worker);
-        let wake_with = |frames: usize, worker: &mut Loop| {
-            wake(&mut worker.queues[0], &mut worker.awake);
-            for _ in 0..frames {
-                lines[0].waiting.store(1, Ordering::Relaxed);
-                worker.turn().unwrap();
-            }
-            turns(worker)
-        };
-        let single = wake_with(1, &mut worker);
-        assert!(single <= IDLE_POLLS_FIRST + IDLE_POLLS_GAIN, "{single}");
-        assert_eq!(wake_with(1000, &mut worker), IDLE_POLLS_MOST);
-        assert_eq!(wake_with(1, &mut worker), single, "a busy time is forgotten with the next sleep");
-        assert_eq!(lines[1].told.load(Ordering::Relaxed), 1002);
+        const LONG: Duration = Duration::from_nanos(SHORT_SLEEP);
+        const SHORT: Duration = Duration::from_nanos(SHORT_SLEEP - 1);
+        let mut b = Bench::new(true);
+        b.turns();
+        assert_eq!(b.wake_for(LONG, 1), IDLE_POLLS_ALONE);
+        assert_eq!(b.wake_for(SHORT, 1), IDLE_POLLS_FIRST);
+        assert_eq!(b.wake_for(LONG, 2), IDLE_POLLS_ALONE + IDLE_POLLS_GAIN);
+        assert_eq!(b.wake_for(SHORT, 1000), IDLE_POLLS_MOST);
+        assert_eq!(
+            b.wake_for(LONG, 1),
+            IDLE_POLLS_ALONE,
+            "a busy time is forgotten with the next long sleep"
+        );
+        // A look in between is no wake-up.
+        b.switch.clock().advance(LONG);
+        b.worker.look_at_all();
+        b.turns();
+        assert_eq!(b.wake_for(SHORT, 1), IDLE_POLLS_ALONE);
+        assert_eq!(b.lines[1].told.load(Ordering::Relaxed), 1006);
     }
 }
