@@ -18,6 +18,7 @@ use std::sync::Arc;
 pub use softcpu::CpuModel;
 /// Architectural state of one CPU, the same for both accelerators.
 pub use softcpu::CpuState;
+use softcpu::Msrs;
 
 use crate::interrupt::{IrqLine, Msi, MsiVector};
 use crate::memory::GuestMemory;
@@ -110,6 +111,10 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// Fails when the host refuses or the specification exceeds what the accelerator can do.
     fn create_vm(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, AccelError>;
+
+    /// Finds out ahead what the first vCPU needs to know of the host: for a thread that has time while another one makes
+    /// the VM. What fails here fails again, with its error, in [`Vm::create_vcpu`].
+    fn prepare_vcpus(&self) {}
 }
 
 /// Number of wired interrupt inputs of the IO-APIC.
@@ -346,6 +351,20 @@ pub trait Vcpu: Send {
     /// # Errors
     /// Fails when the state is not valid on this accelerator.
     fn set_state(&mut self, state: &CpuState) -> Result<(), AccelError>;
+
+    /// Loads of `state` only what boot protocols define: general registers, RIP, RFLAGS, segments, descriptor tables, CR0 to
+    /// CR4 and EFER. Everything else stays: for a vCPU that has not run, so at its reset value.
+    ///
+    /// # Errors
+    /// Fails when the state is not valid on this accelerator.
+    fn set_registers(&mut self, state: &CpuState) -> Result<(), AccelError> {
+        let old = self.state()?;
+        let CpuState { gpr, rip, rflags, segments, ldtr, tr, gdtr, idtr, cr0, cr2, cr3, cr4, .. } = *state;
+        let msrs = Msrs { efer: state.msrs.efer, ..old.msrs };
+        let new =
+            CpuState { gpr, rip, rflags, segments, ldtr, tr, gdtr, idtr, cr0, cr2, cr3, cr4, msrs, ..old };
+        self.set_state(&new)
+    }
 
     /// A handle that other threads use to stop this vCPU.
     fn handle(&self) -> Arc<dyn VcpuHandle>;

@@ -9,7 +9,7 @@ use super::console::{Console, InputFilter};
 use super::devices::{self, Attached};
 use super::gdb::GdbServer;
 use super::metrics::{BusCounters, Sources};
-use super::vcpu::{Control, pin};
+use super::vcpu::Control;
 use super::{Devices, Unit, Vm, VmError, entry, layout};
 use crate::accel::kvm::{KvmHypervisor, KvmOptions};
 use crate::accel::{self, CpuModel, Hypervisor, IoAddress, IoBus, VmSpec, probe};
@@ -132,6 +132,23 @@ impl VmBuilder {
             Some(hypervisor) => hypervisor,
             None => accelerator(config.accel, config.kvm_assist)?,
         };
+        let host = |what| move |source| VmError::Host { what, source };
+        let control = Control::new(config.stop_on_panic, config.gdb.is_some(), span.clone())
+            .map_err(host("an event descriptor"))?;
+        // The threads begin while this one makes what they will run.
+        let mut threads = Vec::new();
+        for id in 0..config.cpus {
+            let hypervisor = hypervisor.clone();
+            let first = move || {
+                if id == 0 {
+                    hypervisor.prepare_vcpus()
+                }
+            };
+            let thread = control.spawn(id, first).map_err(host("a thread"))?;
+            let cpus = config.cpu_affinity.get(id as usize).map_or(&[][..], Vec::as_slice);
+            thread.pin(cpus).map_err(|source| VmError::Affinity { vcpu: id, source })?;
+            threads.push(thread);
+        }
         let (memory, numa) = layout::allocate(&config.memory, config.cpus)?;
         let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default(), counters: Arc::default() });
         let counters = buses.counters.clone();
@@ -148,9 +165,6 @@ impl VmBuilder {
             bus: buses,
         };
         let accel = hypervisor.create_vm(spec)?;
-        let host = |what| move |source| VmError::Host { what, source };
-        let control = Control::new(config.stop_on_panic, config.gdb.is_some(), span.clone())
-            .map_err(host("an event descriptor"))?;
 
         // A device that stops the machine must not keep it alive.
         let weak = Arc::downgrade(&control);
@@ -220,10 +234,14 @@ impl VmBuilder {
             None => Some(load_guest(config, &memory, numa, attached.mmio_devices.clone())?),
         };
 
-        let running = console.connect(serial.clone(), self.filter)?;
-        let vm = Vm {
+        let mut running = console.connect(serial.clone(), self.filter)?;
+        if boot_entry.is_none() {
+            // A machine that comes from elsewhere may stay paused, and its user may want to end it.
+            running.start()?;
+        }
+        let mut vm = Vm {
             control: control.clone(),
-            threads: Mutex::default(),
+            threads: Vec::new(),
             lifecycle: Mutex::new(false),
             kind: hypervisor.kind(),
             cpus: config.cpus,
@@ -247,24 +265,19 @@ impl VmBuilder {
             accel: accel.clone(),
             moving: Mutex::default(),
         };
-        // All vCPUs exist before the first thread runs: an error then drops `vm`, which ends the threads.
+        // All vCPUs exist before the first one is handed over.
         let mut vcpus = Vec::new();
         for id in 0..config.cpus {
             let mut vcpu = accel.create_vcpu(id)?;
             if let (0, Some(boot_entry)) = (id, &boot_entry) {
-                let mut state = vcpu.state()?;
-                entry::apply(&mut state, boot_entry);
-                vcpu.set_state(&state)?;
+                vcpu.set_registers(&entry::state(boot_entry))?;
             }
             vcpus.push(vcpu);
         }
-        for (id, vcpu) in (0..).zip(vcpus) {
-            let thread = control.spawn(id, vcpu).map_err(host("a thread"))?;
-            let cpus = config.cpu_affinity.get(id as usize).map_or(&[][..], Vec::as_slice);
-            let pinned = pin(&thread, cpus);
-            vm.threads.lock().push(thread);
-            pinned.map_err(|source| VmError::Affinity { vcpu: id, source })?;
+        for (thread, vcpu) in threads.iter_mut().zip(vcpus) {
+            control.hand_over(thread, vcpu);
         }
+        vm.threads = threads;
         if let Some(gdb) = &config.gdb {
             let server = GdbServer::start(gdb, control, vm.memory.clone(), config.cpus)?;
             *vm.devices.gdb.lock() = Some(server);

@@ -170,17 +170,18 @@ impl Console {
             Input::Listener(listener) => ConsolePort::listening(name, listener)?,
         };
         let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        Ok((port, RunningConsole { stop, thread: None, _pty: self.pty, _socket: self.socket }))
+        Ok((port, RunningConsole { stop, reader: None, thread: None, _pty: self.pty, socket: self.socket }))
     }
 
-    /// Starts the thread that feeds `serial`, unless there is no input.
+    /// Connects the console to `serial`, which gets its input from [`RunningConsole::start`] on. A socket takes clients at
+    /// once, so that they do not miss what the guest prints first.
     pub(super) fn connect(
         self,
         serial: Arc<Serial>,
         filter: Option<InputFilter>,
     ) -> Result<RunningConsole, ConsoleError> {
         let stop = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let mut thread = None;
+        let mut reader: Option<Reader> = None;
         if !matches!(self.input, Input::None) {
             let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
             let told = room.try_clone()?;
@@ -197,15 +198,17 @@ impl Console {
                 waiting: Vec::new(),
             };
             let input = self.input;
-            let run = move || {
+            reader = Some(Box::new(move || {
                 if let Err(error) = pump.run(input) {
                     tracing::warn!(%error, "The console takes no input any more");
                 }
-            };
-            thread =
-                Some(std::thread::Builder::new().name("console".into()).stack_size(STACK_SIZE).spawn(run)?);
+            }));
         }
-        Ok(RunningConsole { stop, thread, _pty: self.pty, _socket: self.socket })
+        let mut running = RunningConsole { stop, reader, thread: None, _pty: self.pty, socket: self.socket };
+        if running.socket.is_some() {
+            running.start()?;
+        }
+        Ok(running)
     }
 }
 
@@ -330,12 +333,28 @@ impl Pump {
     }
 }
 
+/// What the thread does that reads input.
+type Reader = Box<dyn FnOnce() + Send>;
+
 /// A console that moves bytes until it is dropped.
 pub(super) struct RunningConsole {
     stop: Arc<EventFd>,
+    /// Until the thread is started.
+    reader: Option<Reader>,
     thread: Option<JoinHandle<()>>,
     _pty: Option<(File, PathBuf)>,
-    _socket: Option<SocketPath>,
+    socket: Option<SocketPath>,
+}
+
+impl RunningConsole {
+    /// Starts the thread that reads input, unless it was started or there is no input.
+    pub(super) fn start(&mut self) -> Result<(), ConsoleError> {
+        if let Some(reader) = self.reader.take() {
+            let thread = std::thread::Builder::new().name("console".into()).stack_size(STACK_SIZE);
+            self.thread = Some(thread.spawn(reader)?);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for RunningConsole {
@@ -369,7 +388,8 @@ mod tests {
         let console = Console::open(config).unwrap();
         let path = console.pty_path().map(Path::to_owned);
         let serial = Arc::new(Serial::new(Arc::new(NoLine), console.output()));
-        let running = console.connect(serial.clone(), None).unwrap();
+        let mut running = console.connect(serial.clone(), None).unwrap();
+        running.start().unwrap();
         (serial, running, path)
     }
 
@@ -431,6 +451,21 @@ mod tests {
         terminal.read_exact(&mut one).unwrap();
         assert_eq!(one, *b"x");
         drop(running);
+    }
+
+    #[test]
+    fn input_waits_until_the_console_is_started() {
+        let console = Console::open(&ConsoleConfig::Pty).unwrap();
+        let path = console.pty_path().unwrap().to_owned();
+        let serial = Arc::new(Serial::new(Arc::new(NoLine), console.output()));
+        let mut running = console.connect(serial.clone(), None).unwrap();
+        File::options().write(true).open(path).unwrap().write_all(b"x").unwrap();
+        assert!(running.thread.is_none());
+        running.start().unwrap();
+        assert_eq!(receive(&serial), b'x');
+        let thread = running.thread.as_ref().map(|thread| thread.thread().id());
+        running.start().unwrap();
+        assert_eq!(running.thread.as_ref().map(|thread| thread.thread().id()), thread, "one is enough");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The first vCPU's registers at the kernel's entry.
 
-use softcpu::{CpuState, DescriptorTable, MpState, Segment, SegmentAttributes};
+use softcpu::{CpuState, DescriptorTable, Segment, SegmentAttributes};
 
 use crate::boot::{BOOT_GDT, Entry, EntryMode};
 
@@ -28,8 +28,9 @@ const RSP: usize = 4;
 const RSI: usize = 6;
 const RDI: usize = 7;
 
-/// Changes a reset state into the state at `entry`.
-pub(super) fn apply(state: &mut CpuState, entry: &Entry) {
+/// The registers at `entry`; the rest of the state is as after a reset.
+pub(super) fn state(entry: &Entry) -> CpuState {
+    let mut state = CpuState::reset();
     let flat = |selector, attributes| Segment { selector, attributes, limit: u32::MAX, base: 0 };
     let code = match entry.mode {
         EntryMode::Protected => CODE_32,
@@ -55,5 +56,5 @@ pub(super) fn apply(state: &mut CpuState, entry: &Entry) {
         state.cr4 = CR4_PAE;
         state.msrs.efer = EFER_LME | EFER_LMA;
     }
-    state.mp_state = MpState::Running;
+    state
 }

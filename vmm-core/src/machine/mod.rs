@@ -29,7 +29,6 @@ mod vcpu;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -49,7 +48,7 @@ use self::gdb::GdbServer;
 use self::metrics::Sources;
 pub use self::metrics::{BusMetrics, CpuMetrics, DiskMetrics, Metrics, NetMetrics};
 pub use self::transfer::{AfterSnapshot, RestoreOptions, SnapshotReport};
-use self::vcpu::Control;
+use self::vcpu::{Control, VcpuThread};
 use crate::accel::{self, AccelError, AccelKind};
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
@@ -177,7 +176,7 @@ pub enum VmError {
 /// A virtual machine. All methods may be called from any thread.
 pub struct Vm {
     control: Arc<Control>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Vec<VcpuThread>,
     /// Serialises changes of the machine's state.
     lifecycle: Mutex<bool>,
     kind: AccelKind,
@@ -228,7 +227,8 @@ impl Vm {
     /// was parked in a migration.
     ///
     /// # Errors
-    /// Fails when the machine has stopped, a disk cannot be opened again or a device's back-end cannot be started.
+    /// Fails when the machine has stopped, a disk cannot be opened again or a device's back-end cannot be started; and when
+    /// the host has no thread for the console, which stops the machine.
     pub fn start(&self) -> Result<(), VmError> {
         let mut started = self.lifecycle.lock();
         if self.control.ending().is_some() {
@@ -248,7 +248,9 @@ impl Vm {
             return Err(VmError::Stopped);
         }
         *started = true;
-        Ok(())
+        // The guest is on its way: it does not wait for the console's thread.
+        let reading = self.devices.consoles.lock().iter_mut().try_for_each(RunningConsole::start);
+        reading.inspect_err(|_| self.stop()).map_err(VmError::from)
     }
 
     /// Stops the vCPUs, then the devices: afterwards guest memory does not change.
@@ -353,10 +355,7 @@ impl Stopper {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.control.stop(StopReason::Stopped);
-        for thread in self.threads.get_mut().drain(..) {
-            // A panic has been turned into a stop reason.
-            let _ = thread.join();
-        }
+        self.threads.clear();
         for unit in &self.devices.units {
             if let Err(error) = unit.lifecycle.pause() {
                 tracing::error!(%error, "A device did not complete its requests");

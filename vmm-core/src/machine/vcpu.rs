@@ -290,21 +290,34 @@ impl Control {
         }
     }
 
-    /// Starts the thread of a vCPU. It waits until [`Self::run`].
-    pub(super) fn spawn(self: &Arc<Self>, id: u32, vcpu: Box<dyn Vcpu>) -> std::io::Result<JoinHandle<()>> {
-        self.handles.lock().push(vcpu.handle());
-        self.state.lock().alive += 1;
+    /// Starts the thread of a vCPU that is still to come: it does `first`, and waits for [`Self::hand_over`].
+    pub(super) fn spawn(
+        self: &Arc<Self>,
+        id: u32,
+        first: impl FnOnce() + Send + 'static,
+    ) -> std::io::Result<VcpuThread> {
         let control = self.clone();
+        let (vcpu, receiver) = mpsc::sync_channel(1);
+        let run = move || {
+            first();
+            let Ok(vcpu) = receiver.recv() else { return };
+            let _end = End(control.clone());
+            let span = tracing::info_span!(parent: &control.span, "vcpu", id);
+            span.in_scope(|| control.drive(id, vcpu));
+        };
         let thread =
-            std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK_SIZE).spawn(move || {
-                let _end = End(control.clone());
-                let span = tracing::info_span!(parent: &control.span, "vcpu", id);
-                span.in_scope(|| control.drive(id, vcpu));
-            });
-        if thread.is_err() {
-            self.state.lock().alive -= 1;
+            std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(STACK_SIZE).spawn(run)?;
+        Ok(VcpuThread { vcpu: Some(vcpu), thread: Some(thread) })
+    }
+
+    /// Gives a thread its vCPU, which it drives from the next [`Self::run`] on.
+    pub(super) fn hand_over(&self, thread: &mut VcpuThread, vcpu: Box<dyn Vcpu>) {
+        self.handles.lock().push(vcpu.handle());
+        let mut s = self.state.lock();
+        // A thread that has its vCPU or ended early takes none.
+        if thread.vcpu.take().is_some_and(|sender| sender.send(vcpu).is_ok()) {
+            s.alive += 1;
         }
-        thread
     }
 
     /// A vCPU met a breakpoint: all of them wait for the debugger.
@@ -369,6 +382,30 @@ impl Control {
     }
 }
 
+/// The thread of a vCPU. Dropping it waits for its end: without a vCPU it ends by itself, otherwise with the machine.
+pub(super) struct VcpuThread {
+    /// Where the thread gets its vCPU from.
+    vcpu: Option<mpsc::SyncSender<Box<dyn Vcpu>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VcpuThread {
+    /// Binds the thread to host CPUs, if there are any in the list.
+    pub(super) fn pin(&self, cpus: &[usize]) -> std::io::Result<()> {
+        self.thread.as_ref().map_or(Ok(()), |thread| pin(thread, cpus))
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.vcpu = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic has been turned into a stop reason.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Marks a thread as ended, also when it panicked: a bug in one machine must not hang its owner.
 struct End(Arc<Control>);
 
@@ -400,8 +437,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Binds a vCPU's thread to host CPUs, if there are any in the list.
-pub(super) fn pin(thread: &JoinHandle<()>, cpus: &[usize]) -> std::io::Result<()> {
+fn pin(thread: &JoinHandle<()>, cpus: &[usize]) -> std::io::Result<()> {
     if cpus.is_empty() {
         return Ok(());
     }
@@ -415,4 +451,21 @@ pub(super) fn pin(thread: &JoinHandle<()>, cpus: &[usize]) -> std::io::Result<()
     let rc =
         unsafe { libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of::<libc::cpu_set_t>(), &set) };
     if rc == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(rc)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_without_a_vcpu_ends_with_its_handle() {
+        let control = Control::new(false, false, tracing::Span::none()).unwrap();
+        let done = Arc::new(AtomicBool::new(false));
+        let told = done.clone();
+        let thread = control.spawn(0, move || told.store(true, Ordering::SeqCst)).unwrap();
+        drop(thread);
+        assert!(done.load(Ordering::SeqCst), "it was waited for");
+        assert_eq!(Arc::strong_count(&done), 1, "nothing of it is left");
+        assert_eq!(control.state.lock().alive, 0);
+    }
 }

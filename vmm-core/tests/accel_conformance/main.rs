@@ -48,8 +48,8 @@ macro_rules! conformance {
                 more_dirty_pages_than_a_ring_holds dirty_pages_of_several_cpus linear_addresses_translate;
             running: kicks_stop_a_running_cpu kicks_wake_a_halted_cpu a_kick_before_the_run_counts
                 a_triple_fault_ends_the_run port_exits_complete_before_a_kick;
-            state: registers_survive_the_round_trip sse_state_survives_the_round_trip
-                a_guest_moves_to_another_machine bad_state_is_refused the_chipset_survives_the_round_trip;
+            state: registers_survive_the_round_trip registers_of_a_boot_protocol_are_all_that_changes
+                sse_state_survives_the_round_trip a_guest_moves_to_another_machine bad_state_is_refused the_chipset_survives_the_round_trip;
             debug: single_steps software_breakpoints hardware_breakpoints debugging_can_be_switched_off;
         }
     };

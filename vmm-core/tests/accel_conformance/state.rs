@@ -55,6 +55,40 @@ pub fn registers_survive_the_round_trip(target: &Target) {
     machine.run_to_end();
 }
 
+/// A boot protocol's registers, loaded alone into a new vCPU, leave it in the state that loading everything leaves.
+pub fn registers_of_a_boot_protocol_are_all_that_changes(target: &Target) {
+    for entry in [flat32(), distinct()] {
+        let [mut alone, mut whole] = [(); 2].map(|()| Machine::new(target, 1, &[]));
+        let new = whole.cpu.state().unwrap();
+        let mut wanted =
+            CpuState { msrs: softcpu::Msrs { efer: entry.msrs.efer, ..new.msrs }, ..new.clone() };
+        (wanted.gpr, wanted.rip, wanted.rflags) = (entry.gpr, entry.rip, entry.rflags);
+        (wanted.segments, wanted.ldtr, wanted.tr) = (entry.segments, entry.ldtr, entry.tr);
+        (wanted.gdtr, wanted.idtr) = (entry.gdtr, entry.idtr);
+        (wanted.cr0, wanted.cr2, wanted.cr3, wanted.cr4) = (entry.cr0, entry.cr2, entry.cr3, entry.cr4);
+        assert_ne!(wanted, new);
+        whole.cpu.set_state(&wanted).unwrap();
+        alone.cpu.set_registers(&entry).unwrap();
+        let [mut found, mut expected] = [&mut alone, &mut whole].map(|machine| machine.cpu.state().unwrap());
+        // They run on, and began at different times.
+        (found.tsc, expected.tsc) = (0, 0);
+        assert_eq!(found, expected);
+        assert_eq!(found, CpuState { tsc: 0, ..wanted });
+        let [found, expected] = [&mut alone, &mut whole].map(|machine| {
+            let mut extra = machine.cpu.extra_state().unwrap();
+            // Registers of hypervisors: some are clocks.
+            extra.msrs.retain(|(number, _)| !(0x4000_0000..0xc000_0000).contains(number));
+            if !extra.xsave.is_empty() {
+                // XSTATE_BV: what has been loaded counts as in use, also with its initial value.
+                extra.xsave[512..520].fill(0);
+            }
+            extra
+        });
+        assert_eq!((found.apic, found.pending, found.msrs), (expected.apic, expected.pending, expected.msrs));
+        assert!(found.xsave == expected.xsave, "the extended registers differ");
+    }
+}
+
 pub fn sse_state_survives_the_round_trip(target: &Target) {
     let mut machine = Machine::long64(target, |a| {
         a.paddq(xmm3, xmm3).unwrap();

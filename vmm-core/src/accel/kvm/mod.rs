@@ -34,6 +34,7 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
+use parking_lot::Mutex;
 
 use super::{AccelError, AccelKind, Hypervisor, Vm, VmSpec};
 
@@ -73,6 +74,8 @@ struct Host {
     kvm: Kvm,
     options: KvmOptions,
     cpuid: OnceLock<CpuId>,
+    /// Held while the kernel is asked: whoever needs it meanwhile waits instead of asking again.
+    asking_cpuid: Mutex<()>,
     msrs: OnceLock<Vec<u32>>,
 }
 
@@ -149,7 +152,13 @@ impl KvmHypervisor {
         if let Some((_, what)) = needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(unavailable(format!("the kernel's KVM lacks {what}; use a newer kernel")));
         }
-        let host = Host { kvm, options, cpuid: OnceLock::new(), msrs: OnceLock::new() };
+        let host = Host {
+            kvm,
+            options,
+            cpuid: OnceLock::new(),
+            asking_cpuid: Mutex::default(),
+            msrs: OnceLock::new(),
+        };
         Ok(Self { host: Arc::new(host) })
     }
 
@@ -176,6 +185,7 @@ impl KvmHypervisor {
 impl Host {
     /// What KVM can show to guests, read once.
     fn supported_cpuid(&self) -> Result<&CpuId, AccelError> {
+        let _asking = self.asking_cpuid.lock();
         if let Some(cpuid) = self.cpuid.get() {
             return Ok(cpuid);
         }
@@ -201,6 +211,13 @@ impl Hypervisor for KvmHypervisor {
 
     fn create_vm(&self, spec: VmSpec) -> Result<Arc<dyn Vm>, AccelError> {
         Ok(self.create_kvm_vm(spec)?)
+    }
+
+    fn prepare_vcpus(&self) {
+        // The kernel executes CPUID for each leaf, which is slow where the host is virtual itself.
+        if let Err(error) = self.host.supported_cpuid() {
+            tracing::debug!(%error, "CPUID is asked for again");
+        }
     }
 }
 

@@ -150,7 +150,7 @@ fn read_xcr0(vcpu: &VcpuFd) -> Result<u64, AccelError> {
 
 /// Loads the state into a vCPU that is not running; drops an event under delivery.
 pub fn write(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
-    write_registers(vcpu, state, &[])?;
+    write_all(vcpu, state, &[])?;
     let mut events = vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
     events.exception = Default::default();
     events.exception_has_payload = 0;
@@ -161,7 +161,7 @@ pub fn write(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
 
 /// Loads the state that [`read`] returned and one instruction changed: time and events under delivery stay.
 pub fn advance(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
-    write_registers(vcpu, state, &[index::TSC, index::KVM_WALL_CLOCK, index::KVM_SYSTEM_TIME])?;
+    write_all(vcpu, state, &[index::TSC, index::KVM_WALL_CLOCK, index::KVM_SYSTEM_TIME])?;
     let events = vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?;
     write_events(vcpu, state, events)
 }
@@ -174,8 +174,8 @@ fn write_events(vcpu: &VcpuFd, state: &CpuState, mut events: kvm_vcpu_events) ->
     vcpu.set_vcpu_events(&events).map_err(failed("KVM_SET_VCPU_EVENTS"))
 }
 
-/// Writes everything but events, and the MSRs in `kept`.
-fn write_registers(vcpu: &VcpuFd, state: &CpuState, kept: &[u32]) -> Result<(), AccelError> {
+/// Writes the general registers, segments, descriptor tables, CR0 to CR4 and EFER.
+pub fn write_registers(vcpu: &VcpuFd, state: &CpuState) -> Result<(), AccelError> {
     let old = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     let [es, cs, ss, ds, fs, gs] = state.segments.each_ref().map(segment_to_kvm);
     let sregs = kvm_sregs {
@@ -222,7 +222,12 @@ fn write_registers(vcpu: &VcpuFd, state: &CpuState, kept: &[u32]) -> Result<(), 
         rip: state.rip,
         rflags: state.rflags,
     };
-    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+    vcpu.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
+}
+
+/// Writes everything but events, and the MSRs in `kept`.
+fn write_all(vcpu: &VcpuFd, state: &CpuState, kept: &[u32]) -> Result<(), AccelError> {
+    write_registers(vcpu, state)?;
     if read_xcr0(vcpu)? != state.xcr0 {
         let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
         xcrs.xcrs[0] = kvm_xcr { xcr: 0, value: state.xcr0, ..Default::default() };

@@ -263,6 +263,10 @@ impl Vcpu for KvmVcpu {
         Ok(())
     }
 
+    fn set_registers(&mut self, state: &CpuState) -> Result<(), AccelError> {
+        state::write_registers(&self.fd, state)
+    }
+
     fn extra_state(&mut self) -> Result<ExtraState, AccelError> {
         state::read_extra(&self.fd, self.vm.host.saved_msrs()?)
     }

@@ -16,12 +16,23 @@ unsafe extern "C" fn release_object(info: *mut libc::dl_phdr_info, _: usize, _: 
         ((*info).dlpi_addr, std::slice::from_raw_parts((*info).dlpi_phdr, usize::from((*info).dlpi_phnum)))
     };
     const PAGE: u64 = 4096;
-    for header in headers.iter().filter(|h| h.p_type == libc::PT_LOAD && h.p_flags & libc::PF_W == 0) {
-        let start = (base + header.p_vaddr) & !(PAGE - 1);
-        let end = (base + header.p_vaddr + header.p_memsz).next_multiple_of(PAGE);
-        // SAFETY: the segment is mapped from a file and nobody writes it (the loader's relocations are in segments that
-        // can be written), so its contents are the same when they are read again. A refusal changes nothing.
-        unsafe { libc::madvise(start as *mut c_void, (end - start) as usize, libc::MADV_DONTNEED) };
+    let constant = headers.iter().filter(|h| h.p_type == libc::PT_LOAD && h.p_flags & libc::PF_W == 0);
+    let mut ranges = constant.map(|header| {
+        let start = base + header.p_vaddr;
+        start & !(PAGE - 1)..(start + header.p_memsz).next_multiple_of(PAGE)
+    });
+    let mut next = ranges.next();
+    while let Some(mut range) = next {
+        next = ranges.next();
+        // Neighbours together: each call interrupts the processors on which this process has threads.
+        while let Some(neighbour) = next.take_if(|next| next.start == range.end) {
+            range.end = neighbour.end;
+            next = ranges.next();
+        }
+        let len = (range.end - range.start) as usize;
+        // SAFETY: the segments are mapped from a file and nobody writes them (the loader's relocations are in segments
+        // that can be written), so their contents are the same when they are read again. A refusal changes nothing.
+        unsafe { libc::madvise(range.start as *mut c_void, len, libc::MADV_DONTNEED) };
     }
     0
 }
