@@ -185,6 +185,8 @@ fn group_socket(group: SocketAddr) -> io::Result<UdpSocket> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::membership::Heartbeat;
     use crate::types::{HostSet, Incarnation};
@@ -196,7 +198,8 @@ mod tests {
     fn beat(from: u16) -> Message {
         let from = Incarnation { host: HostId(from), generation: 1 };
         let heard = HostSet::default();
-        Message::Heartbeat(Heartbeat { from, seq: 1, heard, witness: false, watchdog: true, leaving: false })
+        let beat = Heartbeat { from, seq: 1, heard, witness: false, watchdog: true, leaving: false };
+        Message::Heartbeat(Arc::new(beat))
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::mutants::{self, Mutant};
 use crate::types::{HostId, Incarnation, Time};
 
 impl HaManager {
-    pub(super) fn on_report(&mut self, now: Time, report: Report) {
+    pub(super) fn on_report(&mut self, now: Time, report: Box<Report>) {
         let host = report.from.host;
         let known = self.reports.get(&host).map(|i| (i.report.from.generation, i.report.seq));
         if known.is_some_and(|known| (report.from.generation, report.seq) <= known) {

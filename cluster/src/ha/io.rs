@@ -127,7 +127,7 @@ pub enum HaInput {
         result: WriteResult,
     },
     /// A host reported.
-    Report(Report),
+    Report(Box<Report>),
     /// A life of a host is over; the generations of its leases that are over with it.
     Gone {
         /// The life.

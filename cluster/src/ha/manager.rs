@@ -20,7 +20,7 @@ const MAX_UPDATES: usize = 100;
 
 #[derive(Clone, Debug)]
 pub(super) struct HostInfo {
-    pub(super) report: Report,
+    pub(super) report: Box<Report>,
     pub(super) at: Time,
 }
 

@@ -161,14 +161,14 @@ fn a_shut_down_cluster_stops_dependents_first_starts_nothing_and_begins_again() 
             usage: None,
         });
         let (leases, vms) = (Vec::new(), vms.collect());
-        inputs.push(HaInput::Report(Report {
+        inputs.push(HaInput::Report(Box::new(Report {
             from: place,
             seq: now,
             capacity,
             watchdog: false,
             leases,
             vms,
-        }));
+        })));
         for input in core::mem::take(&mut inputs) {
             let mut out = Vec::new();
             manager.step(Time(now), input, &hears(true), &mut out);

@@ -1,5 +1,7 @@
 //! Heartbeats, verdicts and quorum.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::lease::DiskLife;
@@ -76,7 +78,7 @@ pub enum MembershipInput {
     /// Time has passed.
     Tick,
     /// A heartbeat arrived (on any link).
-    Heard(Heartbeat),
+    Heard(Arc<Heartbeat>),
     /// The own host took or lost the tie-break witness.
     Witness(bool),
 }
@@ -85,7 +87,7 @@ pub enum MembershipInput {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MembershipOutput {
     /// Send this to every member on every link.
-    Send(Heartbeat),
+    Send(Arc<Heartbeat>),
     /// The verdict on a host changed.
     Changed {
         /// The host.
@@ -218,14 +220,14 @@ impl Membership {
             self.next_send = now + self.config.interval;
             self.seq += 1;
             let heard = self.config.members.iter().copied().filter(|h| self.hears(now, *h)).collect();
-            out.push(MembershipOutput::Send(Heartbeat {
+            out.push(MembershipOutput::Send(Arc::new(Heartbeat {
                 from: self.me,
                 seq: self.seq,
                 heard,
                 witness: self.witness,
                 watchdog: self.watchdog,
                 leaving: self.leaving,
-            }));
+            })));
         }
         out.push(MembershipOutput::WakeAt(self.next_send));
     }
@@ -318,15 +320,15 @@ impl Membership {
 mod tests {
     use super::*;
 
-    fn beat(from: u16, seq: u64, heard: &[u16]) -> Heartbeat {
-        Heartbeat {
+    fn beat(from: u16, seq: u64, heard: &[u16]) -> Arc<Heartbeat> {
+        Arc::new(Heartbeat {
             from: Incarnation { host: HostId(from), generation: 1 },
             seq,
             heard: heard.iter().map(|h| HostId(*h)).collect(),
             witness: false,
             watchdog: true,
             leaving: false,
-        }
+        })
     }
 
     fn member(hosts: u16) -> Membership {

@@ -58,9 +58,9 @@ impl Config {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
     /// A heartbeat.
-    Heartbeat(Heartbeat),
+    Heartbeat(Arc<Heartbeat>),
     /// A host's report to the coordinator.
-    Report(Report),
+    Report(Box<Report>),
     /// The coordinator's command to a host.
     Command {
         /// The coordinator's token; commands of an older coordinator are ignored.

@@ -259,7 +259,7 @@ impl Node {
         }
         if now >= self.next_report {
             self.next_report = now + self.config.ha.repeat;
-            let report = self.report(now);
+            let report = Box::new(self.report(now));
             match self.coordinator() {
                 Some(host) if host == self.me.host => self.ha_input(now, HaInput::Report(report), out),
                 Some(host) => out.push(NodeOutput::Send(host, Message::Report(report))),

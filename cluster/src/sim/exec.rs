@@ -15,15 +15,16 @@ use crate::node::{Message, NodeInput, NodeOutput, StoreRequest, VmAction, VmEven
 use crate::ondisk::HostBlock;
 use crate::types::{HostId, Incarnation, LockspaceId, ResourceId, Time, VmId};
 
+/// What is written is boxed, so that events are small: they move several times.
 #[derive(Clone, Debug)]
 pub(super) enum DiskKind {
     ReadDelta,
-    WriteDelta(DeltaRecord),
+    WriteDelta(Box<DeltaRecord>),
     ReadSpace,
     ReadLeader(u32),
     ReadBlocks(u32),
-    WriteBlock(u32, HostBlock),
-    WriteLeader(u32, Leader),
+    WriteBlock(u32, Box<HostBlock>),
+    WriteLeader(u32, Box<Leader>),
 }
 
 impl DiskKind {
@@ -63,7 +64,7 @@ impl World {
         match output {
             NodeOutput::ReadDelta { lockspace, op } => self.submit(host, lockspace, op, DiskKind::ReadDelta),
             NodeOutput::WriteDelta { lockspace, op, record } => {
-                self.submit(host, lockspace, op, DiskKind::WriteDelta(record));
+                self.submit(host, lockspace, op, DiskKind::WriteDelta(Box::new(record)));
             }
             NodeOutput::ReadSpace { lockspace, op } => self.submit(host, lockspace, op, DiskKind::ReadSpace),
             NodeOutput::ReadLeader { resource: r, op } => {
@@ -73,10 +74,10 @@ impl World {
                 self.submit(host, r.lockspace, op, DiskKind::ReadBlocks(r.index));
             }
             NodeOutput::WriteBlock { resource: r, op, block } => {
-                self.submit(host, r.lockspace, op, DiskKind::WriteBlock(r.index, block));
+                self.submit(host, r.lockspace, op, DiskKind::WriteBlock(r.index, Box::new(block)));
             }
             NodeOutput::WriteLeader { resource: r, op, leader } => {
-                self.submit(host, r.lockspace, op, DiskKind::WriteLeader(r.index, leader));
+                self.submit(host, r.lockspace, op, DiskKind::WriteLeader(r.index, Box::new(leader)));
             }
             NodeOutput::Broadcast(message) => {
                 for to in 0..self.hosts.len() {
@@ -166,7 +167,7 @@ impl World {
             }
             DiskKind::WriteDelta(record) => {
                 if !fails {
-                    volume.deltas[host] = record;
+                    volume.deltas[host] = *record;
                 }
                 NodeInput::DeltaWrote { lockspace, op, result: done(()) }
             }
@@ -185,13 +186,13 @@ impl World {
             }
             DiskKind::WriteBlock(i, block) => {
                 if !fails {
-                    volume.areas[i as usize].blocks[host] = block;
+                    volume.areas[i as usize].blocks[host] = *block;
                 }
                 NodeInput::Lock { resource: resource(i), input: LockInput::Wrote { op, result: done(()) } }
             }
             DiskKind::WriteLeader(i, leader) => {
                 if !fails {
-                    volume.areas[i as usize].leader = leader;
+                    volume.areas[i as usize].leader = *leader;
                 }
                 NodeInput::Lock { resource: resource(i), input: LockInput::Wrote { op, result: done(()) } }
             }
