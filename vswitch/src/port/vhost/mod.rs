@@ -2,7 +2,8 @@
 //!
 //! Buffers are given back in the order in which the guest offered them, and only after what they held was sent on or
 //! copied. So the ring alone tells where the successor of a switch that died goes on, by its used index if it is split,
-//! by a note of the switch's if it is packed, and no record of descriptors in flight (`INFLIGHT_SHMFD`) is needed.
+//! by a note of the switch's and its descriptors if it is packed, and no record of descriptors in flight
+//! (`INFLIGHT_SHMFD`) is needed.
 
 mod memory;
 mod message;

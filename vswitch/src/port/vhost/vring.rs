@@ -99,7 +99,7 @@ impl Vring {
         // SAFETY: `addresses` checked that all parts are mapped; `self.memory` keeps them so while the ring exists.
         let mut ring = unsafe {
             if self.features.packed {
-                Ring::Packed(PackedRing::new(self.size, at, self.features, self.base)?)
+                Ring::Packed(PackedRing::new(&self.memory, self.size, at, self.features, self.base)?)
             } else {
                 Ring::Split(SplitRing::new(self.size, at, self.features)?)
             }

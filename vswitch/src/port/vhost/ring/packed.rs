@@ -4,11 +4,15 @@
 //! As with a split ring, the guest can write everything here at any time: a descriptor is used in a copy that was read
 //! once and checked.
 //!
-//! A packed ring has no index of what was used, so nothing in it tells a successor where a device stopped that died.
-//! This one notes it where the driver looks for the offset of an event, which has a meaning with event flags that are
-//! not used here only (2.8.14). The note is taken back when a queue is stopped in an orderly way, and its front-end
-//! told where it stands.
+//! A packed ring has no index of what was used. This device notes where it stands, after each batch, where the driver
+//! looks for the offset of an event, which has a meaning with event flags that are not used here only (2.8.14). The note
+//! is taken back when a queue is stopped in an orderly way, and its front-end told where it stands. If the device dies,
+//! the note and the descriptors tell its successor: see `recover`.
 #![expect(unsafe_code, reason = "reads and writes rings and buffers in guest memory")]
+
+mod recover;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
@@ -69,11 +73,22 @@ impl Descriptor {
     }
 }
 
-/// A buffer of the driver's: its identifier, and the descriptors it takes in the ring.
+/// A buffer of the driver's: its first place, its identifier, and the descriptors it takes in the ring.
 #[derive(Clone, Copy, Debug)]
 struct Chain {
+    at: Position,
     id: u16,
     count: u16,
+}
+
+/// A buffer to be given back.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    chain: Chain,
+    /// Bytes written.
+    len: u32,
+    /// Whether the packet goes on in the next one.
+    more: bool,
 }
 
 /// One packed virtqueue.
@@ -92,8 +107,8 @@ pub struct PackedRing {
     unannounced: bool,
     /// What `pop` took and was not yet given back.
     pending: Vec<Chain>,
-    /// What is given back with the batch under way, and the bytes written.
-    written: Vec<(Chain, u32)>,
+    /// What is given back with the batch under way.
+    written: Vec<Used>,
     /// Buffers that were looked at last, and how many.
     window: [Buffer; BURST],
     looked: usize,
@@ -104,11 +119,13 @@ pub struct PackedRing {
 unsafe impl Send for PackedRing {}
 
 impl PackedRing {
-    /// Adopts a ring, where a device before it noted that it stopped, or else at `base` (see [`PackedRing::base`]).
+    /// Adopts a ring in `memory`, where a device before it that died has got to, or else at `base` (see
+    /// [`PackedRing::base`]).
     ///
     /// # Safety
     /// The three parts must be mapped, with the lengths of [`super::part_sizes`], for as long as the ring is used.
     pub unsafe fn new(
+        memory: &GuestMemory,
         size: u16,
         at: RingAddresses,
         features: RingFeatures,
@@ -137,19 +154,11 @@ impl PackedRing {
             segments: Vec::with_capacity(CHAIN_MAX),
         };
         let note = ring.device_events().load(Ordering::Relaxed) as u16;
-        let mut start = if note == 0 { start } else { Position::decode(note.wrapping_sub(1)) };
+        let start = if note == 0 { start } else { Position::decode(note.wrapping_sub(1)) };
         if start.index >= size {
             return Err(RingError::Index);
         }
-        if note != 0 {
-            // What the other gave back after its last note.
-            for _ in 0..size {
-                if !ring.is_used(start) {
-                    break;
-                }
-                start = start.advanced(1, size);
-            }
-        }
+        let start = if note == 0 { start } else { ring.recover(memory, start) };
         (ring.next_avail, ring.next_used, ring.notified) = (start, start, start);
         Ok(ring)
     }
@@ -207,11 +216,6 @@ impl PackedRing {
         let d = self.descriptor(at.index);
         let wanted = if at.wrap { AVAIL } else { USED };
         (d.flags & (AVAIL | USED) == wanted).then_some(d)
-    }
-
-    fn is_used(&self, at: Position) -> bool {
-        let wanted = if at.wrap { AVAIL | USED } else { 0 };
-        self.descriptor(at.index).flags & (AVAIL | USED) == wanted
     }
 
     /// The driver's wish when to be notified: offset and wrap counter in the lower half, flags in the upper.
@@ -280,14 +284,14 @@ impl PackedRing {
                 let flags = Descriptor::new(addr, rest).flags & WRITE;
                 self.add_segment(memory, Descriptor { flags, ..Descriptor::new(addr, rest) }, write)?;
             }
-            return Ok(Some(Chain { id: d.id, count: 1 }));
+            return Ok(Some(Chain { at, id: d.id, count: 1 }));
         }
         let longest = CHAIN_MAX.min(self.size.into()) as u16;
         let mut place = at;
         for count in 1..=longest {
             self.add_segment(memory, d, write)?;
             if d.flags & NEXT == 0 {
-                return Ok(Some(Chain { id: d.id, count }));
+                return Ok(Some(Chain { at, id: d.id, count }));
             }
             place = place.advanced(1, self.size);
             d = self.descriptor(place.index);
@@ -331,7 +335,7 @@ impl PackedRing {
                     self.claim(1)?;
                     // SAFETY: `look` translated the buffer; the caller makes the burst hold its memory.
                     unsafe { take_simple(b.ptr, b.len, header, burst) };
-                    Chain { id: b.id, count: 1 }
+                    Chain { at: self.next_avail, id: b.id, count: 1 }
                 };
                 self.pending.push(chain);
                 self.next_avail = self.next_avail.advanced(chain.count, self.size);
@@ -352,12 +356,20 @@ impl PackedRing {
 
     /// Gives back every buffer taken by [`PackedRing::pop`].
     pub fn complete(&mut self, memory: &GuestMemory) {
-        self.written.extend(self.pending.drain(..).map(|chain| (chain, 0)));
+        self.written.extend(self.pending.drain(..).map(|chain| Used { chain, len: 0, more: false }));
         self.publish(memory);
     }
 
     /// Copies packets into buffers of the guest; returns how many went in.
     pub fn push(&mut self, memory: &GuestMemory, batch: &Batch<'_>) -> Result<usize, RingError> {
+        let result = self.copy_in(memory, batch);
+        self.publish(memory);
+        result
+    }
+
+    /// Does so without telling the driver.
+    #[inline(always)]
+    fn copy_in(&mut self, memory: &GuestMemory, batch: &Batch<'_>) -> Result<usize, RingError> {
         let (mut sent, mut result) = (0, Ok(()));
         // Entry of the window at the next place.
         let mut at = 0;
@@ -380,7 +392,6 @@ impl PackedRing {
             }
             sent += 1;
         }
-        self.publish(memory);
         result.map(|()| sent)
     }
 
@@ -405,7 +416,8 @@ impl PackedRing {
         if self.features.log {
             memory.log_write(buffer.guest, total as u64);
         }
-        self.written.push((Chain { id: buffer.id, count: 1 }, total as u32));
+        let chain = Chain { at: self.next_avail, id: buffer.id, count: 1 };
+        self.written.push(Used { chain, len: total as u32, more: false });
         self.next_avail = self.next_avail.advanced(1, self.size);
         Ok(Some(1))
     }
@@ -432,8 +444,9 @@ impl PackedRing {
             };
             self.claim(chain.count)?;
             let capacity: usize = self.segments[before..].iter().map(|s| s.len).sum();
-            self.written.push((chain, capacity.min(total - room) as u32));
+            let len = capacity.min(total - room) as u32;
             room += capacity;
+            self.written.push(Used { chain, len, more: room < total });
             buffers += 1;
             place = place.advanced(chain.count, self.size);
         }
@@ -446,29 +459,62 @@ impl PackedRing {
         Ok(Some(self.taken - taken))
     }
 
-    /// Gives back the buffers gathered in `written`, in order.
+    /// Gives back the buffers gathered in `written`.
     fn publish(&mut self, memory: &GuestMemory) {
-        if self.written.is_empty() {
-            return;
-        }
-        let mut at = self.next_used;
-        for (chain, len) in &self.written {
-            let flags = if at.wrap { AVAIL | USED } else { 0 } | if *len > 0 { WRITE } else { 0 };
-            let rest = u64::from(*len) | u64::from(chain.id) << 32 | u64::from(flags) << 48;
-            self.words(at.index)[1].store(rest, Ordering::Release);
-            if self.features.log
-                && let Some(base) = self.at.desc_log
-            {
-                memory.log_write(base + 16 * u64::from(at.index) + 8, 8);
-            }
-            at = at.advanced(chain.count, self.size);
-            self.taken -= chain.count;
-        }
+        let Some(last) = self.written.last() else { return };
+        self.next_used = last.chain.at.advanced(last.chain.count, self.size);
+        self.taken -= self.written.iter().map(|u| u.chain.count).sum::<u16>();
+        self.in_order_of_return().for_each(|u| self.give_back(memory, u));
         self.written.clear();
-        self.next_used = at;
         self.note_position(memory);
         self.unannounced = true;
         crate::sys::prefetch(self.at.avail.cast_const());
+    }
+
+    /// What is gathered in `written`, as it is to be given back: packet by packet, the first buffer of each last, since a
+    /// driver that sees it looks for the others (5.1.6.4.1).
+    #[inline(always)]
+    fn in_order_of_return(&self) -> impl Iterator<Item = &Used> {
+        self.written.chunk_by(|u, _| u.more).flat_map(|packet| packet.iter().rev())
+    }
+
+    /// Gives one buffer back.
+    #[inline(always)]
+    fn give_back(&self, memory: &GuestMemory, u: &Used) {
+        if u.chain.count > 1 {
+            self.retire_tail(memory, u.chain);
+        }
+        let flags = Self::used_flags(u.chain.at) | if u.len > 0 { WRITE } else { 0 };
+        let rest = u64::from(u.len) | u64::from(u.chain.id) << 32 | u64::from(flags) << 48;
+        self.set_rest(memory, u.chain.at.index, rest);
+    }
+
+    /// Marks all descriptors of a chain but the first as used: the driver passes over them, but a successor sees that
+    /// they are not available.
+    #[cold]
+    fn retire_tail(&self, memory: &GuestMemory, chain: Chain) {
+        for i in 1..chain.count {
+            let at = chain.at.advanced(i, self.size);
+            let rest = self.words(at.index)[1].load(Ordering::Relaxed);
+            let rest = rest & !(u64::from(AVAIL | USED) << 48) | u64::from(Self::used_flags(at)) << 48;
+            self.set_rest(memory, at.index, rest);
+        }
+    }
+
+    #[inline(always)]
+    fn used_flags(at: Position) -> u16 {
+        if at.wrap { AVAIL | USED } else { 0 }
+    }
+
+    /// Writes the second word of a descriptor.
+    #[inline(always)]
+    fn set_rest(&self, memory: &GuestMemory, index: u16, rest: u64) {
+        self.words(index)[1].store(rest, Ordering::Release);
+        if self.features.log
+            && let Some(base) = self.at.desc_log
+        {
+            memory.log_write(base + 16 * u64::from(index) + 8, 8);
+        }
     }
 
     /// Whether the driver wants to be notified of what was published since the last call. Best asked a while after
