@@ -200,6 +200,26 @@ fn optimum(s: &Snapshot) -> f64 {
 }
 
 #[test]
+fn numbers_of_any_size_can_be_planned_with() {
+    let all = Resources { cpu: u64::MAX, memory: u64::MAX };
+    let mut s = random(3, 8, 1);
+    for (vm, n) in s.vms.iter_mut().zip(0u16..) {
+        (vm.demand, vm.reservation, vm.size, vm.shares) = (all, all, u64::MAX, u32::MAX);
+        vm.host = Some(HostId(n % 2 + 1));
+    }
+    for capacity in [Resources::default(), all] {
+        s.hosts.iter_mut().for_each(|h| h.capacity = capacity);
+        let config = Config { cost: 0, failures: 0, threshold: u8::MAX, ..Config::default() };
+        for config in [config, Config { threshold: 1, ..config }, Config::default()] {
+            for plan in [balance(&s, config), evacuate(&s, config, HostId(1))] {
+                assert!(plan.moves.is_empty() == (plan.size() == 0), "{plan:?}");
+                assert!(plan.moves.iter().all(|m| m.from != m.to), "{plan:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn small_plans_are_close_to_the_optimum() {
     let (mut ours, mut best) = (0.0, 0.0);
     for seed in 0..6 {

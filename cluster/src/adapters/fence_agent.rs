@@ -79,12 +79,13 @@ impl FenceAgent {
 
 /// Waits for a child that leads its own process group; kills the group at the deadline.
 pub(super) fn wait(child: &mut Child, deadline: Duration) -> Result<ExitStatus, AgentError> {
-    let end = Instant::now() + deadline;
+    // One that is too far away for the clock is none.
+    let end = Instant::now().checked_add(deadline);
     loop {
         if let Some(status) = child.try_wait().map_err(AgentError::Start)? {
             return Ok(status);
         }
-        if Instant::now() >= end {
+        if end.is_some_and(|end| Instant::now() >= end) {
             if let Ok(id) = i32::try_from(child.id()) {
                 let _ = nix::sys::signal::killpg(nix::unistd::Pid::from_raw(id), nix::sys::signal::SIGKILL);
             }

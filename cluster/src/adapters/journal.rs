@@ -77,6 +77,9 @@ pub enum JournalError {
     Webhook(String),
 }
 
+/// The highest number of an event that is believed; no journal has counted so far.
+const HIGHEST: u64 = u64::MAX / 2;
+
 /// An append-only journal of events.
 #[derive(Debug)]
 pub struct Journal {
@@ -86,7 +89,7 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens or creates a journal.
+    /// Opens or creates a journal. What comes after a line that is no event, or a torn one, is cut off.
     pub fn open(path: &Path) -> Result<Self, JournalError> {
         let failed = |source| JournalError::File { path: path.to_owned(), source };
         let open = || OpenOptions::new().read(true).append(true).create(true).open(path);
@@ -99,6 +102,9 @@ impl Journal {
             let n = reader.read_until(b'\n', &mut line).map_err(failed)?;
             let Ok(event) = serde_json::from_slice::<Event>(&line) else { break };
             if n == 0 || line.last() != Some(&b'\n') {
+                break;
+            }
+            if event.id > HIGHEST {
                 break;
             }
             good += n as u64;

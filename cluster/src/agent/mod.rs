@@ -177,13 +177,14 @@ fn event(severity: Severity, kind: &str, subject: String, message: String) -> Ev
 /// The number of this life: higher than the last one, and than the clock's seconds in case the file is lost.
 fn next_boot(path: &Path) -> Result<u64, AgentError> {
     let file = |source| AgentError::File { path: path.to_owned(), source };
-    let last = match fs::read_to_string(path) {
+    let last: u64 = match fs::read_to_string(path) {
         Ok(text) => text.trim().parse().unwrap_or(0),
         Err(e) if e.kind() == io::ErrorKind::NotFound => 0,
         Err(e) => return Err(file(e)),
     };
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let boot = seconds.max(last + 1);
+    // A number without a successor is rubbish, too.
+    let boot = seconds.max(last.checked_add(1).unwrap_or(0));
     let new = path.with_extension("new");
     let write = || -> io::Result<()> {
         let mut out = File::create(&new)?;
@@ -208,7 +209,10 @@ mod tests {
         assert!(second > first);
         fs::write(&path, format!("{}", u64::MAX / 2)).unwrap();
         assert_eq!(next_boot(&path).unwrap(), u64::MAX / 2 + 1);
-        fs::write(&path, "rubbish").unwrap();
-        assert!(next_boot(&path).unwrap() >= first);
+        for rubbish in ["rubbish".to_owned(), u64::MAX.to_string()] {
+            fs::write(&path, rubbish).unwrap();
+            let boot = next_boot(&path).unwrap();
+            assert!((first..u64::MAX / 2).contains(&boot), "{boot}");
+        }
     }
 }

@@ -66,7 +66,7 @@ fn relief(load: &Load<'_>, host: usize, excess: Resources, vm: usize) -> u64 {
     let need = load.need[vm];
     let part =
         |excess: u64, need: u64, capacity: u64| excess.min(need).saturating_mul(100_000) / capacity.max(1);
-    part(excess.cpu, need.cpu, c.cpu) + part(excess.memory, need.memory, c.memory)
+    part(excess.cpu, need.cpu, c.cpu).saturating_add(part(excess.memory, need.memory, c.memory))
 }
 
 /// The VMs that take the whole excess away for the least size: greedily by relief for each MiB, then
@@ -96,7 +96,7 @@ fn choose(load: &Load<'_>, host: usize, banned: &[usize]) -> Vec<usize> {
         let sum = vms.iter().fold(Resources::default(), |s, v| s.plus(load.need[*v]));
         start.minus(sum) == Resources::default()
     };
-    let size = |vms: &[usize]| vms.iter().map(|v| load.snapshot.vms[*v].size).sum::<u64>();
+    let size = |vms: &[usize]| vms.iter().fold(0u64, |sum, v| sum.saturating_add(load.snapshot.vms[*v].size));
     if covers(&chosen) {
         let mut by_size = chosen.clone();
         by_size.sort_by_key(|v| core::cmp::Reverse(load.snapshot.vms[*v].size));

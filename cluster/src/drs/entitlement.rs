@@ -8,14 +8,14 @@ use super::model::VmLoad;
 /// weight, and what a VM cannot use goes to the others.
 pub fn entitlements(capacity: u64, vms: &[VmLoad]) -> Vec<u64> {
     let want: Vec<u64> = vms.iter().map(|v| v.need().cpu).collect();
-    let reserved: u64 = vms.iter().zip(&want).map(|(v, w)| v.reservation.cpu.min(*w)).sum();
+    let reserved: u128 = vms.iter().zip(&want).map(|(v, w)| u128::from(v.reservation.cpu.min(*w))).sum();
     let mut got: Vec<u64> = vms
         .iter()
         .zip(&want)
         .map(|(v, w)| {
             let r = v.reservation.cpu.min(*w);
-            if reserved > capacity {
-                (u128::from(r) * u128::from(capacity) / u128::from(reserved)) as u64
+            if reserved > u128::from(capacity) {
+                (u128::from(r) * u128::from(capacity) / reserved) as u64
             } else {
                 r
             }
@@ -67,5 +67,7 @@ mod tests {
         assert_eq!(entitlements(1000, &vms), [100, 900]);
         assert_eq!(entitlements(500, &[vm(1000, 1000, None, 1), vm(1000, 1000, None, 1)]), [250, 250]);
         assert_eq!(entitlements(5000, &[vm(700, 0, None, 1)]), [700]);
+        let all = vm(u64::MAX, u64::MAX, None, 1);
+        assert_eq!(entitlements(1000, &[all.clone(), all]), [500, 500]);
     }
 }

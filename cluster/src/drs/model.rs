@@ -155,7 +155,7 @@ pub struct Plan {
 impl Plan {
     /// How much memory the plan sends, in MiB.
     pub fn size(&self) -> u64 {
-        self.moves.iter().map(|m| m.size).sum()
+        self.moves.iter().fold(0, |sum, m| sum.saturating_add(m.size))
     }
 }
 

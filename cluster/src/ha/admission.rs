@@ -82,15 +82,13 @@ pub fn admit(
         return Ok(());
     }
     let spare = host.spare;
-    let total = |f: &dyn Fn(&HostCapacity) -> u64| after.iter().map(f).sum::<u64>();
+    let total = |f: &dyn Fn(&HostCapacity) -> u64| after.iter().map(|h| u128::from(f(h))).sum::<u128>();
     let enough = match *policy {
         AdmissionPolicy::None => true,
         AdmissionPolicy::Hosts { failures } => survives(&after, failures),
         AdmissionPolicy::Slots { failures } => slots_suffice(&after, failures),
         AdmissionPolicy::Percentage { cpu, memory } => {
-            let keeps = |free: u64, all: u64, percent: u8| {
-                u128::from(free) * 100 >= u128::from(all) * u128::from(percent)
-            };
+            let keeps = |free: u128, all: u128, percent: u8| free * 100 >= all * u128::from(percent);
             keeps(total(&|h| h.free().cpu), total(&|h| h.capacity.cpu), cpu)
                 && keeps(total(&|h| h.free().memory), total(&|h| h.capacity.memory), memory)
         }
@@ -118,7 +116,8 @@ pub fn survives(hosts: &[HostCapacity], failures: u32) -> bool {
     }
     let mut order: Vec<usize> = (0..n).collect();
     if combinations > COMBINATIONS {
-        order.sort_by_key(|i| core::cmp::Reverse(hosts[*i].vms.iter().map(|v| v.memory).sum::<u64>()));
+        let used = |h: &HostCapacity| h.vms.iter().fold(Resources::default(), |sum, v| sum.plus(*v)).memory;
+        order.sort_by_key(|i| core::cmp::Reverse(used(&hosts[*i])));
         return fits_without(hosts, &order[..k]);
     }
     let mut pick: Vec<usize> = (0..k).collect();
@@ -160,7 +159,7 @@ fn slots_suffice(hosts: &[HostCapacity], failures: u32) -> bool {
         hosts.iter().map(|h| (h.capacity.cpu / slot.cpu).min(h.capacity.memory / slot.memory)).collect();
     slots.sort_unstable();
     slots.truncate(slots.len().saturating_sub(failures as usize));
-    slots.iter().sum::<u64>() >= all().count() as u64
+    slots.iter().fold(0u64, |sum, n| sum.saturating_add(*n)) >= all().count() as u64
 }
 
 #[cfg(test)]
@@ -211,6 +210,17 @@ mod tests {
         h[1].spare = true;
         assert_eq!(admit(&AdmissionPolicy::Dedicated, &h, HostId(2), r(1)), Err(Refusal::Reserved));
         assert_eq!(admit(&AdmissionPolicy::Dedicated, &h, HostId(1), r(10)), Ok(()));
+    }
+
+    #[test]
+    fn hosts_of_any_size_can_be_added_up() {
+        let mut huge = hosts(&[&[], &[]]);
+        huge.iter_mut().for_each(|h| h.capacity = r(u64::MAX));
+        let percent = AdmissionPolicy::Percentage { cpu: 50, memory: 50 };
+        assert_eq!(admit(&percent, &huge, HostId(1), r(5)), Ok(()));
+        assert_eq!(admit(&AdmissionPolicy::Slots { failures: 0 }, &huge, HostId(1), r(1)), Ok(()));
+        let full = vec![HostCapacity { vms: vec![r(u64::MAX); 2], ..huge[0].clone() }; 300];
+        assert!(!survives(&full, 5));
     }
 
     #[test]

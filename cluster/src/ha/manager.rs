@@ -259,16 +259,16 @@ impl HaManager {
         view: &dyn ClusterView,
         out: &mut Vec<HaOutput>,
     ) {
-        let (id, epoch) = (record.spec.id, record.epoch);
+        let (id, epoch, next) = (record.spec.id, record.epoch, record.next_epoch());
         let present = |status: &VmStatus| !status.is_over();
         let at_source = self.reported(from, id, epoch).flatten().filter(present);
-        let reported = self.reported(to, id, epoch + 1);
+        let reported = self.reported(to, id, next);
         let at_target = reported.flatten().filter(present);
         let target_failed = reported.flatten().is_some_and(VmStatus::is_over);
         let source_over = self.life_over(from, view);
         let target_over = self.life_over(to, view);
         let since = now.since(*self.changed.entry(id).or_insert(now));
-        let arrived = VmRecord { place: Some(to), epoch: epoch + 1, ..record.clone() };
+        let arrived = VmRecord { place: Some(to), epoch: next, ..record.clone() };
         if at_target == Some(VmStatus::Running) && !target_over {
             self.write_vm(now, VmRecord { phase: VmPhase::Running, ..arrived });
         } else if source_over && target_over {
@@ -282,7 +282,7 @@ impl HaManager {
         } else if at_source.is_some() || self.reported(from, id, epoch).is_none() {
             if self.due(now, id) {
                 let spec = record.spec.clone();
-                out.push(HaOutput::Send(to, Command::Receive { spec, epoch: epoch + 1, from }));
+                out.push(HaOutput::Send(to, Command::Receive { spec, epoch: next, from }));
                 self.send(now, id, from, Command::Migrate { vm: id, epoch, to }, out);
             }
         } else if at_target.is_none() && reported.is_some() && since > 10_000 {
@@ -291,7 +291,7 @@ impl HaManager {
         } else if at_target == Some(VmStatus::Incoming) {
             let orphan = *self.orphaned.entry(id).or_insert(now);
             if now.since(orphan) > 15_000 {
-                self.send(now, id, to, Command::Stop { vm: id, epoch: epoch + 1 }, out);
+                self.send(now, id, to, Command::Stop { vm: id, epoch: next }, out);
             }
             return;
         }
@@ -310,7 +310,7 @@ impl HaManager {
 
     /// Whether a VM has been left alone for a while: a failed move is not tried again at once.
     pub(super) fn may_move(&self, now: Time, vm: VmId) -> bool {
-        self.changed.get(&vm).is_none_or(|at| now.since(*at) >= 2 * self.config.repeat)
+        self.changed.get(&vm).is_none_or(|at| now.since(*at) >= self.config.repeat.saturating_mul(2))
     }
 
     /// The lease generations that a host's last report named.
@@ -384,7 +384,7 @@ impl HaManager {
     fn place_waiting(&mut self, now: Time, view: &dyn ClusterView) {
         // Right after the election the hosts have not reported yet.
         let halted = self.state.halted && !mutants::active(Mutant::HaltIgnored);
-        if now.since(self.since) < 2 * self.config.repeat || !view.is_quorate() || halted {
+        if now.since(self.since) < self.config.repeat.saturating_mul(2) || !view.is_quorate() || halted {
             return;
         }
         let mut queue: Vec<(core::cmp::Reverse<u8>, VmId)> = self
@@ -422,7 +422,7 @@ impl HaManager {
             let Some((at, host)) = target.map(|(i, h)| (i, h.host)) else { continue };
             hosts[at].vms.push(record.spec.demand);
             let place = Some(Incarnation { host, generation: self.state.hosts[&host].boot });
-            let epoch = record.epoch + 1;
+            let epoch = record.next_epoch();
             self.write_vm(now, VmRecord { place, epoch, phase: VmPhase::Starting, ..record });
         }
     }

@@ -64,6 +64,13 @@ pub struct VmRecord {
     pub phase: VmPhase,
 }
 
+impl VmRecord {
+    /// The epoch of its next placement. No VM is placed so often that there is none.
+    pub(super) fn next_epoch(&self) -> u64 {
+        self.epoch.saturating_add(1)
+    }
+}
+
 /// A host in the store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostRecord {

@@ -129,6 +129,37 @@ fn the_loss_of_a_host_with_many_vms_is_written_in_parts_that_a_store_takes() {
 }
 
 #[test]
+fn the_highest_epoch_has_no_successor_and_is_no_overflow() {
+    let mut manager = HaManager::new(HaConfig::default());
+    let mut step = |now, input| {
+        let mut out = Vec::new();
+        manager.step(Time(now), input, &hears(true), &mut out);
+        out
+    };
+    let [HaOutput::Load { op }] = step(0, HaInput::Elected { token: 1 })[..] else { panic!() };
+    let life = Incarnation { host: HostId(2), generation: 1 };
+    let capacity = Resources { cpu: 10, memory: 10 };
+    let mut state = ClusterState::default();
+    state.hosts.insert(life.host, HostRecord { boot: 1, capacity, ..HostRecord::default() });
+    let moving = (Some(life), VmPhase::Moving { to: life });
+    for (id, (place, phase)) in [(VmId(1), moving), (VmId(2), (None, VmPhase::Waiting))] {
+        let spec = Arc::new(VmSpec { id, ..VmSpec::default() });
+        state.vms.insert(id, VmRecord { spec, wanted: true, place, epoch: u64::MAX, phase });
+    }
+    step(1, HaInput::Loaded { op, state: Some(state) });
+    let (leases, vms) = (Vec::new(), Vec::new());
+    let report = Report { from: life, seq: 1, capacity, watchdog: false, leases, vms };
+    let out = step(60_000, HaInput::Report(Box::new(report)));
+    let placed = out.iter().any(|o| match o {
+        HaOutput::Write { updates, .. } => updates.iter().any(
+            |u| matches!(u, Update::Vm(v) if (v.spec.id, v.place, v.epoch) == (VmId(2), Some(life), u64::MAX)),
+        ),
+        _ => false,
+    });
+    assert!(placed, "{out:?}");
+}
+
+#[test]
 fn a_shut_down_cluster_stops_dependents_first_starts_nothing_and_begins_again() {
     let mut manager = HaManager::new(HaConfig { repeat: 1, ..HaConfig::default() });
     let (host, boot) = (HostId(2), 1);

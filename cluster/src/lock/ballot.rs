@@ -103,6 +103,16 @@ mod tests {
     }
 
     #[test]
+    fn the_highest_numbers_of_a_disk_have_successors() {
+        let highest = u64::MAX / 2;
+        let mut block = block(highest, highest, 1, 1);
+        assert_eq!(target_version(highest, &[block]), highest + 1);
+        assert!(open(HostId(2000), highest, &[block]).mbal > highest);
+        block.paxos.released = true;
+        assert_eq!(target_version(4, &[block]), highest + 1);
+    }
+
+    #[test]
     fn ballots_rise_and_stay_distinct() {
         let blocks = [block(5, 2001, 0, 1), block(5, 2, 0, 2)];
         let a = open(HostId(1), 5, &blocks);

@@ -32,7 +32,7 @@ impl MembershipConfig {
 
     /// How long a silent host counts as heard.
     pub fn timeout(&self) -> Millis {
-        self.interval * u64::from(self.misses)
+        self.interval.saturating_mul(self.misses.into())
     }
 }
 
@@ -359,6 +359,13 @@ mod tests {
         // A replayed heartbeat revives nobody.
         step(&mut m, 31_000, MembershipInput::Heard(beat(2, 1, &[1])), DiskLife::Dead);
         assert_eq!(m.verdict(HostId(2)), Verdict::Dead);
+    }
+
+    #[test]
+    fn patience_of_any_length_is_no_overflow() {
+        let mut config = MembershipConfig::new(HostId(1), vec![HostId(1)]);
+        config.interval = u64::MAX;
+        assert_eq!(config.timeout(), u64::MAX);
     }
 
     #[test]

@@ -319,7 +319,7 @@ impl Node {
             v.stage = Stage::Killing;
             out.push(NodeOutput::Vm { vm: id, epoch, action: VmAction::Kill });
             let until = now + MOVED_REPEAT;
-            self.moved.push(Moved { vm: id, epoch: epoch + 1, to: to.host, next: now, until });
+            self.moved.push(Moved { vm: id, epoch: epoch.saturating_add(1), to: to.host, next: now, until });
             return;
         };
         // The lock names the target's lease, not its boot: its sector tells the generation.

@@ -1,6 +1,6 @@
 //! A host's sector of a resource area: its Disk Paxos block and its mode block.
 
-use super::{LayoutError, checksum, get_u32, get_u64, put_u32, put_u64};
+use super::{LayoutError, checksum, get_rising, get_u32, get_u64, put_u32, put_u64};
 use crate::types::{Generation, Incarnation};
 
 const CHECKSUM_AT: usize = 48;
@@ -68,7 +68,8 @@ impl HostBlock {
         Ok(())
     }
 
-    /// Reads both blocks. A sector of zeros is a host that never took part.
+    /// Reads both blocks, checking that the ballot and the version can rise. A sector of zeros is a host that never took
+    /// part.
     pub fn decode(b: &[u8]) -> Result<Self, LayoutError> {
         if b.len() < 512 {
             return Err(LayoutError::Truncated);
@@ -82,11 +83,11 @@ impl HostBlock {
         let host = u16::try_from(get_u64(b, 16)).unwrap_or(u16::MAX);
         Ok(HostBlock {
             paxos: DBlock {
-                mbal: get_u64(b, 0),
+                mbal: get_rising(b, 0)?,
                 bal: get_u64(b, 8),
                 input: Incarnation { host: crate::types::HostId(host), generation: get_u64(b, 24) },
                 input_timestamp: get_u64(b, 32),
-                lver: get_u64(b, 40),
+                lver: get_rising(b, 40)?,
                 released: get_u32(b, FLAGS_AT) & RELEASED != 0,
             },
             mode: ModeBlock {
@@ -99,6 +100,7 @@ impl HostBlock {
 
 #[cfg(test)]
 mod tests {
+    use super::super::HIGHEST;
     use super::*;
     use crate::types::HostId;
 
@@ -122,5 +124,19 @@ mod tests {
         assert!(HostBlock::decode(&buf).is_err());
         assert_eq!(HostBlock::decode(&[0; 512]).unwrap(), HostBlock::default());
         assert!(HostBlock::decode(&[0; 60]).is_err());
+    }
+
+    #[test]
+    fn a_ballot_or_version_that_cannot_rise_is_refused() {
+        let read = |paxos: DBlock| {
+            let mut buf = [0; 512];
+            HostBlock { paxos, ..HostBlock::default() }.encode(&mut buf).unwrap();
+            HostBlock::decode(&buf).map(drop)
+        };
+        for number in [HIGHEST + 1, u64::MAX] {
+            assert_eq!(read(DBlock { mbal: number, ..DBlock::default() }), Err(LayoutError::Number(number)));
+            assert_eq!(read(DBlock { lver: number, ..DBlock::default() }), Err(LayoutError::Number(number)));
+        }
+        assert_eq!(read(DBlock { mbal: HIGHEST, lver: HIGHEST, ..DBlock::default() }), Ok(()));
     }
 }

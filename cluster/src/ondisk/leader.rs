@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{Geometry, LayoutError, checksum, get_u32, get_u64, put_u32, put_u64};
+use super::{Geometry, LayoutError, checksum, get_rising, get_u32, get_u64, put_u32, put_u64};
 
 const DELTA_MAGIC: u32 = 0x1221_2010;
 const DELTA_VERSION: u32 = 0x0003_0004;
@@ -166,7 +166,7 @@ impl LeaderRecord {
         Ok(())
     }
 
-    /// Reads a record, checking magic, version and checksum.
+    /// Reads a record, checking magic, version, checksum, and that its generation and version can rise.
     pub fn decode(b: &[u8]) -> Result<Self, LayoutError> {
         if b.len() < 512 {
             return Err(LayoutError::Truncated);
@@ -189,8 +189,8 @@ impl LeaderRecord {
             num_hosts: get_u64(b, 16),
             max_hosts: get_u64(b, 24),
             owner_id: get_u64(b, 32),
-            owner_generation: get_u64(b, 40),
-            lver: get_u64(b, 48),
+            owner_generation: get_rising(b, 40)?,
+            lver: get_rising(b, 48)?,
             space_name: Name::from_field(b, 56),
             resource_name: Name::from_field(b, 104),
             timestamp: get_u64(b, 152),
@@ -213,12 +213,13 @@ pub fn encode_request(geometry: Geometry, sector: &mut [u8]) -> Result<(), Layou
 
 #[cfg(test)]
 mod tests {
+    use super::super::HIGHEST;
     use super::*;
     use proptest::prelude::*;
 
     proptest! {
         #[test]
-        fn a_record_survives_the_disk(owner in any::<u64>(), gen_ in any::<u64>(), lver in any::<u64>(),
+        fn a_record_survives_the_disk(owner in any::<u64>(), gen_ in 0..=HIGHEST, lver in 0..=HIGHEST,
                                       ts in any::<u64>(), io in any::<u16>(), name in "[a-z0-9_-]{0,48}", short in any::<bool>()) {
             let name = Name::new(&name).unwrap();
             for geometry in [Geometry::S512, Geometry::new(4096, 2 << 20).unwrap()] {
@@ -235,6 +236,22 @@ mod tests {
             if magic && bytes.len() >= 4 { bytes[..4].copy_from_slice(&PAXOS_MAGIC.to_le_bytes()); }
             prop_assert!(LeaderRecord::decode(&bytes).is_err());
         }
+    }
+
+    #[test]
+    fn a_number_that_cannot_rise_is_refused() {
+        let record = LeaderRecord::free_delta(Name::default(), 10);
+        let read = |record: LeaderRecord| {
+            let mut buf = [0; 512];
+            record.encode(Geometry::S512, &mut buf).unwrap();
+            LeaderRecord::decode(&buf).map(drop)
+        };
+        for number in [HIGHEST + 1, u64::MAX] {
+            assert_eq!(read(LeaderRecord { lver: number, ..record }), Err(LayoutError::Number(number)));
+            let generation = LeaderRecord { owner_generation: number, ..record };
+            assert_eq!(read(generation), Err(LayoutError::Number(number)));
+        }
+        assert_eq!(read(LeaderRecord { lver: HIGHEST, owner_generation: HIGHEST, ..record }), Ok(()));
     }
 
     #[test]

@@ -32,6 +32,9 @@ pub enum LayoutError {
         /// The checksum of the stored bytes.
         expected: u32,
     },
+    /// A number that rises with each owner has no room left to rise: no host wrote it.
+    #[error("Lease holds the number {0}, which no host has counted to; initialise the lease area anew")]
+    Number(u64),
     /// A name is longer than 48 bytes.
     #[error("Lease name is longer than 48 bytes; shorten it")]
     NameTooLong,
@@ -105,6 +108,15 @@ fn get_u32(b: &[u8], at: usize) -> u32 {
 
 fn get_u64(b: &[u8], at: usize) -> u64 {
     u64::from(get_u32(b, at)) | u64::from(get_u32(b, at + 4)) << 32
+}
+
+/// The highest generation, version or ballot that is believed: what a host writes next is above it.
+const HIGHEST: u64 = u64::MAX / 2;
+
+/// Reads a number that rises with each owner or ballot.
+fn get_rising(b: &[u8], at: usize) -> Result<u64, LayoutError> {
+    let number = get_u64(b, at);
+    if number <= HIGHEST { Ok(number) } else { Err(LayoutError::Number(number)) }
 }
 
 fn put_u32(b: &mut [u8], at: usize, v: u32) {

@@ -120,7 +120,10 @@ impl Store for LocalStore {
             let tx = self.database.begin_write().map_err(failed)?;
             let token = {
                 let mut meta = tx.open_table(META).map_err(failed)?;
-                let token = meta.get("token").map_err(failed)?.map_or(0, |v| v.value()) + 1;
+                let last = meta.get("token").map_err(failed)?.map_or(0, |v| v.value());
+                let token = last
+                    .checked_add(1)
+                    .ok_or_else(|| StoreError::Database("its token cannot rise any more".into()))?;
                 meta.insert("token", token).map_err(failed)?;
                 token
             };
@@ -139,5 +142,25 @@ impl Store for LocalStore {
         self.leases.remove(&lease);
         self.expire();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_that_cannot_rise_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = LocalStore::open(&dir.path().join("store")).unwrap();
+        let me = Incarnation { host: HostId(1), generation: 1 };
+        for (last, works) in [(u64::MAX - 1, true), (u64::MAX, false)] {
+            let tx = store.database.begin_write().unwrap();
+            tx.open_table(META).unwrap().insert("token", last).unwrap();
+            tx.commit().unwrap();
+            let lease = store.grant(5000).unwrap();
+            assert_eq!(store.campaign(me, lease).is_ok(), works, "{last}");
+            store.resign(lease).unwrap();
+        }
     }
 }
