@@ -118,7 +118,7 @@ pub enum Error {
     #[error("{0} is encrypted; supply its secret")]
     SecretNeeded(String),
     /// A backing file changed behind its child.
-    #[error("{0} changed since its child was created")]
+    #[error("{0} changed since its child was made; if it is right, make it the parent again (rebase -u)")]
     ParentChanged(String),
 }
 

@@ -304,8 +304,9 @@ pub trait Layer: Send + Sync + Debug {
     }
 
     /// Remembers the present state of the parent as the one that [`check_parent`](Layer::check_parent)
-    /// expects, after this process wrote to the parent.
-    fn note_parent(&self, below: &dyn Layer) -> Result<()> {
+    /// expects, after this process wrote to the parent. With `None`, before it does that, any state is expected from now
+    /// on: a crash on the way must not make the child useless.
+    fn note_parent(&self, below: Option<&dyn Layer>) -> Result<()> {
         let _ = below;
         Ok(())
     }

@@ -9,6 +9,7 @@ use blockfmt::{Below, CreateOptions, Disk, Error, Format, OpenOptions, Registry,
 use common::assert_same;
 use common::chain::{Chain, SIZE, cancelling};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 /// What layer number `index` and those below it show.
 fn view(disk: &Disk, index: usize) -> Vec<u8> {
@@ -194,4 +195,19 @@ fn one_at_a_time_changes_a_chain() {
     chain.exercise(20);
     let top = chain.at(9);
     chain.verify(&top, 5);
+}
+
+#[test]
+fn rolling_back_tells_of_another_size() {
+    let chain = Chain::new(68, 2);
+    let sizes = Arc::new(Mutex::new(Vec::new()));
+    let told = sizes.clone();
+    chain.disk.on_resize(move |size| told.lock().unwrap().push(size));
+    chain.disk.resize(SIZE + (1 << 20)).unwrap();
+    for file in [8, 9] {
+        chain.disk.roll_back(1, &chain.at(file), &qcow2()).unwrap();
+        assert_eq!(chain.disk.size(), SIZE);
+    }
+    // The second time it was the same.
+    assert_eq!(*sizes.lock().unwrap(), [SIZE + (1 << 20), SIZE]);
 }

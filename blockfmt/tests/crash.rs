@@ -7,7 +7,7 @@
 
 mod common;
 
-use blockfmt::format::qcow2::Qcow2Options;
+use blockfmt::format::qcow2::{Qcow2Options, Repair};
 use blockfmt::format::vhd::{VhdKind, VhdOptions};
 use blockfmt::format::vhdx::{VhdxKind, VhdxOptions};
 use blockfmt::storage::{MemoryStorage, RecordingStorage};
@@ -70,17 +70,22 @@ fn run_on(name: &str, mut create: CreateOptions, with_base: bool, seed: u64) {
         disk.read_at(&mut seen, 0).unwrap();
         assert!(seen == fresh, "{what}: writing after the crash damaged other data");
     }
-    if format == Format::Qcow2 {
-        each_loss(&start[0], &events, |image, lost, at| {
-            let what = format!("{name}, crash at event {at} of {} without event {lost}", events.len());
+    each_loss(&start[0], &events, |image, lost, at| {
+        let what = format!("{name}, crash at event {at} of {} without event {lost}", events.len());
+        if format == Format::Qcow2 {
             let found = own_corruptions(&image);
             if !found.is_empty() {
                 let report = corruptions(&image, dir.path());
                 panic!("{what}: {found:?}, and qemu-img says: {report:?}");
             }
-            history.check(&open(Arc::new(image)), last_mark(&events, at), &what);
-        });
-    }
+        }
+        let disk = open(Arc::new(image));
+        history.check(&disk, last_mark(&events, at), &what);
+        if format == Format::Vhdx {
+            let found = disk.layers()[0].check(Repair::Nothing).expect(&what);
+            assert_eq!(found.corruptions, 0, "{what}: {:?}", found.findings);
+        }
+    });
 }
 
 #[test]

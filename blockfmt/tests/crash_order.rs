@@ -9,9 +9,9 @@ use blockfmt::format::qcow2::{Qcow2, Qcow2Options, Repair};
 use blockfmt::storage::{Fault, FaultStorage, MemoryStorage, Operation, RecordingStorage};
 use blockfmt::{BackingRef, CreateOptions, Disk, Format, Layer, Storage};
 use common::crash::{corruptions, each_loss, own_corruptions};
-use std::sync::{Arc, Mutex};
+use common::wait_until_blocked;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 type Action = Box<dyn FnOnce() + Send>;
 
@@ -51,17 +51,18 @@ impl Rig {
         Rig { inner, record, before_write, layer, disk }
     }
 
-    /// Before the next write of the storage, `f` begins in another thread, and has time to end unless it has to
-    /// wait for that write.
+    /// Before the next write of the storage, `f` runs in another thread, to its end or until it has to wait for that
+    /// write.
     fn race(&self, f: impl FnOnce(Disk) + Send + 'static) -> Arc<Mutex<Option<JoinHandle<()>>>> {
         let thread: Arc<Mutex<Option<JoinHandle<()>>>> = Arc::default();
         let (out, disk) = (thread.clone(), self.disk.clone());
         let action = move || {
-            let begun = Instant::now();
-            let other = std::thread::spawn(|| f(disk));
-            while !other.is_finished() && begun.elapsed() < Duration::from_millis(500) {
-                std::thread::yield_now();
-            }
+            let (begun, begins) = mpsc::channel();
+            let other = std::thread::spawn(move || {
+                begun.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
+                f(disk);
+            });
+            wait_until_blocked(&other, &begins.recv().unwrap());
             *out.lock().unwrap() = Some(other);
         };
         *self.before_write.lock().unwrap() = Some(Box::new(action));
@@ -113,6 +114,30 @@ fn payload_is_durable_before_its_entry_even_if_a_flush_came_between() {
         assert!(tail.iter().all(|b| *b == 7), "crash at {at} without {lost}: what lies below is gone");
     });
     assert!(crashes > 3, "{crashes}");
+}
+
+#[test]
+fn compressed_bytes_are_durable_before_their_entry_even_if_a_flush_came_between() {
+    let rig = Rig::new(1 << 20, 65536, None);
+    rig.disk.write_at(&[1; 512], 0).unwrap();
+    rig.disk.flush().unwrap();
+    let start = MemoryStorage::clone(&rig.inner);
+    let before = rig.record.group_events().len();
+    let flush = rig.race(|disk| disk.flush().unwrap());
+    let mut compressor = rig.layer.compressor().unwrap();
+    rig.layer.write_compressed(65536, compressor.compress(&[2; 65536]).unwrap()).unwrap();
+    join(&flush);
+    rig.disk.flush().unwrap();
+    let mut crashes = 0;
+    each_loss(&start, &rig.record.group_events()[before..], |image, lost, at| {
+        crashes += 1;
+        let layer = Qcow2::open(Arc::new(image), &LayerOptions::default()).unwrap();
+        let disk = Disk::from_layers(vec![Arc::new(layer)], false).unwrap();
+        let mut seen = vec![0xa5; 65536];
+        disk.read_at(&mut seen, 65536).unwrap_or_else(|e| panic!("crash at {at} without {lost}: {e}"));
+        assert!(seen == [0; 65536] || seen == [2; 65536], "crash at {at} without {lost}");
+    });
+    assert!(crashes > 1, "{crashes}");
 }
 
 #[test]

@@ -80,7 +80,7 @@ impl Disk {
         let mut gates: Vec<_> = order.iter().map(|(disk, _)| disk.0.gate.close()).collect();
         for (closed, (_, layer)) in gates.iter().zip(&order) {
             closed.get().layers[0].close()?;
-            layer.note_parent(&*closed.get().layers[0])?;
+            layer.note_parent(Some(&*closed.get().layers[0]))?;
             layer.flush()?;
         }
         for (closed, (_, layer)) in gates.iter_mut().zip(&order) {
@@ -160,7 +160,7 @@ impl Disk {
             if layer.size() != parent.size() {
                 return Err(Error::InvalidOption("The new layer has another size than its parent".into()));
             }
-            layer.note_parent(&**parent)?;
+            layer.note_parent(Some(&**parent))?;
             layer.flush()?;
             state.top().close()?;
             state.layers.splice(..index, [layer]);
@@ -199,8 +199,23 @@ impl Disk {
         self.0.close_on_drop.store(false, Ordering::Release);
     }
 
-    /// Makes layer number `index` writable, by opening its file again if it was opened for reading.
+    /// Makes layer number `index` writable, by opening its file again if it was opened for reading, and those above it,
+    /// which must not expect it to stay as it is. [`settle`](Self::settle) ends that.
     pub(crate) fn make_writable(&self, index: usize) -> Result<Arc<dyn Layer>> {
+        let layer = self.open_for_writing(index)?;
+        if index > 0 {
+            let unguarded = self.make_writable(index - 1).and_then(|child| child.note_parent(None));
+            if let Err(error) = unguarded {
+                if let Err(error) = self.settle() {
+                    tracing::warn!(%error, "Images that are no longer written stay open for writing");
+                }
+                return Err(error);
+            }
+        }
+        Ok(layer)
+    }
+
+    fn open_for_writing(&self, index: usize) -> Result<Arc<dyn Layer>> {
         if self.0.read_only {
             return Err(Error::ReadOnly);
         }
@@ -246,6 +261,9 @@ impl Disk {
             path: reference(Path::new(&parent.storage().name()), Path::new(&child.storage().name())),
             format: Some(parent.format().name().into()),
         });
+        if let Some(parent) = layers.get(to).filter(|parent| !parent.read_only()) {
+            parent.close()?; // the child remembers its final state
+        }
         child.set_backing(reference.as_ref())?;
         let mut rest = layers[..from].to_vec();
         rest.extend_from_slice(layers.get(to..).unwrap_or_default());
@@ -268,7 +286,7 @@ impl Disk {
         for pair in self.layers().windows(2).rev().filter(|pair| !pair[1].read_only()) {
             pair[1].close()?;
             if !pair[0].read_only() {
-                pair[0].note_parent(&*pair[1])?;
+                pair[0].note_parent(Some(&*pair[1]))?;
             }
             pair[1].storage().set_lock(LockMode::Read)?;
         }

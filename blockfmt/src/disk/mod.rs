@@ -17,6 +17,7 @@ pub use throttle::{Limits, Throttle};
 pub use tree::{SnapshotNode, snapshot_tree};
 
 pub(crate) use chain::Claim;
+pub(crate) use open::resolve;
 pub(crate) use place::{Held, Place};
 
 use crate::gate::Gate;

@@ -22,6 +22,7 @@ pub struct OpenOptions {
     pub(crate) policy: OpenPolicy,
     pub(crate) backing: bool,
     pub(crate) repair: bool,
+    changed_parents: bool,
     secrets: Vec<Secret>,
     pub(super) registry: Option<Registry>,
     pub(super) temporary: Option<PathBuf>,
@@ -39,6 +40,7 @@ impl OpenOptions {
             policy: OpenPolicy::default(),
             backing: true,
             repair: false,
+            changed_parents: false,
             secrets: Vec::new(),
             registry: None,
             temporary: None,
@@ -104,6 +106,18 @@ impl OpenOptions {
     /// Open the image even if it is marked as corrupt or was not closed properly, as it is, to repair it.
     pub fn repair(mut self, repair: bool) -> Self {
         self.repair = repair;
+        self
+    }
+
+    /// Open the chain even if a parent changed since its child was made, which may have made the child useless. To
+    /// [set the parent again](Layer::set_backing) accepts its present state for good.
+    ///
+    /// A change is noticed by the guard that VHD and VHDX have for parents of the same format. Otherwise it is the length
+    /// of the parent's file, or the time of its last modification being later than known; a qcow2 image that was copied
+    /// to another file, presumably with its parent, does not go by the time. Nothing is known of parents that are no
+    /// regular files, and by qcow2 images that other programs made.
+    pub fn changed_parents(mut self, changed_parents: bool) -> Self {
+        self.changed_parents = changed_parents;
         self
     }
 
@@ -196,7 +210,12 @@ impl OpenOptions {
                 }
                 seen.push(id);
             }
-            layers[layers.len() - 1].check_parent(&*layer)?;
+            match layers[layers.len() - 1].check_parent(&*layer) {
+                Err(Error::ParentChanged(parent)) if self.changed_parents || self.repair => {
+                    tracing::warn!(parent, child = name, "A parent changed since its child was made");
+                }
+                result => result?,
+            }
             layers.push(layer);
             referrer = at;
         }

@@ -26,6 +26,19 @@ pub fn qemu_ok(program: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Waits until a thread has ended, or sleeps because it needs what the caller holds. `task` is where its
+/// `/proc/thread-self` leads.
+pub fn wait_until_blocked(thread: &std::thread::JoinHandle<()>, task: &Path) {
+    let stat = Path::new("/proc").join(task).join("stat");
+    let sleeps = || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S "));
+    // More than once: an allocation may make it sleep for a moment, too.
+    let mut seen = 0;
+    while seen < 100 && !thread.is_finished() {
+        std::thread::yield_now();
+        seen = if sleeps() { seen + 1 } else { 0 };
+    }
+}
+
 /// A path as text.
 pub fn text(path: &Path) -> &str {
     path.to_str().expect("temporary paths are UTF-8")

@@ -3,7 +3,7 @@
 use super::header::{Header, autoclear, compatible, extension, incompatible};
 use super::refcount::write_entry;
 use super::tables::COPIED;
-use super::{Compression, Qcow2};
+use super::{Compression, Qcow2, parent};
 use crate::crypt::{self, LuksOptions};
 use crate::disk::{CreateOptions, Preallocation};
 use crate::format::LayerOptions;
@@ -125,6 +125,8 @@ pub(crate) fn create(
         extensions: Vec::new(),
     };
     header.set_backing(options.backing.as_ref())?;
+    let parent = options.backing.as_ref().and_then(|backing| parent::of_file(&storage, &backing.path));
+    header.set_extension(extension::PARENT, parent);
     header.set_extension(extension::DATA_FILE, o.data_file.clone().map(String::into_bytes));
     // Header, refcount table and one refcount block make a valid image of size zero; then it grows.
     let mut block = vec![0; cluster as usize];

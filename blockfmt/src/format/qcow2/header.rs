@@ -49,6 +49,8 @@ pub(super) mod extension {
     pub const FEATURE_NAMES: u32 = 0x6803_f857;
     pub const DATA_FILE: u32 = 0x4441_5441;
     pub const ENCRYPTION: u32 = 0x0537_be77;
+    /// Our own, "NACP"; see [`parent`](super::super::parent).
+    pub const PARENT: u32 = 0x4e41_4350;
 }
 
 /// How compressed clusters are compressed.
@@ -292,6 +294,7 @@ impl Header {
         self.backing = backing.map(|b| b.path.clone());
         let format = backing.and_then(|b| b.format.clone());
         self.set_extension(extension::BACKING_FORMAT, format.map(String::into_bytes));
+        self.set_extension(extension::PARENT, None);
         Ok(())
     }
 
@@ -340,25 +343,31 @@ impl Header {
             out.extend_from_slice(&V3_LENGTH.to_be_bytes());
             out.extend_from_slice(&[self.compression as u8, 0, 0, 0, 0, 0, 0, 0]);
         }
-        let mut add = |kind: u32, data: &[u8]| {
+        let add = |out: &mut Vec<u8>, kind: u32, data: &[u8]| {
             out.extend_from_slice(&kind.to_be_bytes());
             out.extend_from_slice(&(data.len() as u32).to_be_bytes());
             out.extend_from_slice(data);
             out.resize(out.len().next_multiple_of(8), 0);
         };
-        for (kind, data) in &self.extensions {
-            if *kind != extension::FEATURE_NAMES {
-                add(*kind, data);
+        let optional = [extension::PARENT, extension::FEATURE_NAMES];
+        for (kind, data) in self.extensions.iter().filter(|(kind, _)| !optional.contains(kind)) {
+            add(&mut out, *kind, data);
+        }
+        // A header of one sector changes as a whole or, after a crash, not at all. What one can do without goes in only
+        // if it stays like that.
+        let end = 8 + self.backing.as_ref().map_or(0, String::len);
+        let mut add_optional = |kind, data: &[u8]| {
+            if out.len() + 8 + data.len().next_multiple_of(8) + end <= SECTOR {
+                add(&mut out, kind, data);
             }
+        };
+        if let Some(parent) = self.extension(extension::PARENT) {
+            add_optional(extension::PARENT, parent);
         }
-        let name_len = self.backing.as_ref().map_or(0, String::len);
-        let names = Self::feature_names();
-        let used: usize = self.extensions.iter().map(|(_, d)| 8 + d.len().next_multiple_of(8)).sum();
-        // The table of names is a courtesy, and a header of one sector changes as a whole or, after a crash, not at all.
-        if self.version >= 3 && 112 + used + 8 + names.len() + 8 + name_len <= SECTOR {
-            add(extension::FEATURE_NAMES, &names);
+        if self.version >= 3 {
+            add_optional(extension::FEATURE_NAMES, &Self::feature_names());
         }
-        add(extension::END, &[]);
+        add(&mut out, extension::END, &[]);
         if let Some(backing) = &self.backing {
             let at = out.len() as u64;
             out[8..16].copy_from_slice(&at.to_be_bytes());

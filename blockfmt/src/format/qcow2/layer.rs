@@ -2,7 +2,7 @@
 
 use super::header::{Header, compatible, extension, incompatible};
 use super::write::Payload;
-use super::{Qcow2, map};
+use super::{Qcow2, map, parent};
 use crate::format::check::{CheckReport, Repair};
 use crate::layer::{LayerHold, LayerPass};
 use crate::{
@@ -86,6 +86,32 @@ impl Layer for Qcow2 {
 
     fn backing(&self) -> Option<BackingRef> {
         self.header.lock().backing_ref()
+    }
+
+    fn check_parent(&self, below: &dyn Layer) -> Result<()> {
+        match parent::changed(&self.storage, &self.header.lock(), below) {
+            true => Err(Error::ParentChanged(below.storage().name())),
+            false => Ok(()),
+        }
+    }
+
+    fn note_parent(&self, below: Option<&dyn Layer>) -> Result<()> {
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        let known = {
+            let header = self.header.lock();
+            let known = below.and_then(|below| parent::of_layer(&self.storage, &header, below));
+            if header.extension(extension::PARENT) == known.as_deref() {
+                return Ok(());
+            }
+            known
+        };
+        self.flush_all()?;
+        let mut header = self.header.lock();
+        header.set_extension(extension::PARENT, known);
+        self.write_header(&mut header)?;
+        self.storage.sync()
     }
 
     fn cluster_size(&self) -> u64 {
@@ -195,6 +221,8 @@ impl Layer for Qcow2 {
         self.flush_all()?;
         let mut header = self.header.lock();
         header.set_backing(backing)?;
+        let known = backing.and_then(|backing| parent::of_file(&self.storage, &backing.path));
+        header.set_extension(extension::PARENT, known);
         self.write_header(&mut header)?;
         self.storage.sync()
     }

@@ -15,6 +15,7 @@ mod flush;
 mod header;
 mod layer;
 mod map;
+mod parent;
 mod refcount;
 mod resize;
 mod snapshot;

@@ -74,7 +74,7 @@ impl Layer for Vhd {
 
     fn check_parent(&self, below: &dyn Layer) -> Result<()> {
         let headers = self.headers.lock();
-        let Some(header) = headers.header.as_ref().filter(|_| !self.repair) else { return Ok(()) };
+        let Some(header) = headers.header.as_ref() else { return Ok(()) };
         let (uuid, time) = (header.parent_uuid(), header.parent_timestamp());
         let other_uuid = below.format() == Format::Vhd && below.identity() != Some(uuid);
         let modified = below.storage().modified().map(timestamp_of_nanos);
@@ -86,8 +86,8 @@ impl Layer for Vhd {
         }
     }
 
-    fn note_parent(&self, below: &dyn Layer) -> Result<()> {
-        let modified = below.storage().modified().map_or(0, timestamp_of_nanos);
+    fn note_parent(&self, below: Option<&dyn Layer>) -> Result<()> {
+        let modified = below.and_then(|below| below.storage().modified()).map_or(0, timestamp_of_nanos);
         let mut headers = self.headers.lock();
         let at = headers.footer.header_offset();
         let Some(header) = headers.header.as_mut() else { return Ok(()) };

@@ -48,8 +48,6 @@ pub struct Vhd {
     storage: Arc<dyn Storage>,
     name: String,
     read_only: bool,
-    /// Whether to open next to a parent that changed.
-    repair: bool,
     p: Params,
     size: AtomicU64,
     headers: Mutex<Headers>,
@@ -91,7 +89,6 @@ impl Vhd {
         let read_only = options.read_only || storage.read_only();
         Ok(Vhd {
             read_only,
-            repair: options.repair,
             p,
             size: AtomicU64::new(size),
             headers: Mutex::new(Headers { footer, header, backing }),

@@ -72,11 +72,11 @@ impl Layer for Vhdx {
     }
 
     fn check_parent(&self, below: &dyn Layer) -> Result<()> {
-        let changed = !self.repair && parent::changed(&self.facts.lock().metadata, below);
+        let changed = parent::changed(&self.facts.lock().metadata, below);
         if changed { Err(Error::ParentChanged(below.storage().name())) } else { Ok(()) }
     }
 
-    fn note_parent(&self, below: &dyn Layer) -> Result<()> {
+    fn note_parent(&self, below: Option<&dyn Layer>) -> Result<()> {
         self.check_writable()?;
         let (metadata, backing) = {
             let facts = self.facts.lock();

@@ -99,8 +99,6 @@ pub struct Vhdx {
     storage: Arc<dyn Storage>,
     name: String,
     read_only: bool,
-    /// Whether to open what contradicts itself.
-    repair: bool,
     /// The table contradicts itself, and the image was opened nevertheless.
     damaged: AtomicBool,
     /// Whether the log was not empty when the image was opened.
@@ -159,7 +157,6 @@ impl Vhdx {
         let log = Log::new(h.log_offset, h.log_length);
         Ok(Vhdx {
             read_only,
-            repair: options.repair,
             damaged: AtomicBool::new(!usage.findings.is_empty()),
             dirty,
             p,

@@ -77,21 +77,22 @@ pub(super) fn changed(metadata: &Metadata, below: &dyn Layer) -> bool {
     if below.format() == Format::Vhdx {
         let id = below.identity().map(Uuid::from_bytes);
         let names = |key: &&str| metadata.locator_value(key).and_then(|v| Uuid::try_parse(v).ok());
-        return !LINKAGES.iter().filter_map(names).any(|expected| Some(expected) == id);
+        return !LINKAGES.iter().filter_map(names).any(|expected| expected.is_nil() || Some(expected) == id);
     }
     let expected: i128 = metadata.locator_value(MODIFIED).and_then(|v| v.parse().ok()).unwrap_or(0);
     // A copy may have an older time; a write makes it newer.
     expected != 0 && below.storage().modified().is_some_and(|m| m > expected)
 }
 
-/// The locator with the present state of `below` as the expected one.
-pub(super) fn noted(metadata: &Metadata, below: &dyn Layer) -> Vec<(String, String)> {
+/// The locator with the present state of `below` as the expected one, or with any as expected.
+pub(super) fn noted(metadata: &Metadata, below: Option<&dyn Layer>) -> Vec<(String, String)> {
     let mut pairs: Vec<_> =
         metadata.locator.iter().filter(|(key, _)| key != LINKAGES[1] && key != MODIFIED).cloned().collect();
-    let id = below.identity().filter(|_| below.format() == Format::Vhdx).unwrap_or_default();
+    let is_vhdx = |below: &&dyn Layer| below.format() == Format::Vhdx;
+    let id = below.filter(is_vhdx).and_then(|below| below.identity()).unwrap_or_default();
     pairs.retain(|(key, _)| key != LINKAGES[0]);
     pairs.insert(0, (LINKAGES[0].into(), linkage(Uuid::from_bytes(id))));
-    if below.format() != Format::Vhdx {
+    if let Some(below) = below.filter(|below| !is_vhdx(below)) {
         pairs.push((MODIFIED.into(), modified(&**below.storage())));
     }
     pairs

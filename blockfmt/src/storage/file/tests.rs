@@ -159,19 +159,16 @@ fn locks_follow_readers_and_writers() {
 fn zeros_of_an_allocation_do_not_overwrite_what_others_append() {
     for direct in [false, true] {
         let (_dir, file) = scratch(direct);
-        let thread = std::sync::atomic::AtomicI32::new(0);
+        let (begun, begins) = std::sync::mpsc::channel();
         let appending = file.bounce.lock();
         std::thread::scope(|scope| {
             let allocation = scope.spawn(|| {
-                // SAFETY: a system call without arguments.
-                thread.store(unsafe { libc::gettid() }, Ordering::Release);
+                begun.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
                 file.append_zero_bytes(100, 30_000).unwrap();
             });
             // Until it sleeps: it waits for the lock.
-            let sleeps = || {
-                let stat = format!("/proc/self/task/{}/stat", thread.load(Ordering::Acquire));
-                std::fs::read_to_string(stat).is_ok_and(|stat| stat.contains(") S "))
-            };
+            let stat = Path::new("/proc").join(begins.recv().unwrap()).join("stat");
+            let sleeps = || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S "));
             while !allocation.is_finished() && !sleeps() {
                 std::thread::yield_now();
             }

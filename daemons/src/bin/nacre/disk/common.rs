@@ -31,6 +31,9 @@ pub struct Image {
     /// Open the image even if another process uses it. What is read may be inconsistent.
     #[arg(short = 'U', long)]
     pub force_share: bool,
+    /// Open the chain even if a parent changed since its child was made; `rebase -u` accepts that for good.
+    #[arg(long)]
+    pub changed_parents: bool,
     #[command(flatten)]
     pub secrets: Secrets,
 }
@@ -76,7 +79,10 @@ impl Image {
 
     /// The options that the command line asks for.
     pub fn options(&self, read_only: bool) -> Result<OpenOptions> {
-        let options = OpenOptions::new(self.format).read_only(read_only).policy(policy(self.trust_headers));
+        let options = OpenOptions::new(self.format)
+            .read_only(read_only)
+            .policy(policy(self.trust_headers))
+            .changed_parents(self.changed_parents);
         self.secrets.apply(match self.force_share && read_only {
             true => options.lock(LockMode::None),
             false => options,

@@ -48,7 +48,8 @@ impl Copy {
     fn image(&self) -> Result<Image> {
         let format = self.format.context("Name the format of the source with -f")?;
         let (path, trust_headers) = (self.source.clone().into(), self.trust_headers);
-        Ok(Image { format, path, trust_headers, force_share: false, secrets: self.secrets.clone() })
+        let secrets = self.secrets.clone();
+        Ok(Image { format, path, trust_headers, force_share: false, changed_parents: false, secrets })
     }
 
     /// Whether the target is an export elsewhere, which may hold anything.
