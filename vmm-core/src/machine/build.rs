@@ -1,6 +1,6 @@
 //! Building a machine from its configuration.
 
-use std::sync::{Arc, Once, Weak};
+use std::sync::{Arc, Once, Weak, mpsc};
 
 use parking_lot::Mutex;
 
@@ -135,19 +135,25 @@ impl VmBuilder {
         let host = |what| move |source| VmError::Host { what, source };
         let control = Control::new(config.stop_on_panic, config.gdb.is_some(), span.clone())
             .map_err(host("an event descriptor"))?;
-        // The threads begin while this one makes what they will run.
+        // While this thread makes the rest, the first vCPU's makes all of them. Whatever fails here, the threads are
+        // dropped after the channel that one of them waits at: they were declared before.
         let mut threads = Vec::new();
+        let (vm_made, vm_wanted) = mpsc::sync_channel::<Arc<dyn accel::Vm>>(1);
+        let (vcpus_made, vcpus_wanted) = mpsc::sync_channel(1);
+        let (maker, cpus) = (hypervisor.clone(), config.cpus);
+        let mut make = Some(move || {
+            maker.prepare_vcpus();
+            if let Ok(vm) = vm_wanted.recv() {
+                let vcpus: Result<Vec<_>, _> = (0..cpus).map(|id| vm.create_vcpu(id)).collect();
+                // Nobody wants them if something else failed meanwhile.
+                let _ = vcpus_made.send(vcpus);
+            }
+        });
         for id in 0..config.cpus {
-            let hypervisor = hypervisor.clone();
-            let first = move || {
-                if id == 0 {
-                    hypervisor.prepare_vcpus()
-                }
-            };
-            let thread = control.spawn(id, first).map_err(host("a thread"))?;
-            let cpus = config.cpu_affinity.get(id as usize).map_or(&[][..], Vec::as_slice);
-            thread.pin(cpus).map_err(|source| VmError::Affinity { vcpu: id, source })?;
-            threads.push(thread);
+            threads.push(control.spawn(id, make.take()).map_err(host("a thread"))?);
+        }
+        for ((vcpu, thread), cpus) in (0..).zip(&threads).zip(&config.cpu_affinity) {
+            thread.pin(cpus).map_err(|source| VmError::Affinity { vcpu, source })?;
         }
         let (memory, numa) = layout::allocate(&config.memory, config.cpus)?;
         let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default(), counters: Arc::default() });
@@ -165,6 +171,8 @@ impl VmBuilder {
             bus: buses,
         };
         let accel = hypervisor.create_vm(spec)?;
+        // A thread that panicked is noticed below.
+        let _ = vm_made.send(accel.clone());
 
         // A device that stops the machine must not keep it alive.
         let weak = Arc::downgrade(&control);
@@ -265,14 +273,10 @@ impl VmBuilder {
             accel: accel.clone(),
             moving: Mutex::default(),
         };
-        // All vCPUs exist before the first one is handed over.
-        let mut vcpus = Vec::new();
-        for id in 0..config.cpus {
-            let mut vcpu = accel.create_vcpu(id)?;
-            if let (0, Some(boot_entry)) = (id, &boot_entry) {
-                vcpu.set_registers(&entry::state(boot_entry))?;
-            }
-            vcpus.push(vcpu);
+        let vcpus = vcpus_wanted.recv().expect("the thread sends them or an error, unless it panicked");
+        let mut vcpus = vcpus?;
+        if let (Some(first), Some(boot_entry)) = (vcpus.first_mut(), &boot_entry) {
+            first.set_registers(&entry::state(boot_entry))?;
         }
         for (thread, vcpu) in threads.iter_mut().zip(vcpus) {
             control.hand_over(thread, vcpu);

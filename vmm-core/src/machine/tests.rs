@@ -16,6 +16,9 @@ fn impossible_configurations_are_refused_one_by_one() {
         assert!(matches!(Vm::builder(config).build(), Err(VmError::Config(_))));
     }
     assert!(matches!(Vm::builder(config()).build(), Err(VmError::Boot(_))), "no kernel");
+    // No host CPU in the set that remains.
+    let unbound = VmConfig { cpu_affinity: vec![vec![usize::MAX]], ..config() };
+    assert!(matches!(Vm::builder(unbound).build(), Err(VmError::Affinity { vcpu: 0, .. })));
 }
 
 #[test]

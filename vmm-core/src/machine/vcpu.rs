@@ -290,16 +290,19 @@ impl Control {
         }
     }
 
-    /// Starts the thread of a vCPU that is still to come: it does `first`, and waits for [`Self::hand_over`].
+    /// Starts the thread of a vCPU that is still to come: it does `first`, if there is something to do, and waits for
+    /// [`Self::hand_over`].
     pub(super) fn spawn(
         self: &Arc<Self>,
         id: u32,
-        first: impl FnOnce() + Send + 'static,
+        first: Option<impl FnOnce() + Send + 'static>,
     ) -> std::io::Result<VcpuThread> {
         let control = self.clone();
         let (vcpu, receiver) = mpsc::sync_channel(1);
         let run = move || {
-            first();
+            if let Some(first) = first {
+                first();
+            }
             let Ok(vcpu) = receiver.recv() else { return };
             let _end = End(control.clone());
             let span = tracing::info_span!(parent: &control.span, "vcpu", id);
@@ -462,7 +465,7 @@ mod tests {
         let control = Control::new(false, false, tracing::Span::none()).unwrap();
         let done = Arc::new(AtomicBool::new(false));
         let told = done.clone();
-        let thread = control.spawn(0, move || told.store(true, Ordering::SeqCst)).unwrap();
+        let thread = control.spawn(0, Some(move || told.store(true, Ordering::SeqCst))).unwrap();
         drop(thread);
         assert!(done.load(Ordering::SeqCst), "it was waited for");
         assert_eq!(Arc::strong_count(&done), 1, "nothing of it is left");

@@ -18,7 +18,8 @@ use vswitch::{
 };
 
 const HELP: &str = "\
-Exit status: 0 after SIGINT, SIGTERM or an answer; 1 after an error, explained in one line; 2 for a wrong command line.
+Exit status: 0 after SIGINT, SIGTERM or an answer; 1 after an error, explained in one line; 2 for a
+wrong command line.
 
 Examples:
   nacre-switch --unix vm1.sock --unix vm2.sock --dhcp 10.0.0.0/24

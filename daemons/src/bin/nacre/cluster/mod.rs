@@ -148,14 +148,16 @@ enum Command {
 }
 
 const START_HELP: &str = "\
-The file holds the VM's number, what it needs (MHz and MiB), the leases of its disks (volume and area), and in
-`definition`, as a string, a configuration of `nacre run` (see `nacre schema`):
+The file holds the VM's number, what it needs (MHz and MiB), the leases of its disks (volume and
+area), and in `definition`, as a string, a configuration of `nacre run` (see `nacre schema`):
 
-  {\"id\": 7, \"demand\": {\"cpu\": 1000, \"memory\": 512}, \"disks\": [{\"lockspace\": 0, \"index\": 1}],
+  {\"id\": 7, \"demand\": {\"cpu\": 1000, \"memory\": 512},
+   \"disks\": [{\"lockspace\": 0, \"index\": 1}],
    \"definition\": \"{\\\"boot\\\": {\\\"kernel\\\": \\\"/srv/vmlinuz\\\"}, ...}\"}
 
-A guest that writes a byte every few seconds to the console port named nacre.heartbeat, if the definition has one, is
-restarted when it stops doing so (see `ha.health` in the agent's configuration).
+A guest that writes a byte every few seconds to the console port named nacre.heartbeat, if the
+definition has one, is restarted when it stops doing so (see `ha.health` in the agent's
+configuration).
 
 Example:
   nacre cluster start web.json";
