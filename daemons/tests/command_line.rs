@@ -43,6 +43,22 @@ fn an_error_is_one_line_and_exit_status_1() {
     }
 }
 
+#[test]
+fn a_lockspace_at_an_offset_that_no_file_has_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().join("volume");
+    for offset in [u64::MAX, u64::MAX - (1 << 20)] {
+        let offset = offset.to_string();
+        let (status, text) = fail(
+            env!("CARGO_BIN_EXE_nacre"),
+            &["cluster", "format", volume.to_str().unwrap(), "--space", "s", "--offset", &offset],
+        );
+        assert_eq!(status, Some(1), "{text}");
+        assert!(text.contains("The offset is too large"), "{text}");
+    }
+    assert_eq!(std::fs::metadata(&volume).unwrap().len(), 0);
+}
+
 /// The names below "Commands:" in a help.
 fn commands(help: &str) -> Vec<&str> {
     let list = help.lines().skip_while(|line| *line != "Commands:").skip(1);

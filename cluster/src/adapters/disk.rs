@@ -154,7 +154,7 @@ impl LeaseVolume {
         for n in 1..=g.max_hosts() {
             if let Some(at) = g.delta_offset(HostId(n)) {
                 let sector = &mut area.bytes()[at..at + g.sector_size()];
-                self.disk.layout(self.offset + at as u64, record.encode(g, sector))?;
+                self.disk.layout(self.place(at), record.encode(g, sector))?;
             }
         }
         self.disk.write(self.offset, &mut area)
@@ -163,7 +163,7 @@ impl LeaseVolume {
     /// Formats resource area `index`: the lease is free. Everything in it is lost.
     pub fn format_resource(&self, index: u32, name: Name) -> Result<(), DiskError> {
         let g = self.disk.geometry;
-        let offset = self.area(index);
+        let offset = self.area(index, 0);
         let mut area = AlignedBuf::new(g.area_size());
         let record = LeaderRecord::free_resource(self.space, name, g);
         self.disk.layout(offset, record.encode(g, area.bytes()))?;
@@ -171,13 +171,20 @@ impl LeaseVolume {
         self.disk.write(offset, &mut area)
     }
 
-    fn area(&self, index: u32) -> u64 {
-        self.offset + (u64::from(index) + 1) * self.disk.geometry.area_size() as u64
+    /// The place on the volume of a byte behind the lockspace's beginning. The host refuses one that no file has.
+    fn place(&self, at: usize) -> u64 {
+        self.offset.saturating_add(at as u64)
+    }
+
+    /// The place of a byte of a resource's area.
+    fn area(&self, index: u32, at: usize) -> u64 {
+        let area = (u64::from(index) + 1) * self.disk.geometry.area_size() as u64;
+        self.offset.saturating_add(area + at as u64)
     }
 
     fn delta_at(&self, host: HostId) -> Result<u64, DiskError> {
         let at = self.disk.geometry.delta_offset(host).ok_or(DiskError::NoRoom(host))?;
-        Ok(self.offset + at as u64)
+        Ok(self.place(at))
     }
 
     fn own_delta(&self, offset: u64, record: &LeaderRecord) -> Result<DeltaRecord, DiskError> {
@@ -204,8 +211,8 @@ impl LeaseVolume {
         let hosts = hosts.min(g.max_hosts());
         let mut area = self.disk.read(self.offset, usize::from(hosts) * g.sector_size())?;
         let mut records = Vec::with_capacity(usize::from(hosts));
-        for (n, sector) in (0u64..).zip(area.bytes().chunks_exact(g.sector_size())) {
-            let offset = self.offset + n * g.sector_size() as u64;
+        for (n, sector) in area.bytes().chunks_exact(g.sector_size()).enumerate() {
+            let offset = self.place(n * g.sector_size());
             let record = self.disk.layout(offset, LeaderRecord::decode(sector))?;
             records.push(self.own_delta(offset, &record)?);
         }
@@ -213,7 +220,7 @@ impl LeaseVolume {
     }
 
     fn resource(&self, index: u32, name: Name) -> Result<LeaderRecord, DiskError> {
-        let offset = self.area(index);
+        let offset = self.area(index, 0);
         let record = self.disk.read_leader(offset)?;
         if !is_resource(&record, self.space, name) {
             return Err(DiskError::Foreign { offset });
@@ -229,13 +236,13 @@ impl LeaseVolume {
     /// Writes the leader record of resource `index`.
     pub fn write_leader(&self, index: u32, name: Name, leader: Leader) -> Result<(), DiskError> {
         let template = LeaderRecord::free_resource(self.space, name, self.disk.geometry);
-        self.disk.write_leader(self.area(index), &leader.to_record(&template))
+        self.disk.write_leader(self.area(index, 0), &leader.to_record(&template))
     }
 
     /// Reads the blocks of hosts 1 to `hosts` with one request.
     pub fn read_blocks(&self, index: u32, hosts: u16) -> Result<Vec<HostBlock>, DiskError> {
         let g = self.disk.geometry;
-        let offset = self.area(index) + 2 * g.sector_size() as u64;
+        let offset = self.area(index, 2 * g.sector_size());
         let hosts = hosts.min(g.max_hosts());
         let mut area = self.disk.read(offset, usize::from(hosts) * g.sector_size())?;
         let blocks = area.bytes().chunks_exact(g.sector_size()).map(HostBlock::decode);
@@ -246,9 +253,34 @@ impl LeaseVolume {
     pub fn write_block(&self, index: u32, host: HostId, block: HostBlock) -> Result<(), DiskError> {
         let g = self.disk.geometry;
         let at = g.block_offset(host).ok_or(DiskError::NoRoom(host))?;
-        let offset = self.area(index) + at as u64;
+        let offset = self.area(index, at);
         let mut buf = AlignedBuf::new(g.sector_size());
         self.disk.layout(offset, block.encode(buf.bytes()))?;
         self.disk.write(offset, &mut buf)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lockspace_behind_the_end_of_all_files_is_an_error_and_overwrites_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("volume");
+        std::fs::write(&path, vec![7; 4 << 20]).unwrap();
+        let resource = Name::new("nacre-1").unwrap();
+        let area = Geometry::S512.area_size() as u64;
+        for offset in [u64::MAX, u64::MAX - area, 0u64.wrapping_sub(2 * area), i64::MAX as u64 / 512 * 512] {
+            let disk = LeaseDisk::open(&path, Geometry::S512).unwrap();
+            let volume = LeaseVolume::new(disk, Name::default(), offset);
+            assert!(volume.format_space(10).is_err() && volume.format_resource(1, resource).is_err());
+            assert!(volume.read_delta(HostId(2)).is_err() && volume.read_space(2).is_err());
+            assert!(volume.write_delta(HostId(2), DeltaRecord::default()).is_err());
+            assert!(volume.read_blocks(1, 2).is_err() && volume.read_leader(1, resource).is_err());
+            assert!(volume.write_leader(1, resource, Leader::default()).is_err());
+            assert!(volume.write_block(1, HostId(2), HostBlock::default()).is_err());
+        }
+        assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
     }
 }

@@ -119,12 +119,18 @@ fn counters(metrics: &Path) -> io::Result<(u64, u64)> {
     stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
     let mut text = String::new();
     stream.take(LONGEST).read_to_string(&mut text)?;
+    Ok(count(&text))
+}
+
+/// The same of the text of the metrics.
+fn count(text: &str) -> (u64, u64) {
     let sum = |name: &str| -> u64 {
         let lines = text.lines().filter(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with('{')));
-        lines.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+        let counts = lines.filter_map(|l| l.rsplit(' ').next()?.parse::<u64>().ok());
+        counts.fold(0, u64::saturating_add)
     };
     let answered = sum("nacre_disk_answered_total");
-    Ok((answered, sum("nacre_disk_requests_total").saturating_sub(answered)))
+    (answered, sum("nacre_disk_requests_total").saturating_sub(answered))
 }
 
 #[cfg(test)]
@@ -147,6 +153,16 @@ mod tests {
         for other in ["{}", "not JSON", r#"{"console_ports": [{"to": "off"}]}"#, r#"{"console_ports": 7}"#] {
             assert_eq!(direct_port(other, socket), (other.to_owned(), false));
         }
+    }
+
+    #[test]
+    fn counters_of_any_size_can_be_added_up() {
+        let most = u64::MAX;
+        let line = |kind: &str, disk: &str| format!("nacre_disk_{kind}_total{{disk=\"{disk}\"}} {most}\n");
+        let all = ["a", "b"].map(|disk| line("requests", disk) + &line("answered", disk)).concat();
+        assert_eq!(count(&all), (most, 0));
+        assert_eq!(count(&line("requests", "a")), (0, most));
+        assert_eq!(count("nacre_disk_requests_total{} -1\n\n"), (0, 0));
     }
 
     #[test]

@@ -49,7 +49,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let geometry = Geometry::new(args.sector, size)?;
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&args.volume);
     let file = file.with_context(|| format!("Cannot open {}", args.volume.display()))?;
-    let wanted = args.offset + (u64::from(args.areas) + 1) * u64::from(size);
+    let wanted = args.offset.checked_add((u64::from(args.areas) + 1) * u64::from(size));
+    let wanted = wanted.context("The offset is too large")?;
     let meta = file.metadata()?;
     if meta.is_file() && meta.len() < wanted {
         file.set_len(wanted).with_context(|| format!("Cannot grow {}", args.volume.display()))?;
