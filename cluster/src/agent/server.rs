@@ -16,7 +16,7 @@ use super::{AgentHandle, ApiReply, ApiRequest};
 const LONGEST: u64 = 1 << 20;
 /// The longest answer that a client reads, in bytes.
 const LONGEST_REPLY: u64 = 64 << 20;
-/// Clients at once on one server; more are refused.
+/// Clients at once on one server. One more takes the place of the oldest that has not proved who it is, or is refused.
 const CLIENTS: usize = 16;
 /// How long the agent may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -91,15 +91,24 @@ enum Place {
     Tcp(SocketAddr),
 }
 
-/// The open connections, each with its number.
-type Sockets = Mutex<Vec<(usize, Socket)>>;
+/// An open connection.
+#[derive(Debug)]
+struct Client {
+    id: usize,
+    socket: Socket,
+    /// It has not proved who it is.
+    stranger: bool,
+}
+
+/// The open connections, the oldest first.
+type Clients = Mutex<Vec<Client>>;
 
 /// Serves the API until it is dropped.
 #[derive(Debug)]
 pub struct ApiServer {
     place: Place,
     stop: Arc<AtomicBool>,
-    sockets: Arc<Sockets>,
+    clients: Arc<Clients>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -132,11 +141,11 @@ impl ApiServer {
 
     fn run(place: Place, listener: Listener, agent: AgentHandle) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
-        let sockets: Arc<Sockets> = Arc::default();
-        let (stopping, open) = (stop.clone(), sockets.clone());
+        let clients: Arc<Clients> = Arc::default();
+        let (stopping, open) = (stop.clone(), clients.clone());
         let thread = std::thread::Builder::new().name("api".into());
         let thread = thread.spawn(move || accept(&listener, &agent, &stopping, &open))?;
-        Ok(ApiServer { place, stop, sockets, thread: Some(thread) })
+        Ok(ApiServer { place, stop, clients, thread: Some(thread) })
     }
 }
 
@@ -148,8 +157,8 @@ impl Drop for ApiServer {
             Place::Unix(path) => UnixStream::connect(path).is_ok(),
             Place::Tcp(address) => TcpStream::connect_timeout(address, PATIENCE).is_ok(),
         };
-        for (_, socket) in self.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            socket.shutdown();
+        for client in self.clients.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            client.socket.shutdown();
         }
         if let Place::Unix(path) = &self.place {
             let _ = std::fs::remove_file(path);
@@ -160,11 +169,11 @@ impl Drop for ApiServer {
     }
 }
 
-fn accept(listener: &Listener, agent: &AgentHandle, stop: &AtomicBool, sockets: &Sockets) {
+fn accept(listener: &Listener, agent: &AgentHandle, stop: &AtomicBool, clients: &Clients) {
     std::thread::scope(|scope| {
         for id in 0.. {
             let accepted = listener.accept();
-            let mut open = sockets.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut open = clients.lock().unwrap_or_else(PoisonError::into_inner);
             // Checked under the lock: whoever stops the server shuts down what is in the list.
             if stop.load(Ordering::Acquire) {
                 return;
@@ -175,17 +184,23 @@ fn accept(listener: &Listener, agent: &AgentHandle, stop: &AtomicBool, sockets: 
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
             };
+            if open.len() >= CLIENTS
+                && let Some(oldest) = open.iter().position(|client| client.stranger)
+            {
+                open.remove(oldest).socket.shutdown();
+            }
             if open.len() >= CLIENTS || socket.set_timeouts(PATIENCE, PATIENCE).is_err() {
                 // The client sees the end of the connection, and tries again.
                 socket.shutdown();
                 continue;
             }
-            open.push((id, socket));
+            open.push(Client { id, socket, stranger: true });
             scope.spawn(move || {
                 let served = opening().and_then(|connection| {
-                    let open = sockets.lock().unwrap_or_else(PoisonError::into_inner);
-                    if let Some((_, socket)) = open.iter().find(|s| s.0 == id) {
-                        socket.set_timeouts(IDLE, PATIENCE)?;
+                    let mut open = clients.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(client) = open.iter_mut().find(|client| client.id == id) {
+                        client.socket.set_timeouts(IDLE, PATIENCE)?;
+                        client.stranger = false;
                     }
                     drop(open);
                     serve(connection, agent)
@@ -193,8 +208,8 @@ fn accept(listener: &Listener, agent: &AgentHandle, stop: &AtomicBool, sockets: 
                 if let Err(error) = served {
                     tracing::debug!(%error, "an API connection ended");
                 }
-                let mut open = sockets.lock().unwrap_or_else(PoisonError::into_inner);
-                open.extract_if(.., |s| s.0 == id).for_each(|s| s.1.shutdown());
+                let mut open = clients.lock().unwrap_or_else(PoisonError::into_inner);
+                open.extract_if(.., |client| client.id == id).for_each(|client| client.socket.shutdown());
             });
         }
     });
