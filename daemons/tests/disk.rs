@@ -201,6 +201,13 @@ fn chains_are_merged_and_moved() {
     bytes[MIB..MIB + 65536].fill(7);
     std::fs::write(&data, bytes).unwrap();
     b.same_as_data("base.qcow2", "qcow2");
+    // Another child of that parent is told, whatever the resolution of the file system's times.
+    let base = std::fs::File::options().write(true).open(b.path().join("base.qcow2")).unwrap();
+    base.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(60)).unwrap();
+    b.fails("map -f qcow2 linked.qcow2", 1, "rebase -u");
+    b.ok("map -f qcow2 --changed-parents linked.qcow2");
+    b.ok("rebase -u -f qcow2 -b base.qcow2 -F qcow2 linked.qcow2");
+    b.ok("map -f qcow2 linked.qcow2");
     b.fails("commit -f qcow2 base.qcow2", 1, "no parent");
     b.fails("stream -f qcow2 --base c1 c2", 1, "image of the chain");
 }
