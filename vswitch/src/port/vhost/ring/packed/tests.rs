@@ -44,6 +44,10 @@ impl Driver {
 
     /// A device that takes over.
     fn device(&self) -> PackedRing {
+        self.adopt().unwrap()
+    }
+
+    fn adopt(&self) -> Result<PackedRing, RingError> {
         let part = |at| self.memory.translate(at, 4).unwrap();
         let at = RingAddresses {
             desc: part(0),
@@ -55,7 +59,7 @@ impl Driver {
         let features =
             RingFeatures { packed: true, mergeable: true, header: HEADER, ..RingFeatures::default() };
         // SAFETY: the parts are within the mapped region, which lives as long as the driver.
-        unsafe { PackedRing::new(&self.memory, self.size, at, features, 0x8000_8000) }.unwrap()
+        unsafe { PackedRing::new(&self.memory, self.size, at, features, 0x8000_8000) }
     }
 
     fn room(&self) -> u16 {
@@ -245,5 +249,29 @@ proptest! {
         }
         prop_assert!(d.offered.is_empty());
         prop_assert_eq!(ring.next_used, d.avail);
+    }
+
+    /// Whatever a guest has written to its ring, and as the note.
+    #[test]
+    fn any_ring_is_taken_over(
+        size in 1u16..24,
+        (index, wrap) in (0u16..30, any::<bool>()),
+        ring in vec((0u64..0x4000, 0u32..0x100, any::<u16>(), 0u16..8, 0u16..4), 24),
+    ) {
+        let d = Driver::new(size, true);
+        for (i, (addr, len, id, kind, state)) in (0..).zip(&ring).take(size.into()) {
+            let flags = kind | (state & 1) << 7 | (state & 2) << 14;
+            let bytes = [&addr.to_le_bytes()[..], &len.to_le_bytes(), &id.to_le_bytes(), &flags.to_le_bytes()];
+            d.file.write_all_at(&bytes.concat(), 16 * i).unwrap();
+        }
+        let note = Position { index, wrap }.encode() + 1;
+        d.file.write_all_at(&note.to_le_bytes(), EVENTS + 4).unwrap();
+        match d.adopt() {
+            Ok(ring) => prop_assert!(ring.next_used.index < size),
+            Err(e) => {
+                prop_assert_eq!(e, RingError::Index);
+                prop_assert!(index >= size);
+            }
+        }
     }
 }
