@@ -10,6 +10,9 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("nacre-switch", env!("CARGO_BIN_EXE_nacre-switch")),
 ];
 
+/// Longest lines of help, in characters.
+const LONGEST: usize = 100;
+
 /// Exit status and standard error.
 fn fail(program: &str, arguments: &[&str]) -> (Option<i32>, String) {
     let output = Command::new(program).args(arguments).env("RUST_BACKTRACE", "1").output().unwrap();
@@ -70,9 +73,18 @@ fn commands(help: &str) -> Vec<&str> {
 fn check_help(program: &str, path: &[&str]) -> usize {
     let mut arguments = if path.is_empty() { vec!["--help"] } else { vec!["help"] };
     arguments.extend(path);
-    let output = Command::new(program).args(&arguments).output().unwrap();
+    // A terminal wider than lines may be.
+    let output = Command::new(program).args(&arguments).env("COLUMNS", "400").output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{program} {arguments:?}");
     let help = String::from_utf8(output.stdout).unwrap();
+    let longest = help.lines().map(|line| line.chars().count()).max();
+    assert!(longest <= Some(LONGEST), "{program} {arguments:?} has a line of {longest:?} characters: {help}");
+    // What the parser had to wrap is indented as its beginning, and cannot be copied any more.
+    let examples = help.lines().skip_while(|line| !line.starts_with("Example")).skip(1);
+    let mut lines = examples.take_while(|line| !line.is_empty()).filter_map(|line| line.strip_prefix("  "));
+    let cut =
+        lines.find(|line| !["nacre", "echo", "nbdinfo", "  "].iter().any(|start| line.starts_with(start)));
+    assert_eq!(cut, None, "{program} {arguments:?} has an example that is too long: {help}");
     let below = commands(&help);
     assert!(
         !below.is_empty() || help.contains("\nExample"),

@@ -20,26 +20,31 @@ use tracing_subscriber::filter::LevelFilter;
 #[command(
     version,
     about,
+    max_term_width = 100,
     after_help = "\
 Examples:
   nacre-blk --export name=root,path=root.qcow2,format=qcow2 --unix /run/nbd.sock
   nacre-blk --export name=root,path=root.qcow2,format=qcow2,vhost=/run/root.sock,queues=4
   nacre-blk --export name=root,path=root.luks,format=luks,secret-file=key --unix /run/nbd.sock
-  nacre-blk --export name=iso,path=cd.raw,format=raw,readonly --tcp 127.0.0.1:10809 --api /run/blk.sock
+  nacre-blk --export name=iso,path=cd.raw,format=raw,readonly --tcp 127.0.0.1:10809 \\
+    --api /run/blk.sock
   echo '{\"command\":\"add\",\"name\":\"data\",\"path\":\"data.vhd\",\"format\":\"vhd\"}' | nc -NU /run/blk.sock
   echo '{\"command\":\"list\"}' | nc -NU /run/blk.sock
   echo '{\"command\":\"remove\",\"name\":\"data\"}' | nc -NU /run/blk.sock
-  echo '{\"command\":\"snapshot\",\"disks\":[{\"name\":\"root\",\"path\":\"root-1.qcow2\"}]}' | nc -NU /run/blk.sock
-  echo '{\"command\":\"migrate\",\"name\":\"root\",\"path\":\"/new/root.qcow2\",\"format\":\"qcow2\"}' \
+  echo '{\"command\":\"snapshot\",\"disks\":[{\"name\":\"root\",\"path\":\"root-1.qcow2\"}]}' \\
     | nc -NU /run/blk.sock
-  echo '{\"command\":\"migrate\",\"name\":\"root\",\"path\":\"/new/root.qcow2\",\"format\":\"qcow2\",\"mode\":\"redirect\"}' \
+  echo '{\"command\":\"migrate\",\"name\":\"root\",\"path\":\"/new/root.qcow2\",\"format\":\"qcow2\"}' \\
     | nc -NU /run/blk.sock
-  echo '{\"command\":\"roll-back\",\"name\":\"root\",\"image\":\"root.qcow2\",\"path\":\"root-2.qcow2\"}' | nc -NU /run/blk.sock
+  echo '{\"command\":\"migrate\",\"name\":\"root\",\"path\":\"/new/root\",\"format\":\"raw\",\"mode\":\"redirect\"}' \\
+    | nc -NU /run/blk.sock
+  echo '{\"command\":\"roll-back\",\"name\":\"root\",\"image\":\"root.qcow2\",\"path\":\"root-2.qcow2\"}' \\
+    | nc -NU /run/blk.sock
   echo '{\"command\":\"delete-snapshot\",\"name\":\"root\",\"image\":\"root.qcow2\"}' | nc -NU /run/blk.sock
-  echo '{\"command\":\"throttle\",\"group\":\"gold\",\"disks\":[\"root\",\"data\"],\"limits\":{\"write-bytes\":10000000}}' \
+  echo '{\"command\":\"throttle\",\"group\":\"gold\",\"disks\":[\"a\",\"b\"],\"limits\":{\"write-bytes\":10000000}}' \\
     | nc -NU /run/blk.sock
   echo '{\"command\":\"jobs\"}' | nc -NU /run/blk.sock
-  nacre-blk --export name=root,path=root.qcow2,format=qcow2 --tcp 0.0.0.0:10809 --tls-certificates pki --tls-verify-peer
+  nacre-blk --export name=root,path=root.qcow2,format=qcow2 --tcp 0.0.0.0:10809 \\
+    --tls-certificates pki --tls-verify-peer
   nbdinfo 'nbd+unix:///root?socket=/run/nbd.sock'
 
 Without --tls-certificates NBD is not encrypted: use --tcp in networks that are trusted only."

@@ -20,8 +20,8 @@ use std::os::fd::AsFd;
 use tracing_subscriber::filter::LevelFilter;
 
 const HELP: &str = "\
-SIGTERM and SIGINT stop this host's VMs, give its leases back and end the agent; the rest of the cluster starts the
-VMs elsewhere. A second signal ends it at once.
+SIGTERM and SIGINT stop this host's VMs, give its leases back and end the agent; the rest of the
+cluster starts the VMs elsewhere. A second signal ends it at once.
 
 Exit status:
   0  the host has left the cluster

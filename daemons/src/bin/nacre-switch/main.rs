@@ -30,7 +30,7 @@ Examples:
 
 /// A virtual switch: connects VMs to each other and to the host's networks.
 #[derive(Parser)]
-#[command(version, about, args_conflicts_with_subcommands = true, after_help = HELP)]
+#[command(version, about, args_conflicts_with_subcommands = true, after_help = HELP, max_term_width = 100)]
 struct Args {
     #[command(subcommand)]
     question: Option<Question>,

@@ -29,15 +29,16 @@ Ctrl-A x ends the machine; Ctrl-A Ctrl-A sends Ctrl-A.
 
 Examples:
   nacre run --kernel /boot/vmlinuz --initrd initrd.img --cmdline console=ttyS0
-  nacre run --kernel vmlinuz --disk path=child.qcow2,format=qcow2 --cmdline 'console=ttyS0 root=/dev/vda rw'
-  nacre run --kernel vmlinuz --console off --virtio-console pty --virtio-console socket=agent.sock,name=agent \\
-            --cmdline console=hvc0
+  nacre run --kernel vmlinuz --disk path=child.qcow2,format=qcow2 \\
+            --cmdline 'console=ttyS0 root=/dev/vda rw'
+  nacre run --kernel vmlinuz --console off --virtio-console pty \\
+            --virtio-console socket=agent.sock,name=agent --cmdline console=hvc0
   nacre run --config machine.json --control vm.sock      # then: nacre vm --help
   nacre run --config machine.json --restore saved
   nacre run --config machine.json --incoming unix:move.sock
 
-A machine that is restored or comes in needs the same options as where it ran, but for the kernel. Disks are not part of
-a saved machine: they must be as they were when it was saved.";
+A machine that is restored or comes in needs the same options as where it ran, but for the kernel.
+Disks are not part of a saved machine: they must be as they were when it was saved.";
 
 /// Boot a kernel in a virtual machine and connect its serial console to the terminal.
 #[derive(Parser)]
