@@ -233,15 +233,18 @@ impl Drop for Watchdog {
     }
 }
 
-/// Processor time of all threads.
+/// Processor time of all threads, those that have ended as well.
 fn cpu_of(pid: u32) -> Result<Duration, String> {
-    let mut nanoseconds = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task")).map_err(|e| e.to_string())? {
-        let path = task.map_err(|e| e.to_string())?.path().join("schedstat");
-        let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
-        nanoseconds += text.split_whitespace().next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+    // SAFETY: the calls write one value each.
+    let failed = unsafe {
+        libc::clock_getcpuclockid(pid as i32, &raw mut clock) != 0
+            || libc::clock_gettime(clock, &raw mut time) != 0
+    };
+    if failed {
+        return Err("its processor time cannot be read".into());
     }
-    Ok(Duration::from_nanos(nanoseconds))
+    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 /// Resident and private memory in KiB.
