@@ -10,10 +10,11 @@
 //! Requests in flight are not ordered, as those of several threads are not: a caller waits for the completion of one
 //! before it makes another that relies on it. A flush covers writes that were completed before.
 //!
-//! A thread that may wait does better without a queue, by calling the methods of [`Disk`]: each request then costs one
-//! system call and no hand-over. That is how the devices of this project work, with a thread for each of a device's
-//! queues. A queue is for an owner that must not wait, an event loop for example, or that keeps many requests of one
-//! thread at storage whose answers take time. The rows `queue:` of the benchmark `qemu` compare both.
+//! A thread that may wait does better without a queue as long as the bytes are in the host's memory, by calling the
+//! methods of [`Disk`]: each request then costs one system call and no hand-over. A queue is for an owner that must not
+//! wait, an event loop for example, or that keeps many requests of one thread at storage whose answers take time. A
+//! [`Pace`] tells a thread which of both is better; so work the devices of this project, with a thread for each of a
+//! device's queues. The rows `queue:` of the benchmark `qemu` compare both.
 //!
 //! ```
 //! use blockfmt::queue::{Queue, QueueOptions, Request};
@@ -36,10 +37,12 @@
 //! ```
 
 mod event;
+mod pace;
 mod ring;
 mod workers;
 
 use crate::{Disk, Error, Memory, Result};
+pub use pace::Pace;
 use ring::Ring;
 use std::os::fd::{AsFd, BorrowedFd};
 use workers::Workers;
@@ -66,7 +69,7 @@ pub struct QueueOptions {
 
 impl Default for QueueOptions {
     fn default() -> Self {
-        QueueOptions { depth: 128, threads: 4, engine: None }
+        QueueOptions { depth: 128, threads: 16, engine: None }
     }
 }
 
