@@ -50,6 +50,7 @@ mod ranges;
 mod sequence;
 mod sync;
 mod turns;
+mod usage;
 
 pub mod disk;
 pub mod format;

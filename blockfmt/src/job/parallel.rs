@@ -2,15 +2,23 @@
 
 use super::DirtyMap;
 use crate::Result;
+use crate::usage::Usage;
 use std::num::NonZero;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::Scope;
+use std::time::Instant;
 
 /// Most threads that a job takes on its own.
 const MAX_THREADS: usize = 16;
+/// A thread that used less than this part of the time for an item waited for storage rather than for processors.
+const IDLE_PART: u32 = 4;
 
-/// Runs `work` on every item that `claim` hands out until it has no more, on several threads (0: one for
-/// each processor, but at most `items`), each with a state of its own. The first error ends all of them.
+/// Runs `work` on every item that `claim` hands out until it has no more, on several threads, each with a state of
+/// its own. The first error ends all of them.
+///
+/// With 0 for `threads` there is one for each processor, but at most `items`, and more are added while they spend
+/// their time waiting: storage that answers late has several items under way then.
 fn run<T, S>(
     threads: usize,
     items: u64,
@@ -18,29 +26,80 @@ fn run<T, S>(
     state: impl Fn() -> Result<S> + Sync,
     work: impl Fn(T, &mut S) -> Result<()> + Sync,
 ) -> Result<()> {
-    let threads = match threads {
-        0 => std::thread::available_parallelism().map_or(1, NonZero::get).min(MAX_THREADS),
-        n => n,
+    let processors = || std::thread::available_parallelism().map_or(1, NonZero::get).min(MAX_THREADS);
+    let (first, most) = if threads == 0 { (processors(), MAX_THREADS) } else { (threads, threads) };
+    let limit = |threads: usize| threads.min(usize::try_from(items).unwrap_or(usize::MAX)).max(1);
+    let crew = Crew {
+        most: limit(most),
+        count: AtomicUsize::new(limit(first)),
+        stop: AtomicBool::new(false),
+        claim,
+        state,
+        work,
     };
-    let stop = AtomicBool::new(false);
-    let work_all = || {
-        let mut state = state()?;
-        while !stop.load(Ordering::Relaxed)
-            && let Some(item) = claim()
+    std::thread::scope(|scope| {
+        let helpers: Vec<_> = (1..limit(first)).map(|_| scope.spawn(|| crew.serve(scope))).collect();
+        helpers.into_iter().fold(crew.serve(scope), |result, helper| result.and(joined(helper)))
+    })
+}
+
+fn joined(helper: std::thread::ScopedJoinHandle<'_, Result<()>>) -> Result<()> {
+    helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// What the threads of a job share.
+struct Crew<C, S, W> {
+    most: usize,
+    count: AtomicUsize,
+    stop: AtomicBool,
+    claim: C,
+    state: S,
+    work: W,
+}
+
+impl<C, S, W> Crew<C, S, W> {
+    fn serve<'scope, T, State>(&'scope self, scope: &'scope Scope<'scope, '_>) -> Result<()>
+    where
+        C: Fn() -> Option<T> + Sync,
+        S: Fn() -> Result<State> + Sync,
+        W: Fn(T, &mut State) -> Result<()> + Sync,
+    {
+        let mut helpers = Vec::new();
+        let result = self.serve_with(|| {
+            let more = |count: usize| (count < self.most).then_some(count + 1);
+            if self.count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok() {
+                helpers.push(scope.spawn(|| self.serve(scope)));
+            }
+        });
+        if result.is_err() {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        helpers.into_iter().fold(result, |result, helper| result.and(joined(helper)))
+    }
+
+    /// Does items, and calls `waited` after each for which this thread rather waited.
+    fn serve_with<T, State>(&self, mut waited: impl FnMut()) -> Result<()>
+    where
+        C: Fn() -> Option<T>,
+        S: Fn() -> Result<State>,
+        W: Fn(T, &mut State) -> Result<()>,
+    {
+        let mut state = (self.state)()?;
+        while !self.stop.load(Ordering::Relaxed)
+            && let Some(item) = (self.claim)()
         {
-            work(item, &mut state)?;
+            let full = self.count.load(Ordering::Relaxed) >= self.most;
+            let before = (!full).then(|| (Instant::now(), Usage::of_this_thread()));
+            (self.work)(item, &mut state)?;
+            if let Some((start, used)) = before {
+                let (all, now) = (start.elapsed(), Usage::of_this_thread());
+                if now.sleeps > used.sleeps && (now.time - used.time) * IDLE_PART < all {
+                    waited();
+                }
+            }
         }
         Ok(())
-    };
-    let run = || work_all().inspect_err(|_| stop.store(true, Ordering::Relaxed));
-    std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..(threads as u64).min(items)).map(|_| scope.spawn(run)).collect();
-        let mine = run();
-        helpers.into_iter().fold(mine, |result, helper| match helper.join() {
-            Ok(other) => result.and(other),
-            Err(panic) => std::panic::resume_unwind(panic),
-        })
-    })
+    }
 }
 
 /// Runs `work` on every piece, given as offset and length, of a disk of `size` bytes.
@@ -104,6 +163,23 @@ mod tests {
         };
         each_dirty(&seen, 3, || Ok(()), take).unwrap();
         assert_eq!((taken.into_inner(), seen.count()), (1000, 0));
+    }
+
+    #[test]
+    fn items_that_wait_are_under_way_together() {
+        // Every item waits until as many are under way as there may be threads.
+        let barrier = std::sync::Barrier::new(MAX_THREADS);
+        let (taken, waiting) = (AtomicU64::new(0), AtomicU64::new(0));
+        let work = |_, _, _: &mut ()| {
+            if taken.fetch_add(1, Ordering::Relaxed) < 64 {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            } else if waiting.fetch_add(1, Ordering::Relaxed) < MAX_THREADS as u64 {
+                barrier.wait();
+            }
+            Ok(())
+        };
+        each_piece(1000, 1, 0, || Ok(()), work).unwrap();
+        assert_eq!(taken.into_inner(), 1000);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Whether a thread does a request itself.
 
+use crate::usage::Usage;
+
 /// Requests that are looked at together, of a kind that ends soon as a rule.
 const SAMPLE: u32 = 4;
 /// Requests between two looks.
@@ -41,7 +43,7 @@ impl Pace {
     /// Does a request with `run`, or returns `None` if it is better left to the queue. `more` tells whether others
     /// wait or are under way.
     pub fn run<T>(&mut self, more: bool, run: impl FnOnce() -> T) -> Option<T> {
-        self.run_watched(more, run, sleeps)
+        self.run_watched(more, run, || Usage::of_this_thread().sleeps)
     }
 
     fn run_watched<T>(&mut self, more: bool, run: impl FnOnce() -> T, sleeps: impl Fn() -> i64) -> Option<T> {
@@ -89,22 +91,10 @@ impl Default for Pace {
     }
 }
 
-/// How often this thread has slept so far.
-fn sleeps() -> i64 {
-    // SAFETY: all zeros is a valid value of this plain structure, and the call fills it or fails.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage);
-        usage
-    };
-    usage.ru_nvcsw
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::cell::Cell;
-    use std::time::Duration;
 
     /// Serves `count` requests, of which each sleeps or not, and returns how many were done directly.
     fn serve(pace: &mut Pace, count: u32, more: bool, sleeping: bool) -> u32 {
@@ -143,12 +133,5 @@ mod tests {
         let mut pace = Pace::of_long_requests();
         assert_eq!(serve(&mut pace, 5, true, false), 5);
         assert_eq!(serve(&mut pace, 5, true, true), 1);
-    }
-
-    #[test]
-    fn the_kernel_tells_that_a_thread_slept() {
-        let before = sleeps();
-        std::thread::sleep(Duration::from_millis(1));
-        assert!(sleeps() > before);
     }
 }
