@@ -253,6 +253,7 @@ pub struct Memory(Owner);
 
 enum Owner {
     Bytes(Vec<u8>),
+    Aligned(AlignedBuf),
     Segments(Vec<iovec>),
 }
 
@@ -262,6 +263,12 @@ unsafe impl Send for Memory {}
 impl From<Vec<u8>> for Memory {
     fn from(bytes: Vec<u8>) -> Self {
         Memory(Owner::Bytes(bytes))
+    }
+}
+
+impl From<AlignedBuf> for Memory {
+    fn from(bytes: AlignedBuf) -> Self {
+        Memory(Owner::Aligned(bytes))
     }
 }
 
@@ -296,16 +303,24 @@ impl Memory {
     pub fn into_vec(self) -> Option<Vec<u8>> {
         match self.0 {
             Owner::Bytes(bytes) => Some(bytes),
-            Owner::Segments(_) => None,
+            Owner::Aligned(_) | Owner::Segments(_) => None,
+        }
+    }
+
+    /// The buffer, if this was made of one.
+    pub(crate) fn into_aligned(self) -> Option<AlignedBuf> {
+        match self.0 {
+            Owner::Aligned(bytes) => Some(bytes),
+            Owner::Bytes(_) | Owner::Segments(_) => None,
         }
     }
 
     /// The segments, if they are several, and the only one, if it is one. They stay valid when this is moved.
     pub(crate) fn segments(&mut self) -> (&[iovec], Option<iovec>) {
+        let one = |bytes: &mut [u8]| iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
         match &mut self.0 {
-            Owner::Bytes(bytes) => {
-                (&[], Some(iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }))
-            }
+            Owner::Bytes(bytes) => (&[], Some(one(bytes))),
+            Owner::Aligned(bytes) => (&[], Some(one(bytes))),
             Owner::Segments(list) => (list, <[iovec; 1]>::try_from(&list[..]).ok().map(|[one]| one)),
         }
     }
@@ -314,6 +329,7 @@ impl Memory {
     pub fn scatter(&mut self) -> Scatter<'_> {
         match &mut self.0 {
             Owner::Bytes(bytes) => Scatter::new(bytes),
+            Owner::Aligned(bytes) => Scatter::new(bytes),
             // SAFETY: the segments are as `Scatter` wants them, by the contract of `from_iovecs`.
             Owner::Segments(list) => unsafe { Scatter::from_iovecs(list) },
         }
@@ -323,6 +339,7 @@ impl Memory {
     pub fn gather(&self) -> Gather<'_> {
         match &self.0 {
             Owner::Bytes(bytes) => Gather::new(bytes),
+            Owner::Aligned(bytes) => Gather::new(bytes),
             // SAFETY: the segments are as `Gather` wants them, by the contract of `from_iovecs`.
             Owner::Segments(list) => unsafe { Gather::from_iovecs(list) },
         }
@@ -341,6 +358,17 @@ impl AlignedBuf {
         let bytes = vec![0u8; len + align];
         let start = bytes.as_ptr().align_offset(align);
         AlignedBuf { bytes, start, len }
+    }
+
+    /// Most bytes that it can have without new memory.
+    pub(crate) fn capacity(&self) -> usize {
+        self.bytes.len() - self.start
+    }
+
+    /// The same memory with another length, at most the capacity; it holds arbitrary old contents.
+    pub(crate) fn with_len(self, len: usize) -> Self {
+        assert!(len <= self.capacity());
+        AlignedBuf { len, ..self }
     }
 }
 

@@ -7,7 +7,7 @@ mod common;
 use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::nbd::{Export, NbdOptions, NbdStorage, Server, TlsClient, TlsServer};
 use blockfmt::{CreateOptions, Disk, Error, Format, OpenOptions, Storage};
-use common::{Rng, assert_same, exercise, qemu, qemu_ok, text};
+use common::{Rng, assert_same, exercise, make_certificates, qemu, qemu_ok, text};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
@@ -272,31 +272,6 @@ fn requests_of_many_threads_share_a_connection() {
     });
     drop(storage);
     server.join().unwrap().unwrap();
-}
-
-/// Certificates of an authority, a server and a client, under the names that everybody uses.
-fn make_certificates(dir: &Path) {
-    let run = |args: &[&str]| {
-        let output = Command::new("openssl").args(args).current_dir(dir).output();
-        let output = output.expect("cannot run openssl; install the Debian package openssl");
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    };
-    let new =
-        ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-x509", "-days", "2"];
-    let ca = ["-subj", "/CN=test authority", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"];
-    let uses = ["-addext", "keyUsage=critical,keyCertSign,digitalSignature"];
-    run(&[&new[..], &ca[..], &uses[..]].concat());
-    for who in ["server", "client"] {
-        let (key, out) = (format!("{who}-key.pem"), format!("{who}-cert.pem"));
-        let signed = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-subj", "/CN=localhost"];
-        let names = [
-            "-addext",
-            "subjectAltName=DNS:localhost,IP:127.0.0.1",
-            "-addext",
-            "basicConstraints=critical,CA:FALSE",
-        ];
-        run(&[&new[..], &signed[..], &names[..], &["-keyout", &key, "-out", &out]].concat());
-    }
 }
 
 #[test]

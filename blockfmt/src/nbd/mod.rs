@@ -7,8 +7,12 @@
 mod client;
 mod connection;
 mod handshake;
+mod late;
+mod link;
 mod proto;
+mod reply;
 mod server;
+mod status;
 mod stream;
 mod tls;
 mod transmission;

@@ -2,9 +2,9 @@
 
 use super::tls::{Encrypted, TlsServer};
 use rustls::{ClientConnection, ServerConnection};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
@@ -52,6 +52,58 @@ impl Stream {
             Stream::TlsClient(s) => s.below().set_timeout(timeout),
         }
     }
+
+    fn socket(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Unix(s) => s.as_fd(),
+            Stream::Tcp(s) => s.as_fd(),
+            Stream::TlsServer(s) => s.below().socket(),
+            Stream::TlsClient(s) => s.below().socket(),
+        }
+    }
+
+    /// Whether [`receive`](Self::receive) has something that came earlier, which the socket does not show.
+    pub fn has_input(&self) -> bool {
+        match self {
+            Stream::Unix(_) | Stream::Tcp(_) => false,
+            Stream::TlsServer(s) => s.has_input(),
+            Stream::TlsClient(s) => s.has_input(),
+        }
+    }
+
+    /// Waits until the socket is readable or `event` is, and returns whether the socket is.
+    pub fn wait_for_input_or(&self, event: BorrowedFd<'_>) -> io::Result<bool> {
+        Ok(wait_readable([self.socket(), event])?[0])
+    }
+
+    /// Fills `first` and then `second` with what there is, after reading from the socket once at most. Waits if that is
+    /// needed and nothing came; `None` if only a part of an encrypted record came.
+    pub fn receive(&mut self, first: &mut [u8], second: &mut [u8]) -> io::Result<Option<usize>> {
+        let mut list = [IoSliceMut::new(first), IoSliceMut::new(second)];
+        let plain = match self {
+            Stream::Unix(s) => s.read_vectored(&mut list),
+            Stream::Tcp(s) => s.read_vectored(&mut list),
+            Stream::TlsServer(s) => return s.receive(if first.is_empty() { second } else { first }),
+            Stream::TlsClient(s) => return s.receive(if first.is_empty() { second } else { first }),
+        };
+        match plain {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(None),
+            result => result.map(Some),
+        }
+    }
+}
+
+/// Waits until one of two descriptors is readable or at its end, and returns which are.
+fn wait_readable(fds: [BorrowedFd<'_>; 2]) -> io::Result<[bool; 2]> {
+    let mut fds = fds.map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+    // SAFETY: `fds` is a valid, writable array of two entries for the duration of the call.
+    while unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(fds.map(|fd| fd.revents != 0))
 }
 
 impl Read for Stream {
@@ -94,17 +146,11 @@ pub(super) enum Listener {
 impl Listener {
     /// Accepts a connection; `None` once `wake` is readable or closed.
     pub fn accept(&self, wake: &UnixStream) -> io::Result<Option<Stream>> {
-        let wait = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let fd = match self {
-            Listener::Unix(l) => l.as_raw_fd(),
-            Listener::Tcp(l) => l.as_raw_fd(),
+        let socket = match self {
+            Listener::Unix(l) => l.as_fd(),
+            Listener::Tcp(l) => l.as_fd(),
         };
-        let mut fds = [wait(fd), wait(wake.as_raw_fd())];
-        // SAFETY: `fds` is a valid, writable array of two entries for the duration of the call.
-        if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        if fds[1].revents != 0 {
+        if wait_readable([socket, wake.as_fd()])?[1] {
             return Ok(None);
         }
         match self {

@@ -37,6 +37,24 @@ where
         &self.0.sock
     }
 
+    /// Whether a read needs nothing more from below.
+    pub fn has_input(&self) -> bool {
+        !self.0.conn.wants_read()
+    }
+
+    /// Like a read that reads from below once at most: `None` if that did not complete a record with data in it.
+    pub fn receive(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        let StreamOwned { conn, sock } = &mut self.0;
+        let progress = if conn.wants_read() { conn.complete_io(sock).map(drop) } else { Ok(()) };
+        let progress = progress.map_err(|error| self.hear_out(error));
+        match (self.0.conn.reader().read(buf), progress) {
+            (Ok(n @ 1..), _) => Ok(Some(n)),
+            (_, Err(error)) => Err(error),
+            (Err(error), _) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            (result, _) => result.map(Some),
+        }
+    }
+
     /// Lets both ends prove who they are.
     fn shake_hands(&mut self) -> io::Result<()> {
         self.0.conn.complete_io(&mut self.0.sock).map(drop).map_err(|error| self.hear_out(error))

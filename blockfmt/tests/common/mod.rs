@@ -4,6 +4,7 @@
 pub mod chain;
 pub mod crash;
 pub mod differencing;
+pub mod late;
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -124,5 +125,30 @@ pub fn assert_same(disk: &blockfmt::Disk, model: &[u8]) {
     if seen != model {
         let at = seen.iter().zip(model).position(|(a, b)| a != b).expect("there is a difference");
         panic!("the disk differs from the model at byte {at}: {} instead of {}", seen[at], model[at]);
+    }
+}
+
+/// Certificates of an authority, a server and a client, under the names that everybody uses.
+pub fn make_certificates(dir: &Path) {
+    let run = |args: &[&str]| {
+        let output = Command::new("openssl").args(args).current_dir(dir).output();
+        let output = output.expect("cannot run openssl; install the Debian package openssl");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let new =
+        ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-x509", "-days", "2"];
+    let ca = ["-subj", "/CN=test authority", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"];
+    let uses = ["-addext", "keyUsage=critical,keyCertSign,digitalSignature"];
+    run(&[&new[..], &ca[..], &uses[..]].concat());
+    for who in ["server", "client"] {
+        let (key, out) = (format!("{who}-key.pem"), format!("{who}-cert.pem"));
+        let signed = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-subj", "/CN=localhost"];
+        let names = [
+            "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+        ];
+        run(&[&new[..], &signed[..], &names[..], &["-keyout", &key, "-out", &out]].concat());
     }
 }
