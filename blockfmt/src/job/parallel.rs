@@ -2,17 +2,18 @@
 
 use super::DirtyMap;
 use crate::Result;
-use crate::usage::Usage;
+use crate::usage::SleepClock;
 use std::num::NonZero;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::Scope;
-use std::time::Instant;
 
 /// Most threads that a job takes on its own.
 const MAX_THREADS: usize = 16;
-/// A thread that used less than this part of the time for an item waited for storage rather than for processors.
-const IDLE_PART: u32 = 4;
+/// Items after which a thread looks what it spent their time on.
+const LOOK_ITEMS: u32 = 8;
+/// A thread that was awake for less than this part of it waited for storage.
+const AWAKE_PART: u32 = 4;
 
 /// Runs `work` on every item that `claim` hands out until it has no more, on several threads, each with a state of
 /// its own. The first error ends all of them.
@@ -77,7 +78,7 @@ impl<C, S, W> Crew<C, S, W> {
         helpers.into_iter().fold(result, |result, helper| result.and(joined(helper)))
     }
 
-    /// Does items, and calls `waited` after each for which this thread rather waited.
+    /// Does items, and calls `waited` after some for which this thread rather waited.
     fn serve_with<T, State>(&self, mut waited: impl FnMut()) -> Result<()>
     where
         C: Fn() -> Option<T>,
@@ -85,17 +86,24 @@ impl<C, S, W> Crew<C, S, W> {
         W: Fn(T, &mut State) -> Result<()>,
     {
         let mut state = (self.state)()?;
+        // Without it, where a host does not tell, there is a thread for each processor.
+        let clock = SleepClock::of_this_thread().ok();
+        let look = || clock.as_ref().and_then(|clock| clock.now().ok());
+        let (mut start, mut items) = (look(), 0);
         while !self.stop.load(Ordering::Relaxed)
             && let Some(item) = (self.claim)()
         {
-            let full = self.count.load(Ordering::Relaxed) >= self.most;
-            let before = (!full).then(|| (Instant::now(), Usage::of_this_thread()));
             (self.work)(item, &mut state)?;
-            if let Some((start, used)) = before {
-                let (all, now) = (start.elapsed(), Usage::of_this_thread());
-                if now.sleeps > used.sleeps && (now.time - used.time) * IDLE_PART < all {
-                    waited();
+            items += 1;
+            if items == LOOK_ITEMS && self.count.load(Ordering::Relaxed) < self.most {
+                let end = look();
+                if let (Some(start), Some(end)) = (start, end) {
+                    let (all, slept) = end.since(&start);
+                    if (all - slept) * AWAKE_PART < all {
+                        waited();
+                    }
                 }
+                (start, items) = (end, 0);
             }
         }
         Ok(())
@@ -167,19 +175,21 @@ mod tests {
 
     #[test]
     fn items_that_wait_are_under_way_together() {
-        // Every item waits until as many are under way as there may be threads.
-        let barrier = std::sync::Barrier::new(MAX_THREADS);
-        let (taken, waiting) = (AtomicU64::new(0), AtomicU64::new(0));
+        // Items wait until as many are under way as there may be threads.
+        let (under_way, full) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let start = std::time::Instant::now();
         let work = |_, _, _: &mut ()| {
-            if taken.fetch_add(1, Ordering::Relaxed) < 64 {
-                std::thread::sleep(std::time::Duration::from_millis(1));
-            } else if waiting.fetch_add(1, Ordering::Relaxed) < MAX_THREADS as u64 {
-                barrier.wait();
+            if !full.load(Ordering::Relaxed) {
+                let count = under_way.fetch_add(1, Ordering::Relaxed) + 1;
+                full.fetch_or(count == MAX_THREADS, Ordering::Relaxed);
+                assert!(start.elapsed().as_secs() < 60, "there are only {count} threads");
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                under_way.fetch_sub(1, Ordering::Relaxed);
             }
             Ok(())
         };
-        each_piece(1000, 1, 0, || Ok(()), work).unwrap();
-        assert_eq!(taken.into_inner(), 1000);
+        each_piece(1_000_000, 1, 0, || Ok(()), work).unwrap();
+        assert!(full.into_inner());
     }
 
     #[test]

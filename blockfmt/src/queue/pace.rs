@@ -1,6 +1,6 @@
 //! Whether a thread does a request itself.
 
-use crate::usage::Usage;
+use crate::usage::sleeps;
 
 /// Requests that are looked at together, of a kind that ends soon as a rule.
 const SAMPLE: u32 = 4;
@@ -43,7 +43,7 @@ impl Pace {
     /// Does a request with `run`, or returns `None` if it is better left to the queue. `more` tells whether others
     /// wait or are under way.
     pub fn run<T>(&mut self, more: bool, run: impl FnOnce() -> T) -> Option<T> {
-        self.run_watched(more, run, || Usage::of_this_thread().sleeps)
+        self.run_watched(more, run, sleeps)
     }
 
     fn run_watched<T>(&mut self, more: bool, run: impl FnOnce() -> T, sleeps: impl Fn() -> i64) -> Option<T> {
