@@ -19,7 +19,7 @@ pub struct ConvertOptions {
     pub target_is_zero: bool,
     /// Look for zeros in the data and do not write them.
     pub detect_zeroes: bool,
-    /// Threads that work at the same time; 0 for one per processor.
+    /// Threads that work at the same time; 0 for one per processor, and more while they wait for storage.
     pub threads: usize,
     /// Write only what differs: the target may hold a part of the copy already, for example because an
     /// earlier one was cancelled. The target is read in full; compression is not possible.

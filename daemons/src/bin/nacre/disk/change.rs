@@ -29,7 +29,7 @@ pub struct Convert {
     /// Compress (qcow2).
     #[arg(short, long)]
     compress: bool,
-    /// Threads that work at the same time; 0 for one per processor.
+    /// Threads that work at the same time; 0 for one per processor, and more while they wait for storage.
     #[arg(short = 'm', long, default_value_t = 0)]
     threads: usize,
     #[command(flatten)]
