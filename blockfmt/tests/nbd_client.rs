@@ -216,10 +216,15 @@ fn contexts_that_nobody_asked_for() {
     peer.join().unwrap();
 }
 
-/// A server of the oldest protocol that answers `reads` requests only once it has got all of them, the last one
-/// first. A byte of its export is the number of its page.
-fn reversing_server(listener: &UnixListener, reads: usize) -> std::io::Result<()> {
-    let (mut s, _) = listener.accept()?;
+trait Peer: Read + Write {}
+
+impl<T: Read + Write> Peer for T {}
+
+/// A server of the oldest protocol, with TLS if the client wants it, that answers `reads` requests only once it has got
+/// all of them, the last one first. A byte of its export is the number of its page.
+fn reversing_server(listener: &TcpListener, reads: usize, tls: Option<TlsServer>) -> std::io::Result<()> {
+    let (plain, _) = listener.accept()?;
+    let mut s: Box<dyn Peer> = Box::new(plain.try_clone()?);
     s.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
     s.read_exact(&mut [0; 4])?;
     loop {
@@ -230,8 +235,13 @@ fn reversing_server(listener: &UnixListener, reads: usize) -> std::io::Result<()
         if option[11] == 1 {
             break; // the name of the export
         }
-        let unsupported = [0x0003_e889_0455_65a9u64.to_be_bytes(), [0, 0, 0, option[11], 0x80, 0, 0, 1]];
-        s.write_all(&[&unsupported.concat()[..], &[0; 4]].concat())?;
+        let starts_tls = tls.as_ref().filter(|_| option[11] == 5);
+        let answer = if starts_tls.is_some() { [0, 0, 0, 1] } else { [0x80, 0, 0, 1] };
+        let head = 0x0003_e889_0455_65a9u64.to_be_bytes();
+        s.write_all(&[&head[..], &[0, 0, 0, option[11]], &answer, &[0; 4]].concat())?;
+        if let Some(tls) = starts_tls {
+            s = Box::new(tls.accept(plain.try_clone()?)?);
+        }
     }
     s.write_all(&[&SIZE.to_be_bytes()[..], &[0, 1]].concat())?;
     let mut requests = Vec::new();
@@ -245,33 +255,45 @@ fn reversing_server(listener: &UnixListener, reads: usize) -> std::io::Result<()
         let len = u32::from_be_bytes(request[24..].try_into().unwrap());
         s.write_all(&[&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0][..], &request[8..16]].concat())?;
         s.write_all(&vec![(offset / 4096) as u8; len as usize])?;
+        s.flush()?;
     }
     s.read_exact(&mut [0; 28]) // goodbye
 }
 
 #[test]
 fn requests_of_many_threads_share_a_connection() {
-    const READS: usize = 12;
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let socket = dir.path().join("s");
-    let listener = UnixListener::bind(&socket).unwrap();
-    let server = std::thread::spawn(move || reversing_server(&listener, READS));
-    // A client that waits for one answer before the next request gets none.
-    let options =
-        NbdOptions { timeout: Duration::from_secs(20), reconnect: Duration::ZERO, ..NbdOptions::default() };
-    let storage = NbdStorage::connect(&uri("", &socket), options).unwrap();
-    std::thread::scope(|scope| {
-        for n in 0..READS {
-            let storage: &dyn Storage = &storage;
-            scope.spawn(move || {
-                let mut seen = vec![0xff; 512 * (n + 1)];
-                storage.read_at(&mut seen, n as u64 * 4096).unwrap();
-                assert!(seen.iter().all(|byte| *byte == n as u8));
-            });
-        }
-    });
-    drop(storage);
-    server.join().unwrap().unwrap();
+    const READS: usize = 50;
+    let pki = tempfile::tempdir().unwrap();
+    make_certificates(pki.path());
+    for with_tls in [false, true] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let tls = with_tls.then(|| TlsServer::from_directory(pki.path(), true).unwrap());
+        let server = std::thread::spawn(move || reversing_server(&listener, READS, tls));
+        let uri = match with_tls {
+            false => format!("nbd://localhost:{port}/"),
+            true => format!("nbds://localhost:{port}/?tls-certificates={}", text(pki.path())),
+        };
+        // A client that waits for one answer before the next request gets none.
+        let options = NbdOptions {
+            timeout: Duration::from_secs(20),
+            reconnect: Duration::ZERO,
+            ..NbdOptions::default()
+        };
+        let storage = NbdStorage::connect(&uri, options).unwrap();
+        std::thread::scope(|scope| {
+            for n in 0..READS {
+                let storage: &dyn Storage = &storage;
+                scope.spawn(move || {
+                    let mut seen = vec![0xff; 512 * (n + 1)];
+                    storage.read_at(&mut seen, n as u64 * 4096).unwrap();
+                    assert!(seen.iter().all(|byte| *byte == n as u8));
+                });
+            }
+        });
+        drop(storage);
+        server.join().unwrap().unwrap();
+    }
 }
 
 #[test]

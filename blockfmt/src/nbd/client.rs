@@ -1,6 +1,6 @@
 //! An export of a server as a storage.
 
-use super::connection::{Answer, Connection, Facts, Failure, Request};
+use super::connection::{Answer, Connection, DEPTH, Facts, Failure, Request};
 use super::proto::{STATE_ZERO, command, command_flag, export_flag};
 use super::stream::Stream;
 use super::tls::TlsClient;
@@ -135,7 +135,7 @@ impl NbdStorage {
         loop {
             let more = pool.open.len() + pool.coming < self.limit();
             match pool.open.iter_mut().min_by_key(|(_, load)| *load) {
-                Some((connection, load)) if *load == 0 || (!more && *load < connection.depth()) => {
+                Some((connection, load)) if *load == 0 || (!more && *load < DEPTH) => {
                     *load += 1;
                     return Ok(connection.clone());
                 }

@@ -10,6 +10,7 @@ use super::tls::TlsClient;
 use parking_lot::{Condvar, Mutex};
 use std::collections::HashSet;
 use std::io::{self, Read, Write};
+use std::sync::Arc;
 
 /// Most replies to one option.
 const MAX_OPTION_REPLIES: usize = 10_000;
@@ -18,7 +19,7 @@ const MAX_REPLY: u32 = 1 << 20;
 /// Most chunks in one reply.
 const MAX_CHUNKS: usize = 1 << 20;
 /// Most requests in flight on one connection.
-const DEPTH: usize = 16;
+pub(super) const DEPTH: usize = 64;
 
 /// What was agreed on with the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,10 +85,9 @@ fn invalid(what: &str) -> io::Error {
 pub(super) struct Connection {
     pub facts: Facts,
     sender: Mutex<Sender>,
-    /// The other direction. With TLS it is not apart, and there is one request at a time.
-    receiver: Option<Mutex<Stream>>,
+    /// The other direction.
+    receiver: Mutex<Stream>,
     replies: Mutex<Replies>,
-    changed: Condvar,
 }
 
 #[derive(Debug)]
@@ -104,7 +104,32 @@ struct Replies {
     reading: bool,
     /// The start of a reply that waits for its thread.
     head: Option<Head>,
+    /// Threads that sleep, by the cookies of their requests. Each has a condition of its own, so that only one wakes.
+    sleepers: Vec<(u64, Arc<Condvar>)>,
     failed: bool,
+}
+
+impl Replies {
+    /// Wakes one thread that sleeps, for it to read.
+    fn wake_any(&mut self) {
+        if let Some((_, sleeper)) = self.sleepers.pop() {
+            sleeper.notify_one();
+        }
+    }
+
+    /// Wakes the thread of a request, if it sleeps.
+    fn wake(&mut self, cookie: u64) {
+        if let Some(at) = self.sleepers.iter().position(|(c, _)| *c == cookie) {
+            self.sleepers.swap_remove(at).1.notify_one();
+        }
+    }
+
+    fn fail(&mut self) {
+        self.failed = true;
+        for (_, sleeper) in self.sleepers.drain(..) {
+            sleeper.notify_one();
+        }
+    }
 }
 
 /// The start of a reply, or of a part of one.
@@ -216,14 +241,10 @@ impl Connection {
             return Err(invalid("describes its export in a way that makes no sense"));
         }
         facts.max_block = facts.max_block.min(MAX_PAYLOAD) / block * block;
-        let receiver = stream.try_clone().ok().map(Mutex::new);
-        let sender = Mutex::new(Sender { stream, cookie: 0 });
-        Ok(Connection { facts, sender, receiver, replies: Mutex::default(), changed: Condvar::new() })
-    }
-
-    /// Requests that may be in flight.
-    pub fn depth(&self) -> usize {
-        if self.receiver.is_some() { DEPTH } else { 1 }
+        let (incoming, outgoing) = stream.split()?;
+        let receiver = Mutex::new(incoming);
+        let sender = Mutex::new(Sender { stream: outgoing, cookie: 0 });
+        Ok(Connection { facts, sender, receiver, replies: Mutex::default() })
     }
 
     /// Sends a request and takes the reply; the payload of a read goes to `data`.
@@ -231,10 +252,9 @@ impl Connection {
         let reply = Reply { request: r, data, filled: 0, error: None, answer: Answer::default() };
         let result = self.send(r, payload).and_then(|cookie| self.receive(cookie, reply));
         if let Err(Failure::Connection(_)) = result {
-            self.replies.lock().failed = true;
-            self.changed.notify_all();
+            self.replies.lock().fail();
             // Threads that wait for the peer end. One that reads now sees for itself what is wrong.
-            if let Some(receiver) = self.receiver.as_ref().and_then(|receiver| receiver.try_lock()) {
+            if let Some(receiver) = self.receiver.try_lock() {
                 receiver.shutdown();
             }
         }
@@ -273,15 +293,15 @@ impl Connection {
     fn receive(&self, cookie: u64, mut reply: Reply<'_>) -> Result<Answer, Failure> {
         for _ in 0..MAX_CHUNKS {
             let part = self.next_part(cookie)?;
-            let done = self.with_receiver(|stream| reply.take(stream, part))?;
+            let done = reply.take(&mut self.receiver.lock(), part)?;
             {
                 let mut replies = self.replies.lock();
                 replies.reading = false;
                 if done {
                     replies.waiting.remove(&cookie);
                 }
+                replies.wake_any();
             }
-            self.changed.notify_all();
             if !done {
                 continue;
             }
@@ -307,12 +327,15 @@ impl Connection {
                 return Ok(head.part);
             }
             if replies.reading {
-                self.changed.wait(&mut replies);
+                let woken = Arc::new(Condvar::new());
+                replies.sleepers.push((cookie, woken.clone()));
+                woken.wait(&mut replies);
+                replies.sleepers.retain(|(c, _)| *c != cookie); // it may have woken by itself
                 continue;
             }
             replies.reading = true;
             drop(replies);
-            let head = self.with_receiver(|stream| Head::read(stream, &self.facts))?;
+            let head = Head::read(&mut self.receiver.lock(), &self.facts)?;
             if head.cookie == cookie {
                 return Ok(head.part);
             }
@@ -321,14 +344,7 @@ impl Connection {
                 return Err(invalid("replied to a request that nobody made"));
             }
             replies.head = Some(head);
-            self.changed.notify_all();
-        }
-    }
-
-    fn with_receiver<R>(&self, f: impl FnOnce(&mut Stream) -> R) -> R {
-        match &self.receiver {
-            Some(stream) => f(&mut stream.lock()),
-            None => f(&mut self.sender.lock().stream),
+            replies.wake(head.cookie);
         }
     }
 

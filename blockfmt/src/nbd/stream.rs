@@ -1,6 +1,6 @@
 //! A connection or a listener, over a Unix or a TCP socket.
 
-use super::tls::{Encrypted, TlsServer};
+use super::tls::{Encrypted, Incoming, Outgoing, TlsServer};
 use rustls::{ClientConnection, ServerConnection};
 use std::io::{self, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -15,14 +15,29 @@ pub(super) enum Stream {
     Tcp(TcpStream),
     TlsServer(Box<Encrypted<ServerConnection, Box<Stream>>>),
     TlsClient(Box<Encrypted<ClientConnection, Box<Stream>>>),
+    /// One direction of such a connection each.
+    TlsIncoming(Box<Incoming<ClientConnection, Box<Stream>>>),
+    TlsOutgoing(Box<Outgoing<ClientConnection, Box<Stream>>>),
 }
 
 impl Stream {
+    /// A second handle of a connection without TLS.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Stream::Unix(s) => Stream::Unix(s.try_clone()?),
             Stream::Tcp(s) => Stream::Tcp(s.try_clone()?),
-            Stream::TlsServer(_) | Stream::TlsClient(_) => return Err(io::ErrorKind::Unsupported.into()),
+            _ => return Err(io::ErrorKind::Unsupported.into()),
+        })
+    }
+
+    /// Parts a client's connection in what comes and what goes, for two threads.
+    pub fn split(self) -> io::Result<(Self, Self)> {
+        Ok(match self {
+            Stream::TlsClient(s) => {
+                let (incoming, outgoing) = s.split(|below| below.try_clone().map(Box::new))?;
+                (Stream::TlsIncoming(Box::new(incoming)), Stream::TlsOutgoing(Box::new(outgoing)))
+            }
+            plain => (plain.try_clone()?, plain),
         })
     }
 
@@ -32,14 +47,24 @@ impl Stream {
         Ok(())
     }
 
+    /// What the encryption goes through, or the connection itself.
+    fn below(&self) -> &Stream {
+        match self {
+            Stream::Unix(_) | Stream::Tcp(_) => self,
+            Stream::TlsServer(s) => s.below(),
+            Stream::TlsClient(s) => s.below(),
+            Stream::TlsIncoming(s) => s.below(),
+            Stream::TlsOutgoing(s) => s.below(),
+        }
+    }
+
     /// Ends the connection for everyone who uses it.
     pub fn shutdown(&self) {
         // It may have ended already.
         let _ = match self {
             Stream::Unix(s) => s.shutdown(Shutdown::Both),
             Stream::Tcp(s) => s.shutdown(Shutdown::Both),
-            Stream::TlsServer(s) => return s.below().shutdown(),
-            Stream::TlsClient(s) => return s.below().shutdown(),
+            _ => return self.below().shutdown(),
         };
     }
 
@@ -48,8 +73,7 @@ impl Stream {
         match self {
             Stream::Unix(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
             Stream::Tcp(s) => s.set_read_timeout(timeout).and_then(|()| s.set_write_timeout(timeout)),
-            Stream::TlsServer(s) => s.below().set_timeout(timeout),
-            Stream::TlsClient(s) => s.below().set_timeout(timeout),
+            _ => self.below().set_timeout(timeout),
         }
     }
 
@@ -57,18 +81,13 @@ impl Stream {
         match self {
             Stream::Unix(s) => s.as_fd(),
             Stream::Tcp(s) => s.as_fd(),
-            Stream::TlsServer(s) => s.below().socket(),
-            Stream::TlsClient(s) => s.below().socket(),
+            _ => self.below().socket(),
         }
     }
 
-    /// Whether [`receive`](Self::receive) has something that came earlier, which the socket does not show.
+    /// Whether [`receive`](Self::receive) of a server has something that came earlier, which the socket does not show.
     pub fn has_input(&self) -> bool {
-        match self {
-            Stream::Unix(_) | Stream::Tcp(_) => false,
-            Stream::TlsServer(s) => s.has_input(),
-            Stream::TlsClient(s) => s.has_input(),
-        }
+        matches!(self, Stream::TlsServer(s) if s.has_input())
     }
 
     /// Waits until the socket is readable or `event` is, and returns whether the socket is.
@@ -76,15 +95,15 @@ impl Stream {
         Ok(wait_readable([self.socket(), event])?[0])
     }
 
-    /// Fills `first` and then `second` with what there is, after reading from the socket once at most. Waits if that is
-    /// needed and nothing came; `None` if only a part of an encrypted record came.
+    /// For a server: fills `first` and then `second` with what there is, after reading from the socket once at most.
+    /// Waits if that is needed and nothing came; `None` if only a part of an encrypted record came.
     pub fn receive(&mut self, first: &mut [u8], second: &mut [u8]) -> io::Result<Option<usize>> {
         let mut list = [IoSliceMut::new(first), IoSliceMut::new(second)];
         let plain = match self {
             Stream::Unix(s) => s.read_vectored(&mut list),
             Stream::Tcp(s) => s.read_vectored(&mut list),
             Stream::TlsServer(s) => return s.receive(if first.is_empty() { second } else { first }),
-            Stream::TlsClient(s) => return s.receive(if first.is_empty() { second } else { first }),
+            client => client.read(if first.is_empty() { second } else { first }),
         };
         match plain {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(None),
@@ -113,6 +132,8 @@ impl Read for Stream {
             Stream::Tcp(s) => s.read(buf),
             Stream::TlsServer(s) => s.read(buf),
             Stream::TlsClient(s) => s.read(buf),
+            Stream::TlsIncoming(s) => s.read(buf),
+            Stream::TlsOutgoing(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }
@@ -124,14 +145,17 @@ impl Write for Stream {
             Stream::Tcp(s) => s.write(buf),
             Stream::TlsServer(s) => s.write(buf),
             Stream::TlsClient(s) => s.write(buf),
+            Stream::TlsOutgoing(s) => s.write(buf),
+            Stream::TlsIncoming(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match self {
-            Stream::Unix(_) | Stream::Tcp(_) => Ok(()),
+            Stream::Unix(_) | Stream::Tcp(_) | Stream::TlsIncoming(_) => Ok(()),
             Stream::TlsServer(s) => s.flush(),
             Stream::TlsClient(s) => s.flush(),
+            Stream::TlsOutgoing(s) => s.flush(),
         }
     }
 }

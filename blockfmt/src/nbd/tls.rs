@@ -2,6 +2,7 @@
 
 use super::stream::Stream;
 use crate::{Error, Result};
+use parking_lot::Mutex;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
@@ -10,12 +11,14 @@ use rustls::{
     SideData, StreamOwned,
 };
 use std::io::{self, Read, Write};
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
 use std::sync::Arc;
 
 /// How often a connection is read from for the last that a peer said: more than it can have left in the buffers.
 const LAST_READS: usize = 1024;
+/// Bytes read from a connection at once.
+const INPUT_BYTES: usize = 64 << 10;
 
 /// An encrypted connection. A peer that goes away may have said why, and a write notices first that it is gone: what it
 /// said last is heard nevertheless. An alert takes the place of the error, and whatever else came can still be read.
@@ -53,6 +56,20 @@ where
             (Err(error), _) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             (result, _) => result.map(Some),
         }
+    }
+
+    /// Parts the directions after the handshake: what comes, and what goes. `clone` makes a second handle of the stream
+    /// below.
+    pub fn split(
+        self,
+        clone: impl FnOnce(&S) -> io::Result<S>,
+    ) -> io::Result<(Incoming<C, S>, Outgoing<C, S>)> {
+        let (conn, below) = self.0.into_parts();
+        let second = clone(&below)?;
+        let conn = Arc::new(Mutex::new(conn));
+        let incoming =
+            Incoming { conn: conn.clone(), below: second, input: vec![0; INPUT_BYTES].into(), unread: 0..0 };
+        Ok((incoming, Outgoing { conn, below, output: Vec::new() }))
     }
 
     /// Lets both ends prove who they are.
@@ -110,6 +127,94 @@ where
 
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush().map_err(|error| self.hear_out(error))
+    }
+}
+
+/// What comes through an encrypted connection. Who waits for it does not keep the other direction waiting.
+#[derive(Debug)]
+pub(super) struct Incoming<C, S> {
+    conn: Arc<Mutex<C>>,
+    below: S,
+    input: Box<[u8]>,
+    /// The part of `input` that is not decrypted.
+    unread: Range<usize>,
+}
+
+/// What goes through an encrypted connection.
+#[derive(Debug)]
+pub(super) struct Outgoing<C, S> {
+    conn: Arc<Mutex<C>>,
+    below: S,
+    output: Vec<u8>,
+}
+
+impl<C, S> Incoming<C, S> {
+    /// What goes through the encryption.
+    pub fn below(&self) -> &S {
+        &self.below
+    }
+}
+
+impl<C, S> Outgoing<C, S> {
+    /// What goes through the encryption.
+    pub fn below(&self) -> &S {
+        &self.below
+    }
+}
+
+impl<C, D, S> Read for Incoming<C, S>
+where
+    C: DerefMut + Deref<Target = ConnectionCommon<D>>,
+    D: SideData,
+    S: Read,
+{
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            {
+                let mut conn = self.conn.lock();
+                match conn.reader().read(buf) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    result => return result,
+                }
+                if !self.unread.is_empty() {
+                    self.unread.start += conn.read_tls(&mut &self.input[self.unread.clone()])?;
+                    conn.process_new_packets()
+                        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                    // An answer that this calls for goes with what is sent next.
+                    continue;
+                }
+            }
+            self.unread = 0..self.below.read(&mut self.input)?;
+            if self.unread.is_empty() {
+                // Without the end that the peer should have told of, this is an error.
+                self.conn.lock().read_tls(&mut io::empty())?;
+            }
+        }
+    }
+}
+
+impl<C, D, S> Write for Outgoing<C, S>
+where
+    C: DerefMut + Deref<Target = ConnectionCommon<D>>,
+    D: SideData,
+    S: Write,
+{
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let len = {
+            let mut conn = self.conn.lock();
+            let len = conn.writer().write(buf)?;
+            while conn.wants_write() {
+                conn.write_tls(&mut self.output)?;
+            }
+            len
+        };
+        self.below.write_all(&self.output)?;
+        self.output.clear();
+        Ok(len)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.below.flush()
     }
 }
 
