@@ -4,12 +4,17 @@
 
 mod common;
 
+use blockfmt::format::LayerOptions;
+use blockfmt::format::qcow2::Qcow2Options;
+use blockfmt::format::raw::Raw;
 use blockfmt::job::{self, JobControl};
-use blockfmt::{BackingRef, CreateOptions, Disk, Error, Format, OpenOptions, Result};
+use blockfmt::storage::MemoryStorage;
+use blockfmt::{BackingRef, CreateOptions, Disk, Error, Format, OpenOptions, Result, Storage};
 use common::chain::{SIZE, cancelling};
 use common::{Rng, assert_same, exercise, qemu_ok, text};
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 fn open(format: Format, path: &Path) -> Result<Disk> {
@@ -179,4 +184,54 @@ fn a_merge_that_ends_early_leaves_a_chain_that_opens() {
         }
         assert_refused(format, &at(3));
     }
+}
+
+#[test]
+fn external_data_files_of_parents_are_guarded() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let qcow2 = Qcow2Options { data_file: Some("data".into()), ..Qcow2Options::default() };
+    CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&at("base")).unwrap();
+    let create = CreateOptions::new(Format::Qcow2, SIZE).backing("base", Format::Qcow2);
+    create.create(&at("child")).unwrap();
+    let disk = open(Format::Qcow2, &at("child")).unwrap();
+    disk.snapshot(&at("top"), &CreateOptions::new(Format::Qcow2, 0)).unwrap();
+    disk.roll_back(2, &at("other"), &CreateOptions::new(Format::Qcow2, 0)).unwrap();
+    disk.write_at(&[1; 4096], 0).unwrap();
+    drop(disk);
+    for name in ["child", "top", "other"] {
+        open(Format::Qcow2, &at(name)).unwrap();
+    }
+    touch(&at("data"));
+    for name in ["child", "top", "other"] {
+        assert_refused(Format::Qcow2, &at(name));
+    }
+    OpenOptions::new(Format::Qcow2).changed_parents(true).open(at("top")).unwrap();
+    // Accepted as it is.
+    let layer = OpenOptions::new(Format::Qcow2).open_layer_alone(&at("child")).unwrap();
+    layer.set_backing(Some(&BackingRef { path: "base".into(), format: Some("qcow2".into()) })).unwrap();
+    layer.close().unwrap();
+    drop(layer);
+    open(Format::Qcow2, &at("child")).unwrap();
+    File::options().write(true).open(at("data")).unwrap().set_len(SIZE * 2).unwrap();
+    assert_refused(Format::Qcow2, &at("child"));
+}
+
+/// A storage that is no regular file: it has a length, and no time that would tell anything.
+#[test]
+fn parents_that_are_no_regular_files_are_guarded_by_their_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("child");
+    let parent = |size| -> Arc<dyn Storage> { Arc::new(MemoryStorage::from_bytes(&vec![0; size])) };
+    let create = CreateOptions::new(Format::Qcow2, SIZE).backing("/dev/somewhere", Format::Raw);
+    create.create(&path).unwrap();
+    let child = OpenOptions::new(Format::Qcow2).open_layer_alone(&path).unwrap();
+    let raw = |size| Raw::open(parent(size), &LayerOptions::default()).unwrap();
+    child.check_parent(&raw(1 << 20)).unwrap();
+    child.note_parent(Some(&raw(1 << 20))).unwrap();
+    child.check_parent(&raw(1 << 20)).unwrap();
+    let refused = child.check_parent(&raw(2 << 20));
+    assert!(matches!(refused, Err(Error::ParentChanged(_))), "{refused:?}");
+    child.note_parent(None).unwrap();
+    child.check_parent(&raw(2 << 20)).unwrap();
 }

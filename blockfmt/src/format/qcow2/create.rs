@@ -125,7 +125,7 @@ pub(crate) fn create(
         extensions: Vec::new(),
     };
     header.set_backing(options.backing.as_ref())?;
-    let parent = options.backing.as_ref().and_then(|backing| parent::of_file(&storage, &backing.path));
+    let parent = options.backing.as_ref().and_then(|backing| parent::of_file(&storage, backing));
     header.set_extension(extension::PARENT, parent);
     header.set_extension(extension::DATA_FILE, o.data_file.clone().map(String::into_bytes));
     // Header, refcount table and one refcount block make a valid image of size zero; then it grows.

@@ -221,7 +221,7 @@ impl Layer for Qcow2 {
         self.flush_all()?;
         let mut header = self.header.lock();
         header.set_backing(backing)?;
-        let known = backing.and_then(|backing| parent::of_file(&self.storage, &backing.path));
+        let known = backing.and_then(|backing| parent::of_file(&self.storage, backing));
         header.set_extension(extension::PARENT, known);
         self.write_header(&mut header)?;
         self.storage.sync()
