@@ -147,7 +147,11 @@ fn threads_do_not_disturb_each_other() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     for (cluster_size, extended_l2) in variants() {
         let path = dir.path().join(format!("{cluster_size}-{extended_l2}.qcow2"));
-        let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
+        let qcow2 = Qcow2Options {
+            cluster_size: Some(cluster_size),
+            extended_l2: Some(extended_l2),
+            ..Qcow2Options::default()
+        };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
         let disk = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
         let known = torture(&disk, cluster_size, |_, _| (), || ());
@@ -185,7 +189,11 @@ fn failing_storage_loses_nothing_that_was_acknowledged() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     for (cluster_size, extended_l2) in variants() {
         let path = dir.path().join(format!("f{cluster_size}-{extended_l2}.qcow2"));
-        let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
+        let qcow2 = Qcow2Options {
+            cluster_size: Some(cluster_size),
+            extended_l2: Some(extended_l2),
+            ..Qcow2Options::default()
+        };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
         let failing = Arc::new(AtomicBool::new(false));
         let storage = failing_file(&path, &failing);
@@ -343,7 +351,11 @@ fn jobs_and_requests(faults: bool) {
     let mut completed = [0; KINDS];
     for (n, (cluster_size, extended_l2)) in variants().into_iter().enumerate() {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let qcow2 = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
+        let qcow2 = Qcow2Options {
+            cluster_size: Some(cluster_size),
+            extended_l2: Some(extended_l2),
+            ..Qcow2Options::default()
+        };
         let failing = Arc::new(AtomicBool::new(false));
         let failing_if_wanted = faults.then_some(&failing);
         let mut jobs = Jobs {

@@ -91,15 +91,16 @@ fn run_on(name: &str, mut create: CreateOptions, with_base: bool, seed: u64) {
 #[test]
 fn plain_images() {
     run("64k clusters", Qcow2Options::default(), false, 11);
-    run("4k clusters", Qcow2Options { cluster_size: 4096, ..Qcow2Options::default() }, false, 12);
-    run("512 byte clusters", Qcow2Options { cluster_size: 512, ..Qcow2Options::default() }, false, 13);
+    run("4k clusters", Qcow2Options { cluster_size: Some(4096), ..Qcow2Options::default() }, false, 12);
+    run("512 byte clusters", Qcow2Options { cluster_size: Some(512), ..Qcow2Options::default() }, false, 13);
 }
 
 #[test]
 fn children() {
-    run("child", Qcow2Options { cluster_size: 16384, ..Qcow2Options::default() }, true, 21);
-    let subclusters = Qcow2Options { extended_l2: true, ..Qcow2Options::default() };
+    run("child", Qcow2Options { cluster_size: Some(16384), ..Qcow2Options::default() }, true, 21);
+    let subclusters = Qcow2Options { extended_l2: Some(true), ..Qcow2Options::default() };
     run("child with subclusters", subclusters, true, 22);
+    run("overlay", Qcow2Options::default().overlay(), true, 24);
     run("child of version 2", Qcow2Options { version: 2, ..Qcow2Options::default() }, true, 23);
 }
 

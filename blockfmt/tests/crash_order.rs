@@ -27,7 +27,7 @@ struct Rig {
 impl Rig {
     fn new(size: u64, cluster_size: u64, below: Option<Arc<dyn Layer>>) -> Self {
         let inner = Arc::new(MemoryStorage::new());
-        let options = Qcow2Options { cluster_size, ..Qcow2Options::default() };
+        let options = Qcow2Options { cluster_size: Some(cluster_size), ..Qcow2Options::default() };
         let mut create = CreateOptions::new(Format::Qcow2, size).qcow2(options);
         if below.is_some() {
             create = create.backing("below", Format::Qcow2);

@@ -90,7 +90,7 @@ fn loops_end() {
 /// A small image with data.
 fn sample() -> Vec<u8> {
     let storage = Arc::new(MemoryStorage::new());
-    let qcow2 = Qcow2Options { cluster_size: 4096, ..Qcow2Options::default() };
+    let qcow2 = Qcow2Options { cluster_size: Some(4096), ..Qcow2Options::default() };
     CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create_on(storage.clone()).unwrap();
     let disk = OpenOptions::new(Format::Qcow2).open_storage(storage.clone(), "sample").unwrap();
     disk.write_at(&[1; 100_000], 5000).unwrap();

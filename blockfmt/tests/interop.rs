@@ -48,15 +48,19 @@ fn variants() -> Vec<Qcow2Options> {
                 let compression = if cluster_bits % 2 == 0 { Compression::Zlib } else { Compression::Zstd };
                 let cluster_size = 1 << cluster_bits;
                 out.push(Qcow2Options {
-                    cluster_size,
+                    cluster_size: Some(cluster_size),
                     refcount_bits,
-                    extended_l2,
+                    extended_l2: Some(extended_l2),
                     compression,
                     ..Qcow2Options::default()
                 });
             }
         }
-        out.push(Qcow2Options { version: 2, cluster_size: 1 << cluster_bits, ..Qcow2Options::default() });
+        out.push(Qcow2Options {
+            version: 2,
+            cluster_size: Some(1 << cluster_bits),
+            ..Qcow2Options::default()
+        });
     }
     out
 }
@@ -64,12 +68,12 @@ fn variants() -> Vec<Qcow2Options> {
 fn qemu_options(o: &Qcow2Options) -> String {
     let mut text = format!(
         "cluster_size={},refcount_bits={},compat={}",
-        o.cluster_size,
+        o.cluster_size.unwrap(),
         o.refcount_bits,
         if o.version == 2 { "0.10" } else { "1.1" }
     );
     if o.version == 3 {
-        text += &format!(",extended_l2={}", if o.extended_l2 { "on" } else { "off" });
+        text += &format!(",extended_l2={}", if o.extended_l2 == Some(true) { "on" } else { "off" });
         text += if o.compression == Compression::Zstd { ",compression_type=zstd" } else { "" };
     }
     text
@@ -148,7 +152,7 @@ fn chains_cross_too() {
         model[900 << 10..1200 << 10].fill(5);
 
         let _ = std::fs::remove_file(at("top.qcow2"));
-        let qcow2 = Qcow2Options { version, extended_l2, ..Qcow2Options::default() };
+        let qcow2 = Qcow2Options { version, extended_l2: Some(extended_l2), ..Qcow2Options::default() };
         let options =
             CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).backing("mid.qcow2", Format::Qcow2);
         options.create(&at("top.qcow2")).unwrap();
@@ -178,7 +182,7 @@ fn preallocation_and_data_files() {
             let qcow2 = Qcow2Options {
                 data_file: external.then(|| text(&dir.path().join("p.data")).into()),
                 data_file_raw: raw,
-                extended_l2,
+                extended_l2: Some(extended_l2),
                 ..Qcow2Options::default()
             };
             let options = CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).preallocation(how);
@@ -209,7 +213,7 @@ fn sizes_change_both_ways() {
     let mut rng = Rng(5);
     for cluster_size in [512, 4096, 65536, 1 << 21] {
         let path = dir.path().join("r.qcow2");
-        let qcow2 = Qcow2Options { cluster_size, ..Qcow2Options::default() };
+        let qcow2 = Qcow2Options { cluster_size: Some(cluster_size), ..Qcow2Options::default() };
         CreateOptions::new(Format::Qcow2, 1 << 20).qcow2(qcow2).create(&path).unwrap();
         let disk = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
         let mut model = vec![0; 1 << 20];

@@ -180,7 +180,7 @@ fn encrypted_children_jobs_and_temporary_layers() {
     let mut model = vec![0; SIZE as usize];
     exercise(&open(Format::Qcow2, &place.at("base.qcow2")), &mut model, &mut rng, 40);
     let mut child = encrypted(fast()).backing("base.qcow2", Format::Qcow2);
-    child.qcow2.extended_l2 = true;
+    child.qcow2.extended_l2 = Some(true);
     child.create(&place.at("child.qcow2")).unwrap();
     let disk = open(Format::Qcow2, &place.at("child.qcow2"));
     exercise(&disk, &mut model, &mut rng, 40);

@@ -139,7 +139,7 @@ fn servers_of_others() {
     let args = ["-f", "raw", "-t", "-e", "8", "-k", text(&r), text(&raw)];
     let _program = Program::start("qemu-nbd", "qemu-utils", &args, &r);
     let remote = NbdStorage::connect(&uri("", &r), NbdOptions::default()).unwrap();
-    let qcow2 = Qcow2Options { cluster_size: 4096, ..Qcow2Options::default() };
+    let qcow2 = Qcow2Options { cluster_size: Some(4096), ..Qcow2Options::default() };
     let create = CreateOptions::new(Format::Qcow2, 1 << 20).qcow2(qcow2);
     let error = create.create_on(std::sync::Arc::new(remote)).unwrap_err();
     assert_eq!(error.errno(), libc::ENOTSUP, "an export cannot be truncated: {error}");

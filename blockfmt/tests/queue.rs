@@ -189,7 +189,11 @@ fn queues_are_disks() {
     let content = Rng(3).bytes(SIZE as usize);
     std::fs::write(&base, &content).unwrap();
     let qcow2 = |cluster_size, extended_l2| {
-        let options = Qcow2Options { cluster_size, extended_l2, ..Qcow2Options::default() };
+        let options = Qcow2Options {
+            cluster_size: Some(cluster_size),
+            extended_l2: Some(extended_l2),
+            ..Qcow2Options::default()
+        };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(options)
     };
     let kinds = [

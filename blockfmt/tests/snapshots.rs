@@ -26,7 +26,12 @@ fn snapshots_keep_and_bring_back_contents() {
         [(3, 65536, false), (3, 512, false), (2, 4096, false), (3, 65536, true)].into_iter().enumerate()
     {
         let path = dir.path().join(format!("{n}.qcow2"));
-        let qcow2 = Qcow2Options { version, cluster_size, extended_l2, ..Qcow2Options::default() };
+        let qcow2 = Qcow2Options {
+            version,
+            cluster_size: Some(cluster_size),
+            extended_l2: Some(extended_l2),
+            ..Qcow2Options::default()
+        };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
         let mut rng = Rng(40 + n as u64);
         let mut model = vec![0; SIZE as usize];
@@ -93,7 +98,7 @@ fn damaged_refcounts_are_found_and_repaired() {
     let mut rng = Rng(3);
     for damage in 0..4 {
         let _ = std::fs::remove_file(&path);
-        let qcow2 = Qcow2Options { cluster_size: 4096, ..Qcow2Options::default() };
+        let qcow2 = Qcow2Options { cluster_size: Some(4096), ..Qcow2Options::default() };
         CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
         let mut model = vec![0; SIZE as usize];
         let disk = open(&path);

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use blockfmt::format::qcow2::Qcow2Options;
-use blockfmt::{CreateOptions, Format, LuksOptions, OpenOptions, Secret};
+use blockfmt::{CreateOptions, Format, LockMode, LuksOptions, OpenOptions, Secret};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -196,7 +196,16 @@ fn snapshots_and_merges_while_clients_are_connected() {
     d.io("disk", &["write -P 6 1M 64k", "flush"]);
     assert!(d.api(&take("one.qcow2"))["error"].is_string(), "the image exists");
     assert!(d.at("one.qcow2").exists());
-    d.ok(take("two.qcow2"));
+    let mut two = take("two.qcow2");
+    two["disks"][0]["options"] = json!("colour=red");
+    assert!(d.api(&two)["error"].as_str().unwrap().contains("colour"));
+    two["disks"][0]["options"] = json!("extended_l2=off");
+    d.ok(two);
+    let cluster = |name: &str| {
+        let options = OpenOptions::new(Format::Qcow2).read_only(true).lock(LockMode::None);
+        options.open(d.at(name)).unwrap().geometry().cluster
+    };
+    assert_eq!((cluster("one.qcow2"), cluster("two.qcow2")), (128 << 10, 64 << 10));
     d.io("disk", &["write -P 7 3M 64k", "read -P 6 1M 64k"]);
     assert_eq!(d.job(json!({ "command": "commit", "name": "disk" }))["state"], "done");
     d.io("disk", &["read -P 6 1M 64k", "read -P 7 3M 64k"]);
@@ -434,4 +443,28 @@ fn what_is_encrypted_stays_encrypted() {
         let bytes = std::fs::read(&path).unwrap();
         assert!(!bytes.windows(64).any(|w| w == [5; 64] || w == [6; 64]), "{name} shows plain text");
     }
+}
+
+#[test]
+fn a_disk_whose_parent_changed_is_exported_on_demand_only() {
+    let mut d = Daemon::start(false);
+    std::fs::write(d.at("base"), [5; 65536]).unwrap();
+    CreateOptions::new(Format::Qcow2, 65536).backing("base", Format::Raw).create(&d.at("child")).unwrap();
+    std::fs::write(d.at("base"), [6; 65536 * 2]).unwrap();
+    let mut add = json!({ "command": "add", "name": "child", "path": "child", "format": "qcow2" });
+    let refused = d.api(&add)["error"].as_str().unwrap().to_owned();
+    assert!(refused.contains("changed"), "{refused}");
+    add["changed-parents"] = json!(true);
+    d.ok(add);
+    d.io("child", &["read -P 6 0 64k"]);
+    d.end();
+    // The same on the command line.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    for name in ["base", "child"] {
+        std::fs::copy(d.at(name), dir.path().join(name)).unwrap();
+    }
+    let export = "name=child,path=child,format=qcow2,changed-parents";
+    let mut d = Daemon::start_with(dir, export, Stdio::null());
+    d.io("child", &["read -P 6 0 64k"]);
+    d.end();
 }

@@ -179,6 +179,15 @@ fn chains_are_merged_and_moved() {
     }
     b.ok("clone -f qcow2 base.qcow2 linked.qcow2");
     b.same_as_data("linked.qcow2", "qcow2");
+    b.ok("clone -f qcow2 -o extended_l2=off base.qcow2 plain.qcow2");
+    for (clone, cluster, subclusters) in
+        [("linked", 131_072, true), ("plain", 65536, false), ("c1", 65536, false)]
+    {
+        let path = if clone == "c1" { clone.to_owned() } else { format!("{clone}.qcow2") };
+        let info = b.json(&format!("info -f qcow2 --json {path}"));
+        assert_eq!(info["cluster-size"], cluster, "{clone}");
+        assert_eq!(info["format-specific"]["data"]["extended-l2"], subclusters, "{clone}");
+    }
     b.json("stream --json -f qcow2 c1");
     assert!(b.json("info -f qcow2 --json c1").get("backing").is_none());
     b.same_as_data("c1", "qcow2");

@@ -59,17 +59,29 @@ impl Bench {
 
     /// Measures one load on images that `prepare` makes, QEMU first.
     fn case(&self, name: &str, load: Load, format: Format, prepare: impl Fn(&Path)) {
+        self.case_of(name, load, format, &prepare, &prepare);
+    }
+
+    /// [`case`](Self::case) on images that are made differently for both sides, if the load writes.
+    fn case_of(
+        &self,
+        name: &str,
+        load: Load,
+        format: Format,
+        prepare_theirs: impl Fn(&Path),
+        prepare_ours: impl Fn(&Path),
+    ) {
         let path = self.at("bench.img");
         self.measured(name, load.count as f64, "op/s", |round| {
             if round == 0 || load.write {
-                prepare(&path);
+                prepare_theirs(&path);
             }
             // The time without start and end, as the program says.
             let mut seconds = 0.0;
             let cost = Cost::children(|| seconds = qemu_bench(&path, load, format));
             let theirs = Cost { seconds, ..cost };
             if load.write {
-                prepare(&path);
+                prepare_ours(&path);
             }
             let disk = OpenOptions::new(format).open(&path).unwrap();
             (theirs, Cost::own(|| our_bench(&disk, load)))
@@ -276,7 +288,7 @@ fn run(bench: &Bench) {
     for extended_l2 in [false, true] {
         let child = |path: &Path| {
             make_base();
-            let qcow2 = Qcow2Options { extended_l2, ..Qcow2Options::default() };
+            let qcow2 = Qcow2Options { extended_l2: Some(extended_l2), ..Qcow2Options::default() };
             let options = CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2);
             create(path, options.backing("base.qcow2", Format::Qcow2));
         };
@@ -287,26 +299,50 @@ fn run(bench: &Bench) {
         // A whole cluster is written for every request, a page if there are subclusters.
         floor::writes(bench, name, if extended_l2 { 4096 } else { 65536 });
     }
-    for depth in [8, 32] {
+    // Not the same image: each side's clone is what its own command makes when no option is given.
+    let clone = |path: &Path, qcow2: Qcow2Options| {
+        make_base();
+        create(
+            path,
+            CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).backing("base.qcow2", Format::Qcow2),
+        );
+    };
+    for (threads, name) in
+        [(1, "UNLIKE images: default clones"), (2, "UNLIKE images: default clones, 2 threads")]
+    {
+        let load = Load { threads, ..allocate };
+        bench.case_of(
+            name,
+            load,
+            Format::Qcow2,
+            |path| clone(path, Qcow2Options::default()),
+            |path| clone(path, Qcow2Options::default().overlay()),
+        );
+    }
+    for (depth, overlays) in [(8, false), (32, false), (32, true)] {
+        let qcow2 = match overlays {
+            true => Qcow2Options::default().overlay(),
+            false => Qcow2Options::default(),
+        };
+        let link = |parent: &str| {
+            let options = CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2.clone());
+            options.backing(parent, Format::Qcow2)
+        };
         let chain = |path: &Path| {
             make_base();
             let mut parent = "base.qcow2".to_owned();
             for n in 1..depth {
                 let name = format!("link{n}.qcow2");
-                let options = CreateOptions::new(Format::Qcow2, SIZE).backing(parent, Format::Qcow2);
-                create(&bench.at(&name), options);
+                create(&bench.at(&name), link(&parent));
                 parent = name;
             }
-            create(path, CreateOptions::new(Format::Qcow2, SIZE).backing(parent, Format::Qcow2));
+            create(path, link(&parent));
         };
-        bench.case(
-            &format!("chain of {depth}, read qd64"),
-            Load { count: 100_000, ..read },
-            Format::Qcow2,
-            chain,
-        );
+        let name = format!("chain of {depth}{}", if overlays { " with extended L2" } else { "" });
+        let reads = Load { count: 100_000, ..read };
+        bench.case(&format!("{name}, read qd64"), reads, Format::Qcow2, chain);
         let one = Load { count: 50_000, depth: 1, ..read };
-        bench.case(&format!("chain of {depth}, read qd1"), one, Format::Qcow2, chain);
+        bench.case(&format!("{name}, read qd1"), one, Format::Qcow2, chain);
     }
     for n in 1..32 {
         bench.remove(&[&format!("link{n}.qcow2")]);

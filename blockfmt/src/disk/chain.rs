@@ -92,7 +92,8 @@ impl Disk {
     }
 
     /// Takes an external snapshot: creates the image `path` on top of the present layer and continues in it.
-    /// Format and options are those of `options`; size and parent are set here.
+    /// Format and options are those of `options`; size and parent are set here, and what nothing is said of suits
+    /// [overlays](crate::format::qcow2::Qcow2Options::overlay).
     pub fn snapshot(&self, path: &Path, options: &CreateOptions) -> Result<()> {
         self.with_child_of(0, path, options, |layer| self.push_layer(layer))
     }
@@ -116,6 +117,7 @@ impl Disk {
                 path: reference(Path::new(&parent), path),
                 format: Some(layer.format().name().into()),
             }),
+            qcow2: options.qcow2.clone().overlay(),
             ..options.clone()
         };
         create.create(path)?;
@@ -124,7 +126,8 @@ impl Disk {
     }
 
     /// Rolls back to the snapshot that layer number `index` keeps: the disk continues in the new image `path` on
-    /// top of it, and the layers above are left, with what they hold. Format and options are those of `options`.
+    /// top of it, and the layers above are left, with what they hold. Format and options are as for
+    /// [`snapshot`](Disk::snapshot).
     ///
     /// Fails while a job sees the disk's changes. The size becomes that of the layer.
     pub fn roll_back(&self, index: usize, path: &Path, options: &CreateOptions) -> Result<()> {

@@ -3,6 +3,7 @@
 mod chain;
 mod create;
 mod open;
+mod options;
 mod place;
 mod policy;
 mod shared;
@@ -11,6 +12,7 @@ mod tree;
 
 pub use create::{CreateOptions, Preallocation};
 pub use open::OpenOptions;
+pub use options::parse_size;
 pub use policy::{OpenPolicy, OpenRequest, Role};
 pub use shared::{Registry, RegistryStats};
 pub use throttle::{Limits, Throttle};

@@ -1,6 +1,7 @@
 //! Opening a disk and the chain below it.
 
 use super::{CreateOptions, Disk, OpenPolicy, Registry, Role};
+use crate::format::qcow2::Qcow2Options;
 use crate::format::{LayerOptions, data_file_name, open_layer};
 use crate::nbd::{NbdOptions, NbdStorage, Uri};
 use crate::storage::Leases;
@@ -113,9 +114,9 @@ impl OpenOptions {
     /// [set the parent again](Layer::set_backing) accepts its present state for good.
     ///
     /// A change is noticed by the guard that VHD and VHDX have for parents of the same format. Otherwise it is the length
-    /// of the parent's file, or the time of its last modification being later than known; a qcow2 image that was copied
-    /// to another file, presumably with its parent, does not go by the time. Nothing is known of parents that are no
-    /// regular files, and by qcow2 images that other programs made.
+    /// of the parent's file or of its external data file, or the time of its last modification being later than known; a
+    /// qcow2 image that was copied to another file, presumably with its parent, does not go by the time. Parents that are
+    /// block devices have a length only. Nothing is known by qcow2 images that other programs made.
     pub fn changed_parents(mut self, changed_parents: bool) -> Self {
         self.changed_parents = changed_parents;
         self
@@ -279,7 +280,8 @@ impl OpenOptions {
     /// A writable disk over the layers of another one; what is written goes to a file that has no name.
     fn over_temporary_layer(&self, disk: &Disk, directory: &Path) -> Result<Disk> {
         let storage: Arc<dyn Storage> = Arc::new(FileStorage::temporary(directory)?);
-        let mut create = CreateOptions::new(Format::Qcow2, disk.size());
+        let mut create =
+            CreateOptions::new(Format::Qcow2, disk.size()).qcow2(Qcow2Options::default().overlay());
         let mut options = LayerOptions::default();
         if !self.secrets.is_empty() {
             // What is read from an encrypted disk and written back does not become plain text.

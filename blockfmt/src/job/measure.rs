@@ -19,7 +19,7 @@ pub fn measure(source: &Disk, create: &CreateOptions) -> Result<Measure> {
     if create.format != Format::Qcow2 {
         return Ok(Measure { required: size, fully_allocated: size });
     }
-    let cluster = create.qcow2.cluster_size;
+    let cluster = create.qcow2.cluster();
     let all = size.div_ceil(cluster);
     let mut used = 0;
     let (mut at, mut counted_to) = (0, 0);
@@ -42,8 +42,8 @@ pub fn measure(source: &Disk, create: &CreateOptions) -> Result<Measure> {
 
 /// Clusters of header, L1 table, L2 tables, refcount table and blocks of a full image.
 fn metadata_clusters(data: u64, create: &CreateOptions) -> u64 {
-    let cluster = create.qcow2.cluster_size;
-    let l2_entries = cluster / if create.qcow2.extended_l2 { 16 } else { 8 };
+    let cluster = create.qcow2.cluster();
+    let l2_entries = cluster / if create.qcow2.subclusters() { 16 } else { 8 };
     let l2 = data.div_ceil(l2_entries);
     let l1 = (l2 * 8).div_ceil(cluster);
     let per_block = cluster * 8 / u64::from(create.qcow2.refcount_bits);

@@ -34,7 +34,8 @@ impl Chain {
         let mut chain = Chain { dir, disk, model, rng };
         chain.exercise(40);
         for n in 2..=depth {
-            let qcow2 = Qcow2Options { extended_l2: n % 2 == 0, ..Qcow2Options::default() };
+            let extended_l2 = [Some(true), Some(false), None][n % 3];
+            let qcow2 = Qcow2Options { extended_l2, ..Qcow2Options::default() };
             let options = CreateOptions::new(Format::Qcow2, 0).qcow2(qcow2);
             chain.disk.snapshot(&chain.at(n), &options).unwrap();
             chain.exercise(40);

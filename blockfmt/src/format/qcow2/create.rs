@@ -16,14 +16,16 @@ use std::sync::atomic::Ordering;
 pub struct Qcow2Options {
     /// 3 (the default), or 2 for readers from before 2012.
     pub version: u32,
-    /// Cluster size in bytes, a power of two from 512 to 2 MiB.
-    pub cluster_size: u64,
+    /// Cluster size in bytes, a power of two from 512 to 2 MiB; 64 KiB if nothing is said, but see
+    /// [`overlay`](Self::overlay).
+    pub cluster_size: Option<u64>,
     /// Width of refcounts in bits, a power of two from 1 to 64.
     pub refcount_bits: u32,
     /// How clusters are compressed when they are.
     pub compression: Compression,
-    /// Whether L2 entries describe subclusters.
-    pub extended_l2: bool,
+    /// Whether L2 entries describe subclusters, 32 of each cluster, which QEMU can read since version 5.2. No if nothing
+    /// is said, but see [`overlay`](Self::overlay).
+    pub extended_l2: Option<bool>,
     /// Whether writers may postpone refcount updates.
     pub lazy_refcounts: bool,
     /// Name of an external data file, relative to the image.
@@ -38,10 +40,10 @@ impl Default for Qcow2Options {
     fn default() -> Self {
         Qcow2Options {
             version: 3,
-            cluster_size: 65536,
+            cluster_size: None,
             refcount_bits: 16,
             compression: Compression::Zlib,
-            extended_l2: false,
+            extended_l2: None,
             lazy_refcounts: false,
             data_file: None,
             data_file_raw: false,
@@ -50,16 +52,43 @@ impl Default for Qcow2Options {
     }
 }
 
+/// Cluster size of overlays in bytes: their subclusters are pages, and their L2 tables as large as those of images with
+/// clusters of half the size and no subclusters.
+const OVERLAY_CLUSTER: u64 = 128 << 10;
+
 impl Qcow2Options {
+    /// The same options for an image that takes the writes of a disk from now on, on top of the images that have its
+    /// contents: where they say nothing of it, clusters of 128 KiB with subclusters of 4 KiB. A write to a cluster that
+    /// such an image does not hold yet copies nothing from below, unless it covers a subcluster in part.
+    ///
+    /// Options that name a cluster size, or exclude subclusters by `extended_l2` or the version, stay as they are.
+    pub fn overlay(mut self) -> Self {
+        if self.version >= 3 && self.cluster_size.is_none() && self.extended_l2 != Some(false) {
+            (self.cluster_size, self.extended_l2) = (Some(OVERLAY_CLUSTER), Some(true));
+        }
+        self
+    }
+
+    /// The cluster size in bytes.
+    pub(crate) fn cluster(&self) -> u64 {
+        self.cluster_size.unwrap_or(64 << 10)
+    }
+
+    /// Whether clusters have subclusters.
+    pub(crate) fn subclusters(&self) -> bool {
+        self.extended_l2.unwrap_or(false)
+    }
+
     fn check(&self) -> Result<()> {
         let bad = |what: &str| Err(Error::InvalidOption(what.into()));
-        if !(512..=2 << 20).contains(&self.cluster_size) || !self.cluster_size.is_power_of_two() {
+        let (cluster, extended_l2) = (self.cluster(), self.subclusters());
+        if !(512..=2 << 20).contains(&cluster) || !cluster.is_power_of_two() {
             return bad("The cluster size is a power of two from 512 to 2M");
         }
         if !(1..=64).contains(&self.refcount_bits) || !self.refcount_bits.is_power_of_two() {
             return bad("The refcount width is a power of two from 1 to 64");
         }
-        if self.extended_l2 && self.cluster_size < 16384 {
+        if extended_l2 && cluster < 16384 {
             return bad("Extended L2 entries need clusters of at least 16k");
         }
         if self.data_file_raw && self.data_file.is_none() {
@@ -68,7 +97,7 @@ impl Qcow2Options {
         match self.version {
             3 => Ok(()),
             2 if self.refcount_bits != 16
-                || self.extended_l2
+                || extended_l2
                 || self.lazy_refcounts
                 || self.compression != Compression::Zlib
                 || self.data_file.is_some() =>
@@ -92,6 +121,10 @@ pub(crate) fn create(
     if o.data_file_raw && options.backing.is_some() {
         return Err(Error::InvalidOption("A raw external data file excludes a backing file".into()));
     }
+    if options.backing.is_some() && options.preallocation != Preallocation::Off && !o.subclusters() {
+        let what = "Only an image with extended_l2=on can be preallocated without hiding its backing file";
+        return Err(Error::InvalidOption(what.into()));
+    }
     if o.encryption.is_some() && (o.data_file_raw || options.preallocation != Preallocation::Off) {
         let what = "An encrypted image can be neither preallocated nor have a raw external data file";
         return Err(Error::InvalidOption(what.into()));
@@ -102,7 +135,7 @@ pub(crate) fn create(
         (None, _) => None,
     };
     let flag = |on: bool, bit: u64| if on { bit } else { 0 };
-    let cluster = o.cluster_size;
+    let cluster = o.cluster();
     let mut header = Header {
         version: o.version,
         cluster_bits: cluster.trailing_zeros(),
@@ -115,7 +148,7 @@ pub(crate) fn create(
         snapshot_count: 0,
         snapshots_offset: 0,
         incompatible: flag(o.compression != Compression::Zlib, incompatible::COMPRESSION)
-            | flag(o.extended_l2, incompatible::EXTENDED_L2)
+            | flag(o.subclusters(), incompatible::EXTENDED_L2)
             | flag(o.data_file.is_some(), incompatible::DATA_FILE),
         compatible: flag(o.lazy_refcounts, compatible::LAZY_REFCOUNTS),
         autoclear: flag(o.data_file_raw, autoclear::RAW_DATA),
@@ -168,6 +201,8 @@ impl Qcow2 {
         if how == Preallocation::Off {
             return Ok(());
         }
+        // Subclusters that are not marked as data have their place and still show what is below.
+        let units = if self.header.lock().backing.is_some() { 0 } else { 0xffff_ffff };
         let end = self.virtual_size().div_ceil(self.p.cluster);
         let mut first = 0;
         while first < end {
@@ -197,7 +232,7 @@ impl Qcow2 {
             self.barrier.store(true, Ordering::Release);
             self.with_slice(slice, |s| {
                 for i in 0..count {
-                    s.set(index + i as usize, (start + i) << self.p.cluster_bits | COPIED, 0xffff_ffff);
+                    s.set(index + i as usize, (start + i) << self.p.cluster_bits | COPIED, units);
                 }
             })?;
             first += count;

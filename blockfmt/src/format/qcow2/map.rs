@@ -23,6 +23,13 @@ pub(super) enum Kind {
     Invalid,
 }
 
+/// How many subclusters from number `unit` on have the same bits in the bitmap of their cluster.
+fn units_alike(bitmap: u64, unit: u64) -> u64 {
+    let (data, zero) = (bitmap as u32, (bitmap >> 32) as u32);
+    let like = |bits: u32| if bits >> unit & 1 != 0 { bits } else { !bits };
+    u64::from(((like(data) & like(zero)) >> unit).trailing_ones())
+}
+
 impl Qcow2 {
     /// Decodes an entry for unit number `unit` of its cluster.
     pub(super) fn decode(&self, entry: u64, bitmap: u64, unit: u64) -> Kind {
@@ -76,49 +83,38 @@ impl Qcow2 {
         let (slice, first) = self.slice_of(cluster);
         let unit_size = 1u64 << p.unit_bits;
         let units = 1u64 << (p.cluster_bits - p.unit_bits);
+        let within = offset & (unit_size - 1);
         let (kind, run) = self.read_slice(slice, |words| {
-            let (entry, bitmap) = self.entry(words, first);
+            let (entry, mut bitmap) = self.entry(words, first);
             let mut unit = (offset >> p.unit_bits) & (units - 1);
             let kind = self.decode(entry, bitmap, unit);
-            let mut run = unit_size - (offset & (unit_size - 1));
             if let Kind::Compressed { .. } = kind {
                 return (kind, p.cluster - (offset & (p.cluster - 1)));
             }
-            let (mut index, mut entry, mut bitmap) = (first, entry, bitmap);
-            let mut next_host = match kind {
-                Kind::Data { host, .. } => host + unit_size,
-                _ => 0,
-            };
-            while run < len {
-                unit += 1;
-                if unit == units {
-                    unit = 0;
-                    index += 1;
-                    if index as u64 == p.slice_entries {
-                        break;
-                    }
-                    (entry, bitmap) = self.entry(words, index);
+            // Counted from the start of the first unit.
+            let (mut index, mut bytes) = (first, 0);
+            loop {
+                let alike = if p.extended { units_alike(bitmap, unit) } else { 1 };
+                bytes += alike << p.unit_bits;
+                index += 1;
+                if unit + alike < units || bytes >= within + len || index as u64 == p.slice_entries {
+                    return (kind, bytes - within);
                 }
-                match (self.decode(entry, bitmap, unit), kind) {
-                    (Kind::Data { host, copied }, Kind::Data { copied: c, .. })
-                        if host == next_host && copied == c =>
-                    {
-                        next_host += unit_size;
-                    }
-                    (Kind::Data { .. }, _) => break,
-                    (other, kind) if other == kind => {}
-                    _ => break,
+                let entry;
+                (entry, bitmap) = self.entry(words, index);
+                unit = 0;
+                let next = match kind {
+                    Kind::Data { host, copied } => Kind::Data { host: host + bytes, copied },
+                    kind => kind,
+                };
+                if self.decode(entry, bitmap, unit) != next {
+                    return (kind, bytes - within);
                 }
-                run += unit_size;
             }
-            (kind, run)
         })?;
         match kind {
             Kind::Invalid => Err(self.corrupt("an L2 entry is invalid")),
-            Kind::Data { host, copied } => {
-                let within = offset & (unit_size - 1);
-                Ok((Kind::Data { host: host + within, copied }, run.min(len)))
-            }
+            Kind::Data { host, copied } => Ok((Kind::Data { host: host + within, copied }, run.min(len))),
             kind => Ok((kind, run.min(len))),
         }
     }
@@ -152,5 +148,20 @@ impl Qcow2 {
             done += len as usize;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::units_alike;
+
+    #[test]
+    fn runs_of_subclusters_end_where_either_bit_changes() {
+        assert_eq!(units_alike(0, 0), 32);
+        assert_eq!(units_alike(u64::MAX, 31), 1);
+        assert_eq!(units_alike(0xffff_ffff, 5), 27);
+        // Two data, one that is nowhere, the rest zero.
+        let bitmap = 0b11 | (0xffff_fff8 << 32);
+        assert_eq!([0, 1, 2, 3, 31].map(|unit| units_alike(bitmap, unit)), [2, 1, 1, 29, 1]);
     }
 }

@@ -19,12 +19,14 @@ impl Qcow2 {
         // The last cluster counts as whole if the disk ends in it.
         let stop =
             if end == self.virtual_size() { end.next_multiple_of(cluster) } else { end / cluster * cluster };
+        let part =
+            |from, to| self.zero_part(from, to, unmap, below, |at, len| self.zero_bytes(at, len, below));
         if start >= stop {
-            return self.zero_bytes(offset, len, below);
+            return part(offset, end);
         }
-        self.zero_bytes(offset, start - offset, below)?;
+        part(offset, start)?;
         self.zero_clusters(start / cluster, stop / cluster, unmap, below)?;
-        self.zero_bytes(stop.min(end), end - stop.min(end), below)
+        part(stop.min(end), end)
     }
 
     /// Discards guest bytes. The caller is inside the gate.
@@ -35,10 +37,77 @@ impl Qcow2 {
             if end == self.virtual_size() { end.next_multiple_of(cluster) } else { end / cluster * cluster };
         let (first, last) = (offset.div_ceil(cluster), stop / cluster);
         // Version 2 cannot hide what lies below.
-        if first >= last || (self.p.version < 3 && !self.nothing_below(below)) {
+        if self.p.version < 3 && !self.nothing_below(below) {
             return Ok(());
         }
-        self.zero_clusters(first, last, true, below)
+        let part = |from, to| self.zero_part(from, to, true, below, |_, _| Ok(()));
+        if first >= last {
+            return part(offset, end);
+        }
+        part(offset, first * cluster)?;
+        self.zero_clusters(first, last, true, below)?;
+        part(stop.min(end), end)
+    }
+
+    /// Zeroes what covers no cluster as a whole: the subclusters in it, if there are any, and by `rest` what is left.
+    fn zero_part(
+        &self,
+        mut at: u64,
+        end: u64,
+        unmap: bool,
+        below: Below<'_>,
+        rest: impl Fn(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let (p, unit) = (&self.p, 1 << self.p.unit_bits);
+        if !p.extended || self.data.is_some() {
+            return rest(at, end - at);
+        }
+        while at < end {
+            let next = end.min((at / p.cluster + 1) * p.cluster);
+            let start = at.next_multiple_of(unit);
+            let stop =
+                if next == self.virtual_size() { next.next_multiple_of(unit) } else { next / unit * unit };
+            if start < stop && self.zero_units(start, stop, unmap, below)? {
+                rest(at, start - at)?;
+                rest(stop.min(next), next - stop.min(next))?;
+            } else {
+                rest(at, next - at)?;
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Makes subclusters of one cluster zero, unless it is compressed; tells whether that was done.
+    fn zero_units(&self, start: u64, stop: u64, unmap: bool, below: Below<'_>) -> Result<bool> {
+        let p = &self.p;
+        let cluster = start >> p.cluster_bits;
+        let base = cluster << p.cluster_bits;
+        let (first, count) = ((start - base) >> p.unit_bits, (stop - start) >> p.unit_bits);
+        let units = (ALL_DATA >> (32 - count)) << first;
+        let (slice, index) = self.slice_of(cluster);
+        let _range = self.ranges.lock(cluster..cluster + 1);
+        let (entry, bitmap) = self.entries(slice, index, 1)?[0];
+        if entry & COMPRESSED != 0 {
+            return Ok(false);
+        }
+        let zeroed = (bitmap | units << 32) & !units;
+        if zeroed == bitmap || (bitmap & units == 0 && self.nothing_below(below)) {
+            return Ok(true);
+        }
+        self.ensure_table(cluster)?;
+        let release = unmap && zeroed & ALL_DATA == 0;
+        self.with_slice(slice, |s| s.set(index, if release { 0 } else { entry }, zeroed))?;
+        if release {
+            self.unlink_entry(entry);
+        } else if unmap && bitmap & units != 0 && self.reusable(entry) && self.plain.is_none() {
+            // Whatever part of this survives a crash, the guest sees old bytes or zeros.
+            let (offset, len) = ((entry & OFFSET_MASK) + (start - base), stop - start);
+            if let Err(error) = self.storage.discard(offset, len) {
+                tracing::debug!(%error, offset, len, "Cannot release the space of zeroed subclusters");
+            }
+        }
+        Ok(true)
     }
 
     /// Whether unmapped guest clusters read as zeros, now and whenever the image is opened.

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use blockfmt::disk::{RegistryStats, SnapshotNode, snapshot_tree};
 use blockfmt::job::{self, Migration, Mirror, MirrorMode};
 use blockfmt::nbd::{Export, ExportInfo, Server, Uri};
-use blockfmt::{CreateOptions, Disk, Format, LuksOptions, OpenOptions, OpenPolicy, Registry, Secret};
+use blockfmt::{CreateOptions, Disk, Format, OpenOptions, OpenPolicy, Registry, Secret};
 use nacre_engine::vhost_blk;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -34,6 +34,9 @@ pub struct ExportSpec {
     /// directories. Needed for what another place than the image's holds, as while it is migrated by redirection.
     #[serde(default)]
     pub allow: Vec<PathBuf>,
+    /// Open the image even if a parent changed since its child was made, which may have made the child useless.
+    #[serde(default, rename = "changed-parents")]
+    pub changed_parents: bool,
     /// Files with the passphrases of encrypted images, every byte of each. What is written to new images, of
     /// snapshots and copies, is encrypted with the first one.
     #[serde(default, rename = "secret-files")]
@@ -65,7 +68,7 @@ impl FromStr for ExportSpec {
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut name, mut path, mut format, mut vhost) = (None, None, None, None);
         let (mut readonly, mut queues) = (false, default_queues());
-        let (mut share_bases, mut non_persistent) = (false, None);
+        let (mut share_bases, mut changed_parents, mut non_persistent) = (false, false, None);
         let (mut bitmaps, mut secret_files, mut allow) = (Vec::new(), Vec::new(), Vec::new());
         for part in text.split(',') {
             match part.split_once('=') {
@@ -86,8 +89,9 @@ impl FromStr for ExportSpec {
                 }
                 None if part == "readonly" => readonly = true,
                 None if part == "share-bases" => share_bases = true,
+                None if part == "changed-parents" => changed_parents = true,
                 _ => {
-                    let known = "name=, path=, format=, bitmap=, allow=, secret-file=, secret-fd=, non-persistent=, vhost=, queues=, share-bases and readonly";
+                    let known = "name=, path=, format=, bitmap=, allow=, secret-file=, secret-fd=, non-persistent=, vhost=, queues=, share-bases, changed-parents and readonly";
                     return Err(format!("{part:?} is none of {known}"));
                 }
             }
@@ -100,6 +104,7 @@ impl FromStr for ExportSpec {
             readonly,
             bitmaps,
             allow,
+            changed_parents,
             secret_files,
             non_persistent,
             share_bases,
@@ -117,6 +122,10 @@ pub struct SnapshotSpec {
     pub name: String,
     /// The image that takes what is written from now on. It must not exist.
     pub path: PathBuf,
+    /// Options of this qcow2 image with the names of qemu-img, separated by commas. It has subclusters unless
+    /// `extended_l2=off` says otherwise.
+    #[serde(default)]
+    pub options: String,
 }
 
 /// Back to an earlier state of an exported disk.
@@ -129,6 +138,10 @@ pub struct RollBackSpec {
     pub image: PathBuf,
     /// The image that takes what is written from now on. It must not exist.
     pub path: PathBuf,
+    /// Options of this qcow2 image with the names of qemu-img, separated by commas. It has subclusters unless
+    /// `extended_l2=off` says otherwise.
+    #[serde(default)]
+    pub options: String,
 }
 
 /// When changes reach the target of a mirror or a migration.
@@ -155,6 +168,9 @@ pub struct CopySpec {
     pub path: PathBuf,
     /// Its format.
     pub format: String,
+    /// Options of the image, if it is created, with the names of qemu-img, separated by commas.
+    #[serde(default)]
+    pub options: String,
     /// When changes reach the target (mirror and migrate).
     #[serde(default)]
     pub mode: Mode,
@@ -179,7 +195,7 @@ impl CopySpec {
     /// Creates the image, unless it is an export elsewhere, and opens it.
     fn create(&self, source: &Exported) -> Result<Disk> {
         let format: Format = self.format.parse()?;
-        let create = source.create_options(format)?;
+        let create = source.create_options(format, &self.options)?;
         if !self.resume && !self.path.to_str().is_some_and(Uri::matches) {
             create.create(&self.path).with_context(|| format!("Cannot create {}", self.path.display()))?;
         }
@@ -197,13 +213,16 @@ struct Exported {
 }
 
 impl Exported {
-    /// How an image that holds contents of the disk is created: what is encrypted stays so.
-    fn create_options(&self, format: Format) -> Result<CreateOptions> {
-        let mut create = CreateOptions::new(format, self.disk.size());
+    /// How an image that holds contents of the disk is created, with `options` as of `nacre disk create -o`: what is
+    /// encrypted stays so.
+    fn create_options(&self, format: Format, options: &str) -> Result<CreateOptions> {
+        let mut create = CreateOptions::new(format, 0);
+        create.apply(options)?;
+        create.size = self.disk.size();
         if let Some(secret) = &self.secret {
             match format {
                 Format::Luks => {}
-                Format::Qcow2 => create.qcow2.encryption = Some(LuksOptions::default()),
+                Format::Qcow2 => drop(create.qcow2.encryption.get_or_insert_default()),
                 _ => anyhow::bail!("The disk is encrypted and format {format} is not; use qcow2 or luks"),
             }
             create.secret = Some(secret.clone());
@@ -246,7 +265,10 @@ impl Exports {
         let secrets = spec.secret_files.iter().map(|path| Secret::from_file(path));
         let secrets = secrets.collect::<blockfmt::Result<Vec<_>>>()?;
         let policy = OpenPolicy::same_directory().allow(&spec.allow);
-        let mut options = OpenOptions::new(format).read_only(spec.readonly).policy(policy);
+        let mut options = OpenOptions::new(format)
+            .read_only(spec.readonly)
+            .policy(policy)
+            .changed_parents(spec.changed_parents);
         if spec.share_bases {
             options = options.registry(&self.bases);
         }
@@ -320,7 +342,7 @@ impl Exports {
         let mut group = Vec::new();
         let take = |spec: &SnapshotSpec, group: &mut Vec<_>| -> Result<()> {
             let exported = self.exported(&spec.name)?;
-            let options = exported.create_options(Format::Qcow2)?;
+            let options = exported.create_options(Format::Qcow2, &spec.options)?;
             let layer = exported.disk.create_child(&spec.path, &options)?;
             group.push((exported.disk, layer));
             Ok(())
@@ -378,7 +400,7 @@ impl Exports {
     /// not complete if the disk is there already. When this returns the disk is to be opened by the new image.
     pub fn redirect(&self, spec: &CopySpec) -> Result<u64> {
         let exported = self.exported(&spec.name)?;
-        let create = exported.create_options(spec.format.parse()?)?;
+        let create = exported.create_options(spec.format.parse()?, &spec.options)?;
         let (disk, path) = (exported.disk, spec.path.clone());
         let start = move || -> Result<Migration> {
             if disk.find_layer(&path).is_ok_and(|number| number == 0) {
@@ -452,7 +474,7 @@ impl Exports {
     /// Brings a disk back to the state that an image of its chain keeps.
     pub fn roll_back(&self, spec: &RollBackSpec) -> Result<()> {
         let exported = self.exported(&spec.name)?;
-        let create = exported.create_options(Format::Qcow2)?;
+        let create = exported.create_options(Format::Qcow2, &spec.options)?;
         let number = exported.disk.find_layer(&spec.image)?;
         exported.disk.roll_back(number, &spec.path, &create).context("Cannot roll back")?;
         self.tell_of_size(&spec.name);

@@ -54,7 +54,8 @@ struct Args {
     /// bitmap that NBD clients may read), allow=PATH (a file, or a directory of files, that headers may name besides
     /// files of their own directory), secret-file=FILE and secret-fd=FD (where a passphrase of an encrypted
     /// image is, every byte of it, for this image and those below), non-persistent=DIRECTORY (what is written goes to a file there that
-    /// vanishes with the export), share-bases (with other exports that say so), vhost=SOCKET (a vhost-user-blk device
+    /// vanishes with the export), share-bases (with other exports that say so), changed-parents (open it even if a
+    /// parent changed since its child was made), vhost=SOCKET (a vhost-user-blk device
     /// for one virtual machine, besides NBD), queues=N (of this device); may be repeated.
     #[arg(long, value_name = "EXPORT")]
     export: Vec<ExportSpec>,

@@ -28,7 +28,7 @@ struct Copy {
     #[arg(short = 'O', long, value_name = "FORMAT")]
     target_format: Format,
     /// Options of the target, as key=value.
-    #[arg(short, value_name = "OPTIONS", conflicts_with = "via")]
+    #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
     /// Go on with a copy that was cancelled or crashed: the target exists, and only what differs is written. With --via,
     /// of mirrors only.
@@ -107,6 +107,7 @@ impl Copy {
         command["name"] = json!(self.source);
         command["path"] = json!(target);
         command["format"] = json!(self.target_format);
+        command["options"] = json!(self.options.join(","));
         command["resume"] = json!(self.resume);
         command["rate"] = json!(self.work.rate_limit.unwrap_or(0));
         let control = self.work.control()?;
@@ -176,7 +177,8 @@ pub fn mirror(args: Mirror) -> Result<ExitCode> {
 /// Unlike a mirror it writes nothing twice and ends however fast a guest writes. From the start on, the disk is to be
 /// opened by the new image, which names the old one as its parent until all is moved. Ctrl-C ends the move in order:
 /// the same command with --resume (with --via, the same one) goes on, and `nacre disk commit` brings the new image back
-/// to the old one. The old images stay; at the end nobody refers to them any more.
+/// to the old one. The old images stay; at the end nobody refers to them any more. A new image in qcow2 has subclusters, for
+/// small writes that copy nothing; -o extended_l2=off makes one without.
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk migrate -p -f qcow2 -O qcow2 disk.qcow2 /mnt/new/disk.qcow2

@@ -36,11 +36,17 @@ pub struct Create {
     /// Size of the disk in bytes (suffixes K, M, G, T). A child takes its parent's if it is left out.
     #[arg(value_parser = parse_size)]
     size: Option<u64>,
+    /// Whether options that are left out suit overlays, not what qemu-img does.
+    #[arg(skip)]
+    overlay: bool,
 }
 
 pub fn create(args: Create) -> Result<ExitCode> {
     let mut create = CreateOptions::new(args.format, 0);
     apply_options(&mut create, &args.options)?;
+    if args.overlay {
+        create.qcow2 = create.qcow2.overlay();
+    }
     create.secret = args.secrets.read()?.into_iter().next();
     if let (Some(backing), Some(format)) = (&args.backing, args.backing_format) {
         // As qemu-img: a relative name is relative to the new image, and goes into its header as it is.
@@ -63,9 +69,13 @@ pub fn create(args: Create) -> Result<ExitCode> {
 }
 
 /// Create linked clones: qcow2 children that share one base.
+///
+/// They have clusters of 128 KiB with subclusters, so that small writes to a new clone copy nothing from the base. QEMU
+/// reads such images since version 5.2; -o extended_l2=off makes clones for other readers.
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk clone -f qcow2 golden.qcow2 vm1.qcow2 vm2.qcow2 vm3.qcow2
+  nacre disk clone -f qcow2 -o extended_l2=off golden.qcow2 vm4.qcow2
   nacre disk clone -f luks -o encrypt.format=luks --secret-file key golden.luks vm1.qcow2")]
 pub struct Clone {
     /// Format of the base.
@@ -94,6 +104,7 @@ pub fn clone(args: Clone) -> Result<ExitCode> {
             secrets: args.secrets.clone(),
             path,
             size: None,
+            overlay: true,
         })?;
     }
     Ok(ExitCode::SUCCESS)
