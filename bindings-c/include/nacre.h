@@ -353,6 +353,11 @@ struct nacre_disk_create_options {
      The parent's format. Required with a parent.
      */
     const char *backing_format;
+    /*
+     Options of the format with the names and values of qemu-img, separated by commas, as
+     "cluster_size=128k,extended_l2=on"; null for none.
+     */
+    const char *options;
 };
 
 /*
@@ -391,6 +396,14 @@ struct nacre_disk_options {
      The serial number that a guest sees, at most 20 bytes; null for none.
      */
     const char *id;
+    /*
+     Open the disk even if a parent changed since its child was made, which may have made the child useless.
+     */
+    bool changed_parents;
+    /*
+     Must be zero.
+     */
+    uint8_t reserved2[7];
 };
 
 /*
@@ -723,7 +736,8 @@ enum nacre_status nacre_disk_layers(const struct nacre_disk *disk,
 
 /*
  Takes an external snapshot of a disk in use: creates the image `options->path` on top of the present one and
- continues in it. Of the other options only the format counts.
+ continues in it. Of the other options only the format and its options count. A qcow2 image has subclusters, so that small
+ writes copy nothing from the image below; QEMU before 5.2 reads it with the option "extended_l2=off" only.
 
  # Safety
  `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `error` is

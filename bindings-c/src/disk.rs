@@ -38,13 +38,17 @@ pub struct nacre_disk_options {
     pub reserved: [u8; 5],
     /// The serial number that a guest sees, at most 20 bytes; null for none.
     pub id: *const c_char,
+    /// Open the disk even if a parent changed since its child was made, which may have made the child useless.
+    pub changed_parents: bool,
+    /// Must be zero.
+    pub reserved2: [u8; 7],
 }
 
 // SAFETY: repr(C), starts with a usize; pointers may have any bits, the flags are checked as bytes before use.
 unsafe impl Options for nacre_disk_options {
     const FIRST_SIZE: usize = 40;
     const NAME: &'static str = "nacre_disk_options";
-    const FLAGS: &'static [usize] = &[24, 25, 26];
+    const FLAGS: &'static [usize] = &[24, 25, 26, 40];
 }
 
 /// How an image is created. Set `struct_size` and zero the rest for defaults.
@@ -63,6 +67,9 @@ pub struct nacre_disk_create_options {
     pub backing_path: *const c_char,
     /// The parent's format. Required with a parent.
     pub backing_format: *const c_char,
+    /// Options of the format with the names and values of qemu-img, separated by commas, as
+    /// "cluster_size=128k,extended_l2=on"; null for none.
+    pub options: *const c_char,
 }
 
 // SAFETY: repr(C), starts with a usize, pointers and integers only.
@@ -102,6 +109,21 @@ unsafe fn format(name: *const c_char, argument: &str) -> Result<Format, Failure>
     unsafe { text::required(name, argument) }?.parse().map_err(failure)
 }
 
+/// The image that options describe.
+///
+/// # Safety
+/// The strings of `o` are null or terminated.
+unsafe fn create_options(o: &nacre_disk_create_options, size: u64) -> Result<CreateOptions, Failure> {
+    // SAFETY: promised by the caller.
+    let mut create = CreateOptions::new(unsafe { format(o.format, "format") }?, size);
+    // SAFETY: as above.
+    if let Some(list) = unsafe { text::optional(o.options, "options") }? {
+        create.apply(&list).map_err(failure)?;
+        create.size = size;
+    }
+    Ok(create)
+}
+
 /// Creates an image file.
 ///
 /// # Safety
@@ -120,7 +142,7 @@ pub unsafe extern "C" fn nacre_disk_create(
         // SAFETY: as above.
         let backing = unsafe { text::optional(o.backing_path, "backing_path") }?;
         // SAFETY: as above.
-        let mut create = CreateOptions::new(unsafe { format(o.format, "format") }?, o.size);
+        let mut create = unsafe { create_options(&o, o.size) }?;
         if let Some(backing) = backing {
             // SAFETY: as above.
             let backing_format = unsafe { format(o.backing_format, "backing_format") }?;
@@ -158,7 +180,7 @@ pub unsafe extern "C" fn nacre_disk_open(
         let path = unsafe { text::required(o.path, "path") }?;
         // SAFETY: as above.
         let mut open = OpenOptions::new(unsafe { format(o.format, "format") }?);
-        open = open.read_only(o.read_only).direct(o.direct);
+        open = open.read_only(o.read_only).direct(o.direct).changed_parents(o.changed_parents);
         if o.trust_headers {
             open = open.policy(OpenPolicy::trust_headers());
         }
@@ -265,7 +287,8 @@ pub unsafe extern "C" fn nacre_disk_layers(
 }
 
 /// Takes an external snapshot of a disk in use: creates the image `options->path` on top of the present one and
-/// continues in it. Of the other options only the format counts.
+/// continues in it. Of the other options only the format and its options count. A qcow2 image has subclusters, so that small
+/// writes copy nothing from the image below; QEMU before 5.2 reads it with the option "extended_l2=off" only.
 ///
 /// # Safety
 /// `options` is null or points to a structure with `struct_size` set; its strings are null or terminated. `error` is
@@ -283,7 +306,7 @@ pub unsafe extern "C" fn nacre_disk_snapshot(
         // SAFETY: as above.
         let path = unsafe { text::required(o.path, "path") }?;
         // SAFETY: as above.
-        let create = CreateOptions::new(unsafe { format(o.format, "format") }?, disk.size());
+        let create = unsafe { create_options(&o, disk.size()) }?;
         disk.snapshot(path.as_ref(), &create).map_err(failure)
     };
     // SAFETY: promised by the caller.

@@ -209,6 +209,7 @@ unsafe fn config(o: &nacre_vm_options) -> Result<VmConfig, Failure> {
             queues: 1,
             // The policy lists directories; the root contains every file.
             allow: if disk.trust_headers { vec!["/".into()] } else { Vec::new() },
+            changed_parents: disk.changed_parents,
             limits: Default::default(),
         });
     }

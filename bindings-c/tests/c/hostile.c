@@ -62,6 +62,9 @@ int main(int argc, char **argv)
     CHECK(nacre_error_depth(error) >= 2); /* the cause is there */
     nacre_error_free(error);
     create.path = path;
+    create.options = "cluster_size=64k"; /* of another format */
+    EXPECT(nacre_disk_create(&create, NULL), NACRE_INVALID_ARGUMENT);
+    create.options = "preallocation=off,size=1M"; /* the size is that of the structure */
     char *odd = malloc(sizeof create + 9); /* misaligned, and larger than known with zeros behind */
     memset(odd, 0, sizeof create + 9);
     create.struct_size = sizeof create + 8;
@@ -78,6 +81,27 @@ int main(int argc, char **argv)
     EXPECT(nacre_disk_open(&open, &disk, NULL), NACRE_INVALID_ARGUMENT);
     open.read_only = false;
     EXPECT(nacre_disk_open(&open, &disk, NULL), NACRE_OK);
+    uint64_t bytes = 0;
+    EXPECT(nacre_disk_size(disk, &bytes, NULL), NACRE_OK);
+    CHECK(bytes == 8192);
+
+    /* A parent that changes. */
+    char child[sizeof path + 8];
+    snprintf(child, sizeof child, "%s.child", path);
+    struct nacre_disk *top = NULL;
+    struct nacre_disk_create_options clone = { .struct_size = sizeof clone, .path = child, .format = "qcow2", .size = 8192,
+                                               .backing_path = path, .backing_format = "raw" };
+    EXPECT(nacre_disk_create(&clone, NULL), NACRE_OK);
+    EXPECT(nacre_disk_resize(disk, 16384, NULL), NACRE_OK);
+    EXPECT(nacre_disk_free(disk, NULL), NACRE_OK);
+    struct nacre_disk_options changed = { .struct_size = sizeof changed, .path = child, .format = "qcow2" };
+    EXPECT(nacre_disk_open(&changed, &top, NULL), NACRE_CORRUPT);
+    changed.changed_parents = true;
+    EXPECT(nacre_disk_open(&changed, &top, NULL), NACRE_OK);
+    EXPECT(nacre_disk_free(top, NULL), NACRE_OK);
+    EXPECT(nacre_disk_open(&open, &disk, NULL), NACRE_OK);
+    EXPECT(nacre_disk_resize(disk, 8192, NULL), NACRE_OK);
+    remove(child);
 
     /* Buffers and ranges. */
     EXPECT(nacre_disk_read(disk, NULL, 1, 0, NULL), NACRE_INVALID_ARGUMENT);

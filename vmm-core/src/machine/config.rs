@@ -202,6 +202,9 @@ pub struct DiskConfig {
     /// Directories beside the image's own whose files its header may name as parents.
     #[serde(default)]
     pub allow: Vec<PathBuf>,
+    /// Open the disk even if a parent changed since its child was made, which may have made the child useless.
+    #[serde(default)]
+    pub changed_parents: bool,
     /// Rate limits.
     #[serde(default)]
     pub limits: LimitConfig,

@@ -105,6 +105,7 @@ fn open(config: &DiskConfig, format: Format) -> Result<Disk, VmError> {
     OpenOptions::new(format)
         .read_only(config.readonly)
         .direct(config.direct)
+        .changed_parents(config.changed_parents)
         .policy(OpenPolicy::same_directory().allow(&config.allow))
         .open(&config.path)
         .map_err(|source| VmError::Disk { path: config.path.clone(), source })

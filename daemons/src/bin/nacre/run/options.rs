@@ -72,7 +72,7 @@ pub struct Args {
     #[arg(long, value_enum)]
     cpu_model: Option<CpuModel>,
     /// A disk: path=FILE,format=FORMAT and, after commas, any of readonly, direct, id=NAME, queues=N, allow=DIR
-    /// (of parent images), bps=N, iops=N (may be repeated).
+    /// (of parent images), changed-parents (open it even if a parent changed since its child was made), bps=N, iops=N (may be repeated).
     #[arg(long, value_name = "path=FILE,format=FORMAT,...", value_parser = parse_disk)]
     disk: Vec<DiskConfig>,
     /// A network card: tap=NAME, unix=SOCKET or vhost-user=SOCKET and, after commas, any of mac=ADDRESS, id=NAME,
@@ -274,6 +274,7 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
         direct: pairs.flag("direct")?,
         queues: pairs.number("queues")?.unwrap_or(1),
         allow: pairs.take("allow").into_iter().map(PathBuf::from).collect(),
+        changed_parents: pairs.flag("changed-parents")?,
         limits: parse_limits(&mut pairs)?,
     };
     pairs.finish()?;
