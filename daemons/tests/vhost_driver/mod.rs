@@ -11,6 +11,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{MsgFlags, recv, send};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
 };
@@ -37,6 +38,9 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 /// The device does not want to be notified (flag of the used ring).
 const NO_NOTIFY: u16 = 1;
+/// Features of the device.
+const FLUSH: u64 = 1 << 9;
+const EVENT_IDX: u64 = 1 << 29;
 
 /// Memory of a guest and the state of its rings, which outlive a connection.
 pub struct Guest {
@@ -56,6 +60,16 @@ impl Guest {
         let memory =
             GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY, Some(offset))]).unwrap();
         Guest { memory, file, available: [0; 2], record: None }
+    }
+
+    fn region(&self) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: MEMORY as u64,
+            userspace_addr: self.memory.get_host_address(GuestAddress(0)).unwrap() as u64,
+            mmap_offset: 0,
+            mmap_handle: self.file.as_raw_fd(),
+        }
     }
 
     pub fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
@@ -184,8 +198,8 @@ impl Driver {
             });
             front.set_inflight_fd(given, file.as_raw_fd()).unwrap();
         };
-        let feature = Protocol::INFLIGHT_SHMFD;
-        let driver = Self::start(socket, guest, false, feature, prepare, |queue| guest.available[queue]);
+        let more = Protocol::INFLIGHT_SHMFD | Protocol::RESET_DEVICE;
+        let driver = Self::start(socket, guest, false, more, prepare, |queue| guest.available[queue]);
         guest.record = record;
         driver
     }
@@ -207,22 +221,16 @@ impl Driver {
         let mut front = Frontend::connect(socket, 2).unwrap();
         front.set_owner().unwrap();
         let features = front.get_features().unwrap();
-        assert_eq!(features & (1 << 13 | 1 << 14 | 1 << 9), 1 << 13 | 1 << 14 | 1 << 9);
-        front.set_features(features & !(1 << 29)).unwrap(); // without event indices
+        assert_eq!(features & (1 << 13 | 1 << 14 | FLUSH), 1 << 13 | 1 << 14 | FLUSH);
+        front.set_features(features & !EVENT_IDX).unwrap();
         let protocol = front.get_protocol_features().unwrap();
         let common = Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
         let wanted = common | more;
         assert!(protocol.contains(wanted));
         front.set_protocol_features(wanted).unwrap();
         assert_eq!(front.get_queue_num().unwrap(), 2);
-        let host = guest.memory.get_host_address(GuestAddress(0)).unwrap() as u64;
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: 0,
-            memory_size: MEMORY as u64,
-            userspace_addr: host,
-            mmap_offset: 0,
-            mmap_handle: guest.file.as_raw_fd(),
-        };
+        let region = guest.region();
+        let host = region.userspace_addr;
         match slots {
             true => {
                 assert!(front.get_max_mem_slots().unwrap() >= 8);
@@ -254,6 +262,27 @@ impl Driver {
             calls.push(call);
         }
         Driver { front, kicks, calls }
+    }
+
+    /// Says that the driver flushes or does not.
+    pub fn set_flushing(&self, on: bool) {
+        let features = self.front.get_features().unwrap() & !EVENT_IDX;
+        self.front.set_features(if on { features } else { features & !FLUSH }).unwrap();
+    }
+
+    /// Tells where the guest's memory is, once more.
+    pub fn set_memory(&self, guest: &Guest) {
+        self.front.set_mem_table(&[guest.region()]).unwrap();
+    }
+
+    /// Resets the device and waits until that is done.
+    pub fn reset(&self) {
+        let header = [34, 9, 0].map(u32::to_ne_bytes).concat(); // RESET_DEVICE, with a reply
+        let socket = self.front.as_raw_fd();
+        assert_eq!(send(socket, &header, MsgFlags::empty()).unwrap(), header.len());
+        let mut reply = [0xff; 20];
+        assert_eq!(recv(socket, &mut reply, MsgFlags::MSG_WAITALL).unwrap(), reply.len());
+        assert_eq!(reply[12..], [0; 8]);
     }
 
     /// Stops both queues and disconnects; returns the indices of the requests that would be taken next.

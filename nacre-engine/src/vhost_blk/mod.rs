@@ -1,12 +1,15 @@
 //! Exports of disks as vhost-user-blk devices.
 //!
 //! An [`Export`] has a socket and serves one front-end at a time; when it leaves, the next one is served. A queue has a
-//! thread, which completes requests in the order in which it takes them. Two things bring requests back that were taken
-//! and not completed when a process was killed or a connection broke:
+//! thread. As long as the bytes are in the host's memory it executes requests one after the other; while storage answers
+//! late it keeps as many under way as the driver makes available ([`Pace`](blockfmt::queue::Pace) decides), and they end
+//! in any order. Two things bring requests back that were taken and not completed when a process was killed or a
+//! connection broke:
 //!
-//! - The used ring: a front-end that keeps nothing else starts each queue at its used index.
+//! - The used ring: a front-end that keeps nothing else starts each queue at its used index. It is told of the end of
+//!   requests in the order in which they were taken, in whatever order they ended.
 //! - The record of requests in flight (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`), which the front-end keeps and hands to
-//!   the next process: what it names is executed again, in the order in which it was taken, and nothing twice.
+//!   the next process: what it names is executed again, beginning with what was taken first, and nothing twice.
 //!
 //! Writes that were acknowledged and not flushed survive a crash of this process where space was allocated before; where
 //! it was not, they are lost like the cache of a disk. A front-end with a channel for it is told of a new size, which
@@ -31,6 +34,7 @@
 
 mod channel;
 mod device;
+mod flights;
 mod inflight;
 mod queue;
 mod request;
@@ -38,7 +42,9 @@ mod ring;
 mod session;
 
 pub use device::{Device, MAX_QUEUES, TooManyQueues};
+pub use flights::{Ended, Flights};
 pub use inflight::Record;
+pub use request::{Chain, Request};
 pub use ring::{Ring, RingError, RingSetup};
 
 use channel::Channel;

@@ -1,7 +1,8 @@
 //! A queue of an export and the thread that serves it.
 
 use super::device::Device;
-use super::request::Chain;
+use super::flights::{Ended, Flights};
+use super::request::{Chain, Request};
 use super::ring::{Ring, RingError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -13,6 +14,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+/// Most requests that are left to the queue of the disk before it begins them.
+const BATCH: usize = 32;
+
 /// What a front-end has set up.
 #[derive(Default)]
 pub struct State {
@@ -22,8 +26,8 @@ pub struct State {
     /// How the driver is notified.
     call: Option<File>,
     pub enabled: bool,
-    /// A request is being executed.
-    busy: bool,
+    /// Requests that were taken and have not ended.
+    under_way: usize,
     /// Only requests that were in flight before are taken.
     draining: bool,
     /// The thread ends, or has ended.
@@ -34,7 +38,7 @@ impl State {
     /// Whether requests that have to be done before the queue stops are not done.
     fn is_occupied(&self) -> bool {
         let old = self.enabled && !self.ended && self.ring.as_ref().is_some_and(Ring::has_old);
-        self.busy || old
+        self.under_way > 0 || old
     }
 
     /// Does something with the ring if it may be served now. One that is malformed is given up: only its driver suffers,
@@ -45,17 +49,26 @@ impl State {
         act(ring).map_err(|error| self.give_up(&error)).ok()
     }
 
-    /// Tells the driver that a request is done, and notifies it if it wants that.
-    fn complete(&mut self, chain: &Chain, written: u32) {
-        let Some(ring) = &mut self.ring else { return };
-        match ring.complete(chain.head(), written) {
-            Ok(true) => {
-                if let Some(mut call) = self.call.as_ref() {
-                    let _ = call.write(&1u64.to_ne_bytes()); // a counter that is full says the same
-                }
+    /// Takes a request if it may be served now; tells too whether others wait.
+    fn take(&mut self) -> Option<(Chain, bool)> {
+        let (chain, more) = self.act(|ring| Ok(ring.take()?.map(|chain| (chain, ring.has_more()))))??;
+        self.under_way += 1;
+        Some((chain, more))
+    }
+
+    /// Tells the driver that requests are done, and notifies it if it wants that.
+    fn complete(&mut self, list: impl IntoIterator<Item = Ended>) {
+        let mut notify = false;
+        for (chain, written) in list {
+            self.under_way -= 1;
+            match self.ring.as_mut().map(|ring| ring.complete(&chain, written)) {
+                Some(Ok(wanted)) => notify |= wanted,
+                Some(Err(error)) => self.give_up(&error),
+                None => {}
             }
-            Ok(false) => {}
-            Err(error) => self.give_up(&error),
+        }
+        if notify && let Some(mut call) = self.call.as_ref() {
+            let _ = call.write(&1u64.to_ne_bytes()); // a counter that is full says the same
         }
     }
 
@@ -99,10 +112,13 @@ impl Queue {
         let shared = Arc::new(Shared { device, state, completed: Condvar::new(), wake, woken });
         let ours = shared.clone();
         let run = move || {
-            if let Err(error) = ours.run() {
+            let mut flights = Flights::new();
+            if let Err(error) = ours.run(&mut flights) {
                 tracing::warn!(%error, "A queue is not served any more");
             }
-            ours.state.lock().ended = true;
+            drop(flights); // nothing uses the guest's memory any more
+            let mut state = ours.state.lock();
+            (state.ended, state.under_way) = (true, 0);
             ours.completed.notify_all();
         };
         let thread = std::thread::Builder::new().name(format!("vhost-queue-{number}")).spawn(run)?;
@@ -114,6 +130,11 @@ impl Queue {
         let result = change(&mut self.shared.state.lock());
         self.shared.wake();
         result
+    }
+
+    /// Takes no more requests. The thread ends when those that were taken have ended.
+    pub fn end(&self) {
+        self.change(|state| state.ended = true);
     }
 
     pub fn set_kick(&self, file: Option<File>) -> io::Result<()> {
@@ -128,13 +149,17 @@ impl Queue {
         Ok(())
     }
 
+    /// Waits until nothing is under way, also of a ring that was given up.
+    pub fn settle(&self) {
+        let mut state = self.shared.state.lock();
+        self.shared.completed.wait_while(&mut state, |state| state.under_way > 0);
+    }
+
     /// Stops the queue when the requests that were taken are done. Returns the index of the next one, if it ran.
     pub fn stop(&self) -> Option<u16> {
         self.change(|state| state.draining = true);
         let mut state = self.shared.state.lock();
-        while state.is_occupied() {
-            self.shared.completed.wait(&mut state);
-        }
+        self.shared.completed.wait_while(&mut state, |state| state.is_occupied());
         state.draining = false;
         (state.kick, state.call) = (None, None);
         state.ring.take().map(|ring| ring.base())
@@ -143,7 +168,7 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        self.change(|state| state.ended = true);
+        self.end();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -155,32 +180,37 @@ impl Shared {
         let _ = (&self.wake).write(&[1]); // when it is full, the thread is about to wake
     }
 
-    fn run(&self) -> io::Result<()> {
+    fn run(&self, flights: &mut Flights) -> io::Result<()> {
+        let mut ended = Vec::new();
         loop {
-            self.serve();
+            self.serve(flights, &mut ended);
             let kick = {
                 let state = self.state.lock();
-                if state.ended {
+                if state.ended && flights.is_empty() {
                     return Ok(());
                 }
                 state.kick.clone()
             };
-            self.wait(kick.as_deref())?;
+            self.wait(kick.as_deref(), flights)?;
         }
     }
 
-    /// Waits for the driver or for a change.
-    fn wait(&self, kick: Option<&File>) -> io::Result<()> {
+    /// Waits for the driver, for the end of a request or for a change.
+    fn wait(&self, kick: Option<&File>, flights: &Flights) -> io::Result<()> {
         let mut list = vec![PollFd::new(self.woken.as_fd(), PollFlags::POLLIN)];
         list.extend(kick.map(|kick| PollFd::new(kick.as_fd(), PollFlags::POLLIN)));
+        list.extend(flights.event().map(|event| PollFd::new(event, PollFlags::POLLIN)));
         match poll(&mut list, PollTimeout::NONE) {
             Err(nix::errno::Errno::EINTR) => return Ok(()),
             result => result?,
         };
-        let _ = (&self.woken).read(&mut [0; 64]); // nothing to read when the driver woke us
-        if list.len() > 1 && list[1].any().unwrap_or(true) {
-            let read = kick.map_or(Ok(0), |mut kick| kick.read(&mut [0; 8]));
-            let broken = match read {
+        if list[0].any().unwrap_or(true) {
+            let _ = (&self.woken).read(&mut [0; 64]); // what is left wakes us again
+        }
+        if let Some(mut kick) = kick
+            && list[1].any().unwrap_or(true)
+        {
+            let broken = match kick.read(&mut [0; 8]) {
                 Ok(len) => len == 0,
                 Err(error) => error.kind() != io::ErrorKind::WouldBlock,
             };
@@ -192,25 +222,40 @@ impl Shared {
         Ok(())
     }
 
-    /// Serves everything that is in the queue.
-    fn serve(&self) {
+    /// Serves everything that is in the queue, and what has ended.
+    fn serve(&self, flights: &mut Flights, ended: &mut Vec<Ended>) {
         let mut state = self.state.lock();
         loop {
+            self.collect(&mut state, flights, ended);
             // What the driver makes available from here on is seen without being told of.
             if state.act(Ring::ignore_driver).is_none() {
                 break;
             }
-            while let Some(chain) = state.act(Ring::take).flatten() {
-                state.busy = true;
-                let written = MutexGuard::unlocked(&mut state, || self.device.execute(&chain));
-                state.busy = false;
-                state.complete(&chain, written);
+            while let Some((chain, more)) = state.take() {
+                let run = || flights.run(&self.device, Request::new(&self.device, chain), more);
+                let done = MutexGuard::unlocked(&mut state, run);
+                let direct = done.is_some();
+                state.complete(done);
+                if direct || flights.staged() == BATCH {
+                    self.collect(&mut state, flights, ended);
+                }
             }
-            if state.act(Ring::listen_to_driver) != Some(true) {
+            self.collect(&mut state, flights, ended);
+            let full = |ring: &mut Ring| Ok(ring.is_full());
+            // The driver need not tell of requests that have to wait.
+            if state.act(full) == Some(true) || state.act(Ring::listen_to_driver) != Some(true) {
                 break;
             }
         }
         self.completed.notify_all();
+    }
+
+    /// Begins what was left to the queue of the disk, and tells the driver what has ended.
+    fn collect(&self, state: &mut MutexGuard<'_, State>, flights: &mut Flights, ended: &mut Vec<Ended>) {
+        if !flights.is_empty() {
+            MutexGuard::unlocked(state, || flights.collect(ended));
+            state.complete(ended.drain(..));
+        }
     }
 }
 

@@ -1,4 +1,7 @@
 //! The rings of a queue, and the record of what is in flight.
+//!
+//! Requests end in any order. With a record the driver is told so; without one, in the order in which they were taken:
+//! then the used index says which of them a back-end that ended had not completed.
 
 use super::QUEUE_SIZE;
 use super::inflight::Record;
@@ -51,6 +54,12 @@ pub struct Ring {
     record: Option<Record>,
     /// Requests that were in flight when another back-end ended.
     again: VecDeque<u16>,
+    /// Requests that were taken.
+    taken: u64,
+    /// Requests of whose end the driver was told.
+    told: u64,
+    /// Without a record: those in between, with what they wrote to their buffers if they have ended.
+    ended: VecDeque<(u16, Option<u32>)>,
 }
 
 impl Ring {
@@ -82,7 +91,7 @@ impl Ring {
             queue.set_next_avail(used.wrapping_add(list.len() as u16));
             again = list.into();
         }
-        Ok(Ring { queue, memory, record, again })
+        Ok(Ring { queue, memory, record, again, taken: 0, told: 0, ended: VecDeque::new() })
     }
 
     /// Goes on in other memory.
@@ -104,11 +113,27 @@ impl Ring {
         !self.again.is_empty()
     }
 
-    /// Takes a request: one that was in flight when the ring started before those that the driver made available.
+    /// Whether as many requests are taken and not completed as the ring has places. A driver that keeps to the rules
+    /// makes no more available.
+    pub(super) fn is_full(&self) -> bool {
+        self.taken - self.told >= u64::from(self.queue.size())
+    }
+
+    /// Whether there are requests to take.
+    pub(super) fn has_more(&self) -> bool {
+        let available = || self.queue.avail_idx(&*self.memory, Ordering::Relaxed);
+        self.has_old() || available().is_ok_and(|index| index.0 != self.queue.next_avail())
+    }
+
+    /// Takes a request, unless the ring is full: one that was in flight when the ring started before those that the
+    /// driver made available.
     ///
     /// # Errors
     /// When the ring or the record is malformed.
     pub fn take(&mut self) -> Result<Option<Chain>, RingError> {
+        if self.is_full() {
+            return Ok(None);
+        }
         if let Some(head) = self.again.pop_front() {
             return Ok(Some(self.chain(head)));
         }
@@ -124,16 +149,42 @@ impl Ring {
         Ok(Some(self.chain(head)))
     }
 
-    fn chain(&self, head: u16) -> Chain {
+    fn chain(&mut self, head: u16) -> Chain {
         let (table, size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
-        Chain { memory: self.memory.clone(), table, size, head }
+        let number = self.taken;
+        self.taken += 1;
+        if self.record.is_none() {
+            self.ended.push_back((head, None));
+        }
+        Chain { memory: self.memory.clone(), table, size, head, number }
     }
 
-    /// Tells the driver that a request is done; returns whether it wants to be notified.
+    /// Ends a request that was taken; returns whether the driver wants to be notified.
     ///
     /// # Errors
     /// When the ring or the record is malformed.
-    pub fn complete(&mut self, head: u16, written: u32) -> Result<bool, RingError> {
+    pub fn complete(&mut self, chain: &Chain, written: u32) -> Result<bool, RingError> {
+        if self.record.is_some() {
+            self.tell(chain.head, written)?;
+        } else {
+            let place = chain.number.checked_sub(self.told).and_then(|place| usize::try_from(place).ok());
+            if let Some((_, ended)) = place.and_then(|place| self.ended.get_mut(place)) {
+                *ended = Some(written);
+            }
+            let before = self.told;
+            while let Some((head, Some(written))) = self.ended.front().copied() {
+                self.ended.pop_front();
+                self.tell(head, written)?;
+            }
+            if self.told == before {
+                return Ok(false);
+            }
+        }
+        Ok(self.queue.needs_notification(&*self.memory)?)
+    }
+
+    /// Tells the driver that a request is done.
+    fn tell(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         if let Some(record) = &self.record {
             record.completing(head)?;
         }
@@ -141,7 +192,8 @@ impl Ring {
         if let Some(record) = &self.record {
             record.completed(head, self.queue.next_used())?;
         }
-        Ok(self.queue.needs_notification(&*self.memory)?)
+        self.told += 1;
+        Ok(())
     }
 
     /// Asks the driver not to notify of requests.

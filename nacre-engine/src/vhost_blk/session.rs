@@ -92,6 +92,13 @@ impl Session {
     }
 }
 
+impl Drop for Session {
+    /// Ends all queues at once: each waits for what is under way when it is dropped.
+    fn drop(&mut self) {
+        self.slots.iter().for_each(|slot| slot.queue.end());
+    }
+}
+
 fn map(region: &VhostUserMemoryRegion, file: File) -> Result<(Place, GuestRegionMmap)> {
     if !reaches(&file, region.mmap_offset, region.memory_size).map_err(failed)? {
         return Err(Error::InvalidParam);
@@ -113,6 +120,11 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn reset_device(&mut self) -> Result<()> {
         self.enable_all(false);
+        // What is under way ends first, and the driver is told. Where the rings are is said anew.
+        for slot in &mut self.slots {
+            slot.queue.stop();
+            slot.located = false;
+        }
         self.features = 0;
         Ok(())
     }
@@ -224,6 +236,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         if !given || !slot.located || slot.queue.change(|state| state.ring.is_some()) {
             return Ok(());
         }
+        // Requests of a ring that was given up are in its record as long as they are under way.
+        slot.queue.settle();
         let record = inflight.map(|region| region.record(index.into(), slot.setup.size));
         let record = record.map(|record| record.ok_or(Error::InvalidParam)).transpose()?;
         let ring = Ring::start(&slot.setup, memory, record).map_err(failed)?;
