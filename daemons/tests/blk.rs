@@ -189,6 +189,34 @@ fn exports_come_and_go() {
 }
 
 #[test]
+fn direct_exports_bypass_the_page_cache() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    for name in ["disk.qcow2", "more.qcow2", "cached.qcow2"] {
+        CreateOptions::new(Format::Qcow2, 16 * MIB).create(&dir.path().join(name)).unwrap();
+    }
+    let mut d = Daemon::start_with(dir, &format!("{DISK},direct"), Stdio::null());
+    let add = |name: &str, direct: bool| {
+        json!({ "command": "add", "name": name, "path": format!("{name}.qcow2"),
+        "format": "qcow2", "direct": direct })
+    };
+    d.ok(add("more", true));
+    d.ok(add("cached", false));
+    for (name, direct) in [("disk", true), ("more", true), ("cached", false)] {
+        let path = d.at(&format!("{name}.qcow2"));
+        let process = format!("/proc/{}", d.child.id());
+        let files = std::fs::read_dir(format!("{process}/fd")).unwrap().map(|entry| entry.unwrap());
+        let mut images = files.filter(|file| std::fs::read_link(file.path()).is_ok_and(|link| link == path));
+        let number = images.next().expect("the image is open").file_name();
+        let info = std::fs::read_to_string(format!("{process}/fdinfo/{}", number.display())).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+        let flags = i32::from_str_radix(flags, 8).unwrap();
+        assert_eq!(flags & nix::libc::O_DIRECT != 0, direct, "{name}: {info}");
+    }
+    d.io("disk", &["write -P 6 1000 3000", "read -P 6 1000 3000", "read -P 0 4000 96"]);
+    d.end();
+}
+
+#[test]
 fn snapshots_and_merges_while_clients_are_connected() {
     let mut d = Daemon::start(false);
     let take = |path: &str| json!({ "command": "snapshot", "disks": [{ "name": "disk", "path": path }] });

@@ -27,6 +27,9 @@ pub struct ExportSpec {
     /// Refuse writes.
     #[serde(default)]
     pub readonly: bool,
+    /// Bypass the host's page cache.
+    #[serde(default)]
+    pub direct: bool,
     /// Names of the image's dirty bitmaps that clients may read.
     #[serde(default)]
     pub bitmaps: Vec<String>,
@@ -67,7 +70,7 @@ impl FromStr for ExportSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut name, mut path, mut format, mut vhost) = (None, None, None, None);
-        let (mut readonly, mut queues) = (false, default_queues());
+        let (mut readonly, mut direct, mut queues) = (false, false, default_queues());
         let (mut share_bases, mut changed_parents, mut non_persistent) = (false, false, None);
         let (mut bitmaps, mut secret_files, mut allow) = (Vec::new(), Vec::new(), Vec::new());
         for part in text.split(',') {
@@ -88,10 +91,11 @@ impl FromStr for ExportSpec {
                     queues = value.parse().map_err(|_| format!("queues={value} is not a number"))?;
                 }
                 None if part == "readonly" => readonly = true,
+                None if part == "direct" => direct = true,
                 None if part == "share-bases" => share_bases = true,
                 None if part == "changed-parents" => changed_parents = true,
                 _ => {
-                    let known = "name=, path=, format=, bitmap=, allow=, secret-file=, secret-fd=, non-persistent=, vhost=, queues=, share-bases, changed-parents and readonly";
+                    let known = "name=, path=, format=, bitmap=, allow=, secret-file=, secret-fd=, non-persistent=, vhost=, queues=, share-bases, changed-parents, direct and readonly";
                     return Err(format!("{part:?} is none of {known}"));
                 }
             }
@@ -102,6 +106,7 @@ impl FromStr for ExportSpec {
             path: path.ok_or_else(|| missing("path"))?,
             format: format.ok_or_else(|| missing("format"))?,
             readonly,
+            direct,
             bitmaps,
             allow,
             changed_parents,
@@ -267,6 +272,7 @@ impl Exports {
         let policy = OpenPolicy::same_directory().allow(&spec.allow);
         let mut options = OpenOptions::new(format)
             .read_only(spec.readonly)
+            .direct(spec.direct)
             .policy(policy)
             .changed_parents(spec.changed_parents);
         if spec.share_bases {

@@ -25,6 +25,7 @@ use tracing_subscriber::filter::LevelFilter;
 Examples:
   nacre-blk --export name=root,path=root.qcow2,format=qcow2 --unix /run/nbd.sock
   nacre-blk --export name=root,path=root.qcow2,format=qcow2,vhost=/run/root.sock,queues=4
+  nacre-blk --export name=data,path=/dev/vg/data,format=raw,direct,vhost=/run/data.sock
   nacre-blk --export name=root,path=root.luks,format=luks,secret-file=key --unix /run/nbd.sock
   nacre-blk --export name=iso,path=cd.raw,format=raw,readonly --tcp 127.0.0.1:10809 \\
     --api /run/blk.sock
@@ -50,12 +51,12 @@ Examples:
 Without --tls-certificates NBD is not encrypted: use --tcp in networks that are trusted only."
 )]
 struct Args {
-    /// Export a disk: name=NAME,path=PATH,format=FORMAT and, after commas, any of readonly, bitmap=NAME (a dirty
-    /// bitmap that NBD clients may read), allow=PATH (a file, or a directory of files, that headers may name besides
-    /// files of their own directory), secret-file=FILE and secret-fd=FD (where a passphrase of an encrypted
-    /// image is, every byte of it, for this image and those below), non-persistent=DIRECTORY (what is written goes to a file there that
-    /// vanishes with the export), share-bases (with other exports that say so), changed-parents (open it even if a
-    /// parent changed since its child was made), vhost=SOCKET (a vhost-user-blk device
+    /// Export a disk: name=NAME,path=PATH,format=FORMAT and, after commas, any of readonly, direct (bypass the host's page
+    /// cache), bitmap=NAME (a dirty bitmap that NBD clients may read), allow=PATH (a file, or a directory of files, that
+    /// headers may name besides files of their own directory), secret-file=FILE and secret-fd=FD (where a passphrase of
+    /// an encrypted image is, every byte of it, for this image and those below), non-persistent=DIRECTORY (what is
+    /// written goes to a file there that vanishes with the export), share-bases (with other exports that say so),
+    /// changed-parents (open it even if a parent changed since its child was made), vhost=SOCKET (a vhost-user-blk device
     /// for one virtual machine, besides NBD), queues=N (of this device); may be repeated.
     #[arg(long, value_name = "EXPORT")]
     export: Vec<ExportSpec>,
