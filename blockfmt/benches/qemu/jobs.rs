@@ -75,14 +75,15 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(bench: &Bench, image: &Path, more: &[String]) -> Self {
+    /// `file` are more options for the file of the image.
+    fn start(bench: &Bench, image: &Path, file: &str, more: &[String]) -> Self {
         let socket = bench.at("monitor");
         let _ = std::fs::remove_file(&socket);
         let child = Command::new("qemu-storage-daemon")
             .arg("--chardev")
             .arg(format!("socket,id=m,path={},server=on,wait=off", socket.display()))
             .args(["--monitor", "chardev=m", "--blockdev"])
-            .arg(format!("qcow2,node-name=disk,file.driver=file,file.filename={}", image.display()))
+            .arg(format!("qcow2,node-name=disk,file.driver=file,file.filename={}{file}", image.display()))
             .args(more)
             .spawn()
             .unwrap_or_else(|e| panic!("cannot run qemu-storage-daemon ({e}); install qemu-utils"));
@@ -165,7 +166,7 @@ pub fn chains(bench: &Bench) {
     job("stream", &|_| {
         chain(bench, false);
         let command = r#"{"execute":"block-stream","arguments":{"job-id":"j","device":"disk"}}"#;
-        let theirs = Daemon::start(bench, &top, &[]).cost(command, "BLOCK_JOB_COMPLETED");
+        let theirs = Daemon::start(bench, &top, "", &[]).cost(command, "BLOCK_JOB_COMPLETED");
         chain(bench, false);
         let disk = open(&top);
         (theirs, Cost::own(|| job::stream(&disk, 0, None, &JobControl::new()).unwrap()))
@@ -176,7 +177,7 @@ pub fn chains(bench: &Bench) {
         let target = format!("qcow2,node-name=copy,file.driver=file,file.filename={}", copy.display());
         let command = r#"{"execute":"blockdev-mirror","arguments":
             {"job-id":"j","device":"disk","target":"copy","sync":"full"}}"#;
-        let daemon = Daemon::start(bench, &top, &["--blockdev".into(), target]);
+        let daemon = Daemon::start(bench, &top, "", &["--blockdev".into(), target]);
         let theirs = daemon.cost(command, "BLOCK_JOB_READY");
         create(&copy, CreateOptions::new(Format::Qcow2, SIZE));
         let (disk, target) = (open(&top), open(&copy));
@@ -189,52 +190,66 @@ pub fn chains(bench: &Bench) {
     floor::copies(bench, "mirror", &top);
 }
 
-/// Requests that fio makes.
-const REQUESTS: u32 = 100_000;
-
 /// Makes requests of an export and returns the seconds without fio's start and end.
-fn fio(uri: &str, kind: &str) -> f64 {
-    let (rw, uri, requests) =
-        (format!("--rw={kind}"), format!("--uri={uri}"), format!("--number_ios={REQUESTS}"));
-    let args = ["--name=nbd", "--ioengine=nbd", &uri, &rw, "--bs=4k", "--iodepth=32"];
-    let out = qemu("fio", &[&args[..], &[&requests, "--randrepeat=1", "--output-format=json"]].concat());
+fn fio(uri: &str, kind: &str, depth: u32, requests: u32) -> f64 {
+    let (rw, uri, depth) = (format!("--rw={kind}"), format!("--uri={uri}"), format!("--iodepth={depth}"));
+    let args = ["--name=nbd", "--ioengine=nbd", &uri, &rw, "--bs=4k", &depth];
+    let count = format!("--number_ios={requests}");
+    let out = qemu("fio", &[&args[..], &[&count, "--randrepeat=1", "--output-format=json"]].concat());
     let report: serde_json::Value = serde_json::from_str(&out[out.find('{').unwrap()..]).unwrap();
     let side = if kind.ends_with("read") { "read" } else { "write" };
-    f64::from(REQUESTS) / report["jobs"][0][side]["iops"].as_f64().unwrap()
+    f64::from(requests) / report["jobs"][0][side]["iops"].as_f64().unwrap()
 }
 
 pub fn exports(bench: &Bench) {
     let (image, socket) = (bench.at("export.qcow2"), bench.at("nbd"));
     let uri = format!("nbd+unix:///disk?socket={}", socket.display());
+    let theirs = |kind: &str, depth: u32, requests: u32, file: &str| {
+        let _ = std::fs::remove_file(&socket);
+        let more = [
+            "--nbd-server".to_owned(),
+            format!("addr.type=unix,addr.path={}", socket.display()),
+            "--export".to_owned(),
+            "nbd,id=e,node-name=disk,name=disk,writable=on".to_owned(),
+        ];
+        let daemon = Daemon::start(bench, &image, file, &more);
+        let mut seconds = 0.0;
+        let cost = Cost::of(|| daemon.cpu(), || seconds = fio(&uri, kind, depth, requests));
+        Cost { seconds, ..cost }
+    };
+    let ours = |kind: &str, depth: u32, requests: u32, direct: bool| {
+        let _ = std::fs::remove_file(&socket);
+        let server = Server::new();
+        let disk = OpenOptions::new(Format::Qcow2).direct(direct).open(&image).unwrap();
+        let (name, description) = ("disk".to_owned(), String::new());
+        server.add_export(Export { name, description, disk, read_only: false }).unwrap();
+        server.listen_unix(&socket).unwrap();
+        let mut seconds = 0.0;
+        let cost = Cost::own(|| seconds = fio(&uri, kind, depth, requests));
+        Cost { seconds, ..cost }
+    };
     for kind in ["randread", "randwrite"] {
-        let theirs = || {
-            let _ = std::fs::remove_file(&socket);
-            let more = [
-                "--nbd-server".to_owned(),
-                format!("addr.type=unix,addr.path={}", socket.display()),
-                "--export".to_owned(),
-                "nbd,id=e,node-name=disk,name=disk,writable=on".to_owned(),
-            ];
-            let daemon = Daemon::start(bench, &image, &more);
-            let mut seconds = 0.0;
-            let cost = Cost::of(|| daemon.cpu(), || seconds = fio(&uri, kind));
-            Cost { seconds, ..cost }
-        };
-        let ours = || {
-            let _ = std::fs::remove_file(&socket);
-            let server = Server::new();
-            let (name, disk) = ("disk".to_owned(), open(&image));
-            server.add_export(Export { name, description: String::new(), disk, read_only: false }).unwrap();
-            server.listen_unix(&socket).unwrap();
-            let mut seconds = 0.0;
-            let cost = Cost::own(|| seconds = fio(&uri, kind));
-            Cost { seconds, ..cost }
-        };
-        bench.measured(&format!("NBD {kind} 4k qd32"), REQUESTS.into(), "op/s", |round| {
+        let requests = 100_000;
+        bench.measured(&format!("NBD {kind} 4k qd32"), requests.into(), "op/s", |round| {
             if round == 0 {
                 full(Format::Qcow2)(&image);
             }
-            (theirs(), ours())
+            (theirs(kind, 32, requests, ""), ours(kind, 32, requests, false))
         });
+    }
+    // Without the page cache: storage answers late if it is no memory.
+    for kind in ["randread", "randwrite"] {
+        for (depth, requests) in [(1, 5000), (4, 20_000), (32, 20_000)] {
+            for aio in ["native", "io_uring"] {
+                let name = format!("NBD {kind} 4k qd{depth}, direct, {aio}");
+                let file = format!(",cache.direct=on,file.cache.direct=on,file.aio={aio}");
+                bench.measured(&name, requests.into(), "op/s", |_| {
+                    if !image.exists() {
+                        full(Format::Qcow2)(&image);
+                    }
+                    (theirs(kind, depth, requests, &file), ours(kind, depth, requests, true))
+                });
+            }
+        }
     }
 }
