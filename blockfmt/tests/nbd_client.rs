@@ -124,16 +124,20 @@ fn servers_of_others() {
     drop(disk);
     drop(program);
     assert_same(&OpenOptions::new(Format::Qcow2).open(&image).unwrap(), &model);
-    // nbdkit, which insists on blocks of 4 KiB.
-    let policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-error-policy=error"];
-    let args = ["-f", "-U", text(&k), "--filter=blocksize-policy", "memory", "6M"];
-    let program = Program::start("nbdkit", "nbdkit", &[&args[..], &policy[..]].concat(), &k);
-    let disk = open(&uri("", &k));
-    model.fill(0);
-    exercise(&disk, &mut model, &mut rng, 150);
-    assert_same(&disk, &model);
-    drop(disk);
-    drop(program);
+    // nbdkit, which insists on blocks of 4 KiB, and on requests of few of them.
+    for most in ["4096", "12288", "32M"] {
+        let most = format!("blocksize-maximum={most}");
+        let policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-error-policy=error"];
+        let args = ["-f", "-U", text(&k), "--filter=blocksize-policy", "memory", "6M", &most];
+        let program = Program::start("nbdkit", "nbdkit", &[&args[..], &policy[..]].concat(), &k);
+        let disk = open(&uri("", &k));
+        model.fill(0);
+        exercise(&disk, &mut model, &mut rng, 150);
+        assert_same(&disk, &model);
+        drop(disk);
+        drop(program);
+        std::fs::remove_file(&k).unwrap();
+    }
     // A chain whose top is remote: formats work over the wire, too.
     std::fs::write(&raw, vec![0; 8 << 20]).unwrap();
     let args = ["-f", "raw", "-t", "-e", "8", "-k", text(&r), text(&raw)];

@@ -10,8 +10,8 @@ use common::late::{Kind, LateStorage, PATIENCE};
 use common::{Rng, make_certificates, wait_until_blocked};
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 const SIZE: u64 = 256 << 20;
@@ -31,7 +31,7 @@ trait Peer: Read + Write {}
 
 impl<T: Read + Write> Peer for T {}
 
-fn serve(storage: &Arc<LateStorage>, tls: Option<TlsServer>) -> (Server, TcpStream) {
+fn serve(storage: &Arc<LateStorage>, tls: Option<TlsServer>) -> (Server, UnixStream) {
     let disk = OpenOptions::new(Format::Raw).open_storage(storage.clone(), "late").unwrap();
     let server = Server::new();
     let export = Export { name: "disk".into(), description: String::new(), disk, read_only: false };
@@ -39,8 +39,10 @@ fn serve(storage: &Arc<LateStorage>, tls: Option<TlsServer>) -> (Server, TcpStre
     if let Some(tls) = tls {
         server.require_tls(tls);
     }
-    let address = server.listen_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-    let mut stream = TcpStream::connect(address).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    server.listen_unix(&socket).unwrap();
+    let mut stream = UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.read_exact(&mut [0; 18]).unwrap();
     stream.write_all(&3u32.to_be_bytes()).unwrap();
@@ -146,7 +148,7 @@ fn requests_are_under_way_together() {
 
 /// Keeps back what is written while it is told to, but for some bytes.
 struct Withholding {
-    stream: TcpStream,
+    stream: UnixStream,
     kept: Arc<Mutex<Option<Vec<u8>>>>,
 }
 
@@ -237,10 +239,17 @@ fn memory_under_way_is_bounded() {
     let closed = storage.close();
     let requests: Vec<_> = (0..REQUESTS).map(|n| client.request(READ, 0, n, n * LEN, LEN)).collect();
     client.send(&requests);
-    storage.wait_for(16);
-    drop(closed);
-    (0..REQUESTS).for_each(|_| assert_eq!(client.reply().1, 0));
+    for n in 0..REQUESTS as usize {
+        let call = storage.wait_for(16.min(REQUESTS as usize - n))[0];
+        storage.let_go(call, None);
+        assert_eq!(client.reply().1, 0);
+    }
     assert_eq!(storage.most(), 16, "64 MiB of payload");
+    // More requests than may be under way wait for their turn.
+    client.send_blocks(READ, 0, 0..500);
+    storage.wait_for(THREADS);
+    drop(closed);
+    (0..500).for_each(|_| assert_eq!(client.reply().1, 0));
     // One request may be longer than all others together may be.
     let long = client.request(READ, 0, 1, 0, 32 << 20);
     client.send(&[long]);
@@ -273,6 +282,13 @@ fn the_end_of_a_connection_waits_for_its_requests() {
         });
         wait_until_blocked(&thread, &told.recv().unwrap());
         assert_eq!(storage.running(), THREADS);
+        if goodbye {
+            // Those that have not begun do although the first reply finds nobody.
+            for _ in THREADS..REQUESTS as usize {
+                storage.let_go(storage.wait_for(THREADS)[0], None);
+            }
+            storage.wait_for(THREADS);
+        }
         drop(closed);
         thread.join().unwrap();
         let stored = |n: &u64| {

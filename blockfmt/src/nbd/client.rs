@@ -208,7 +208,8 @@ impl NbdStorage {
         }
     }
 
-    /// Calls `f` with offset and length of pieces of at most `most` bytes.
+    /// Calls `f` with offset and length of pieces that no multiple of `most` is inside of. If `most` is a number of
+    /// blocks, so many hold any piece.
     fn pieces(
         offset: u64,
         len: u64,
@@ -217,8 +218,9 @@ impl NbdStorage {
     ) -> io::Result<()> {
         let mut done = 0;
         while done < len {
-            let n = (len - done).min(most);
-            f(offset + done, n)?;
+            let at = offset + done;
+            let n = (len - done).min(most - at % most);
+            f(at, n)?;
             done += n;
         }
         Ok(())
@@ -291,13 +293,7 @@ impl Storage for NbdStorage {
         Self::pieces(offset, inside, self.most(), |at, n| {
             let (from, to) = (at / block * block, (at + n).next_multiple_of(block).min(self.facts.size));
             buf.resize((to - from) as usize, 0);
-            // A range that is not aligned may be longer than one request.
-            let half = if to - from > self.facts.max_block { self.facts.max_block } else { to - from };
-            let (first, rest) = buf.split_at_mut(half as usize);
-            self.read_blocks(first, from)?;
-            if !rest.is_empty() {
-                self.read_blocks(rest, from + half)?;
-            }
+            self.read_blocks(&mut buf, from)?;
             let part = &buf[(at - from) as usize..(at - from + n) as usize];
             dst.slice((at - offset) as usize, n as usize).copy_from(part);
             Ok(())
@@ -314,9 +310,7 @@ impl Storage for NbdStorage {
         let _exclusive = (!whole).then(|| self.partial.write());
         let block = self.facts.min_block;
         let mut buf = Vec::new();
-        // Room for the edges of blocks that are written in part.
-        let most = (self.most() - if whole { 0 } else { 2 * block }).max(block);
-        Self::pieces(offset, len, most, |at, n| {
+        Self::pieces(offset, len, self.most(), |at, n| {
             let (from, to) = (at / block * block, (at + n).next_multiple_of(block));
             buf.resize((to - from) as usize, 0);
             if from < at {

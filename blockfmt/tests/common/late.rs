@@ -63,7 +63,9 @@ impl LateStorage {
 
     /// Lets one call go that waits, or one that comes.
     pub fn let_go(&self, call: Call, error: Option<i32>) {
-        self.state().let_go.push((call, error));
+        let mut state = self.state();
+        state.waiting.iter().position(|c| *c == call).map(|at| state.waiting.swap_remove(at));
+        state.let_go.push((call, error));
         self.changed.notify_all();
     }
 
@@ -101,8 +103,7 @@ impl LateStorage {
                 }
                 state = self.changed.wait(state).unwrap();
             }
-            let at = state.waiting.iter().position(|c| *c == call).unwrap();
-            state.waiting.swap_remove(at);
+            state.waiting.iter().position(|c| *c == call).map(|at| state.waiting.swap_remove(at));
             drop(state);
         } else {
             drop(state);
