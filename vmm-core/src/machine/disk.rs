@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
+use blockfmt::queue::{Queue, QueueOptions};
 use blockfmt::{Disk, Format, Gather, Geometry, OpenOptions, OpenPolicy, Scatter};
 use parking_lot::Mutex;
 
@@ -151,5 +152,8 @@ impl BlockBackend for MachineDisk {
             disk.on_resize(move |size| callback(size));
         }
         *self.resized.lock() = Some(callback);
+    }
+    fn queue(&self, options: QueueOptions) -> io::Result<Option<Queue>> {
+        BlockBackend::queue(&*self.get()?, options)
     }
 }

@@ -13,11 +13,11 @@ use vmm_core::devices::virtio::{Blk, Status, features};
 use crate::conformance::{self, Subject};
 use crate::driver::{Buffer, DriverQueue, Guest, TRANSPORTS, Transport};
 
-const FLUSH: u64 = 1 << 9;
+pub const FLUSH: u64 = 1 << 9;
 const CONFIG_WCE: u64 = 1 << 11;
 const SIZE: usize = 1 << 20;
 
-fn header(guest: &mut Guest, kind: u32, sector: u64) -> Buffer {
+pub fn header(guest: &mut Guest, kind: u32, sector: u64) -> Buffer {
     let mut bytes = Vec::new();
     bytes.extend(kind.to_le_bytes());
     bytes.extend(0u32.to_le_bytes());
@@ -47,7 +47,7 @@ fn request(
     (guest.bytes(status)[0], data.map(|d| guest.bytes(d)).unwrap_or_default())
 }
 
-fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+pub fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 

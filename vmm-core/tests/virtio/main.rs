@@ -3,10 +3,12 @@
 
 mod balloon;
 mod blk;
+mod blk_late;
 mod conformance;
 mod console;
 mod driver;
 mod hang_up;
+mod late;
 mod namespace;
 mod net;
 mod oracle;

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use blockfmt::{Gather, Scatter};
+use blockfmt::{Gather, Memory, Scatter};
 use libc::iovec;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -69,6 +69,16 @@ impl GuestVectors<'_> {
     pub fn gather(&self) -> Gather<'_> {
         // SAFETY: as in `scatter`.
         unsafe { Gather::from_iovecs(self.vectors) }
+    }
+
+    /// The buffers for a request that outlives this borrow.
+    ///
+    /// # Safety
+    /// The guest memory has to stay mapped for as long as the result lives.
+    pub(super) unsafe fn into_memory(self) -> Memory {
+        // SAFETY: the vectors point into guest memory, which is mapped writable, and the caller keeps it so. The guest is
+        // another party; no Rust reference to its bytes exists.
+        unsafe { Memory::from_iovecs(std::mem::take(self.vectors)) }
     }
 
     /// Length in bytes.

@@ -2,10 +2,14 @@
 
 use std::io;
 
+use blockfmt::queue::{Queue, QueueOptions};
 use blockfmt::{Disk, Gather, Geometry, Scatter};
 use parking_lot::Mutex;
 
 /// Storage of a block device. All calls are synchronous and come from several threads at once.
+///
+/// A device calls these methods as long as they answer from memory. Where they let its thread sleep while other requests
+/// wait, it asks for a [`queue`](Self::queue), which keeps all of them under way.
 pub trait BlockBackend: Send + Sync {
     /// Size in bytes.
     fn size(&self) -> u64;
@@ -48,6 +52,15 @@ pub trait BlockBackend: Send + Sync {
 
     /// Calls `callback` with the new size after every resize.
     fn on_resize(&self, callback: Box<dyn Fn(u64) + Send + Sync>);
+
+    /// Makes a queue that does the same as the methods above and keeps many requests under way; `None` if there is no
+    /// such thing. It is dropped, with nothing under way, whenever the device pauses.
+    ///
+    /// # Errors
+    /// Fails when the host lacks the means. The device then goes on without.
+    fn queue(&self, _options: QueueOptions) -> io::Result<Option<Queue>> {
+        Ok(None)
+    }
 }
 
 impl BlockBackend for Disk {
@@ -77,6 +90,9 @@ impl BlockBackend for Disk {
     }
     fn on_resize(&self, callback: Box<dyn Fn(u64) + Send + Sync>) {
         Self::on_resize(self, callback);
+    }
+    fn queue(&self, options: QueueOptions) -> io::Result<Option<Queue>> {
+        Queue::new(self, options).map(Some).map_err(io::Error::other)
     }
 }
 

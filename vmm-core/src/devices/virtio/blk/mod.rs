@@ -1,6 +1,8 @@
 //! The block device (virtio 1.2, section 5.2).
 
 mod backend;
+mod deferred;
+mod handler;
 mod request;
 
 use std::sync::Arc;
@@ -16,7 +18,7 @@ pub use backend::{BlockBackend, MemoryDisk};
 use super::device::{Activation, ConfigNotifier, DeviceError, HandlerSpec, VirtioDevice, copy_config};
 use super::rate::{Limits, RateLimiter};
 use crate::lifecycle::LifecycleError;
-use request::Requests;
+use handler::Requests;
 
 /// Bytes of a sector, the unit of addresses.
 pub const SECTOR: u64 = 512;
@@ -87,6 +89,8 @@ pub struct BlkCounters {
     pub errors: AtomicU64,
     /// Times that a rate limit made requests wait.
     pub throttled: AtomicU64,
+    /// Operations on the back-end that were left to a queue of it, because it answers late.
+    pub deferred: AtomicU64,
 }
 
 #[derive(Clone, Copy, FromZeros, IntoBytes, Immutable)]
@@ -246,8 +250,8 @@ impl VirtioDevice for Blk {
     fn activate(&self, activation: Activation<'_>) -> Result<Vec<HandlerSpec>, DeviceError> {
         // A driver that cannot flush gets a write-through disk (virtio 1.2, section 5.2.6.2).
         let can_flush = activation.features & FLUSH != 0;
-        let handler = || Requests::new(Arc::clone(&self.core), can_flush);
-        Ok((0..usize::from(self.queues)).map(|index| HandlerSpec::new([index], handler())).collect())
+        let handler = |index| Requests::new(Arc::clone(&self.core), can_flush, index);
+        Ok((0..usize::from(self.queues)).map(|index| HandlerSpec::new([index], handler(index))).collect())
     }
 
     fn reset(&self) {
