@@ -15,6 +15,14 @@ pub(crate) struct RangeLocks {
 pub(crate) struct RangeGuard<'a> {
     locks: &'a RangeLocks,
     range: Range<u64>,
+    alone: bool,
+}
+
+impl RangeGuard<'_> {
+    /// Whether no other range was locked when this one was.
+    pub(crate) fn alone(&self) -> bool {
+        self.alone
+    }
 }
 
 impl RangeLocks {
@@ -25,8 +33,9 @@ impl RangeLocks {
         while held.iter().any(|r| r.start < range.end && range.start < r.end) {
             self.released.wait(&mut held);
         }
+        let alone = held.is_empty();
         held.push(range.clone());
-        RangeGuard { locks: self, range }
+        RangeGuard { locks: self, range, alone }
     }
 }
 

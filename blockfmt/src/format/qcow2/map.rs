@@ -64,7 +64,7 @@ impl Qcow2 {
         }
     }
 
-    fn entry(&self, words: &[AtomicU64], index: usize) -> (u64, u64) {
+    pub(super) fn entry(&self, words: &[AtomicU64], index: usize) -> (u64, u64) {
         match self.p.extended {
             true => (words[2 * index].load(Ordering::Acquire), words[2 * index + 1].load(Ordering::Acquire)),
             false => (words[index].load(Ordering::Acquire), 0),

@@ -13,7 +13,8 @@ const RESERVE_BYTES: u64 = 2 << 20;
 const MAX_STEP_BYTES: u64 = 4 << 20;
 /// Bytes of another storage that are moved through memory at a time.
 const PIECE: u64 = 1 << 20;
-/// From this number of bytes on, copying around a write is better left to the host's file system.
+/// From this number of bytes on, copying around a write is better left to the host's file system, unless others write new
+/// clusters, too: it keeps them out of the file meanwhile.
 const COPY_BYTES: u64 = 32 << 10;
 const ALL_UNITS: u64 = 0xffff_ffff;
 
@@ -49,12 +50,14 @@ impl Payload<'_> {
 }
 
 /// What an allocating step found at its place.
-struct Step {
+struct Step<'a> {
     slice: u64,
     index: usize,
     /// Old entries of the clusters that the step covers.
-    old: Vec<(u64, u64)>,
+    old: &'a [(u64, u64)],
     run: Run,
+    /// Whether nobody else changed mappings of the image when it began.
+    alone: bool,
     /// Whether the host clusters belonged to the guest clusters already.
     reused: bool,
     /// The guest bytes that are written, with what is copied around them.
@@ -108,28 +111,42 @@ impl Qcow2 {
         let mut last = ((offset + len - 1) >> p.cluster_bits)
             .min(first - index as u64 + p.slice_entries - 1)
             .min(first + (MAX_STEP_BYTES >> p.cluster_bits).max(1) - 1);
-        let _range = self.ranges.lock(first..last + 1);
-        let (kind, same) = self.lookup(offset, len)?;
-        match kind {
-            Kind::Data { copied: true, .. } if src.is_some() => return Ok(0), // allocated while we waited
-            Kind::Below if src.is_none() => {
-                len = same;
-                last = last.min((offset + len - 1) >> p.cluster_bits);
-            }
-            _ if src.is_none() => return Ok(same as usize),
-            _ => {}
-        }
-        let mut copy = self.buffers.take(if src.is_none() { len as usize } else { 0 });
+        let range = self.ranges.lock(first..last + 1);
+        let mut copy = None;
         if src.is_none() {
-            below.read(Scatter::new(&mut copy), offset)?;
+            let (kind, same) = self.lookup(offset, len)?;
+            if kind != Kind::Below {
+                return Ok(same as usize);
+            }
+            len = same;
+            last = last.min((offset + len - 1) >> p.cluster_bits);
+            let bytes = copy.insert(self.buffers.take(len as usize));
+            below.read(Scatter::new(bytes), offset)?;
         }
         self.ensure_table(first)?;
-        let mut old = self.entries(slice, index, (last - first + 1) as usize)?;
+        // Most requests need no memory for this.
+        let (mut one, mut several);
+        let old: &mut [(u64, u64)] = match last == first {
+            true => {
+                one = [self.entry_of(slice, index)?];
+                &mut one
+            }
+            false => {
+                several = self.entries(slice, index, (last - first + 1) as usize)?;
+                &mut several
+            }
+        };
+        let unit = (offset & (p.cluster - 1)) >> p.unit_bits;
+        match self.decode(old[0].0, old[0].1, unit) {
+            Kind::Data { copied: true, .. } => return Ok(0), // allocated while we waited
+            Kind::Invalid => return Err(self.corrupt("an L2 entry is invalid")),
+            _ => {}
+        }
         let mut end = offset + len;
         let reused = self.reusable(old[0].0);
         let run = if reused {
             // Other units of this cluster may be written in place right now: touch only those of one kind.
-            end = end.min(offset + same);
+            end = end.min(offset + self.lookup(offset, len)?.1);
             Run { start: (old[0].0 & OFFSET_MASK) >> p.cluster_bits, count: 1, fresh: false }
         } else {
             let fits = old.iter().take_while(|(entry, _)| !self.reusable(*entry)).count() as u64;
@@ -138,7 +155,7 @@ impl Qcow2 {
                 false => self.take_clusters(fits)?,
             }
         };
-        old.truncate(run.count as usize);
+        let old = &old[..run.count as usize];
         end = end.min((first + run.count) << p.cluster_bits);
 
         // Units that are covered in part are completed from the old contents. A cluster that leaves an old
@@ -149,8 +166,9 @@ impl Qcow2 {
         };
         let from = offset & !(unit_of(&old[0]) - 1);
         let to = end.next_multiple_of(unit_of(&old[old.len() - 1]));
-        let step = Step { slice, index, old, run, reused, from, to };
-        let src = src.unwrap_or(Payload::Memory(Gather::new(&copy))).slice(0, (end - offset) as usize);
+        let step = Step { slice, index, old, run, alone: range.alone(), reused, from, to };
+        let copy = copy.as_deref().unwrap_or_default();
+        let src = src.unwrap_or(Payload::Memory(Gather::new(copy))).slice(0, (end - offset) as usize);
         match self.write_payload(&step, src, offset, below).and_then(|()| self.publish(&step, first)) {
             Ok(()) => Ok(src.len()),
             Err(error) => {
@@ -162,7 +180,7 @@ impl Qcow2 {
         }
     }
 
-    fn write_payload(&self, step: &Step, src: Payload<'_>, offset: u64, below: Below<'_>) -> Result<()> {
+    fn write_payload(&self, step: &Step<'_>, src: Payload<'_>, offset: u64, below: Below<'_>) -> Result<()> {
         let p = &self.p;
         let base = (offset >> p.cluster_bits) << p.cluster_bits;
         let host = |guest: u64| (step.run.start << p.cluster_bits) + (guest - base);
@@ -179,7 +197,8 @@ impl Qcow2 {
         let end = offset + src.len() as u64;
         let (before, after) = (offset - step.from, step.to - end);
         if before + after == 0
-            || (before + after >= COPY_BYTES
+            || (step.alone
+                && before + after >= COPY_BYTES
                 && self.copy_below(step.from, before, host(step.from), below)?
                 && self.copy_below(end, after, host(end), below)?)
         {
@@ -235,7 +254,7 @@ impl Qcow2 {
     }
 
     /// Points the guest clusters of a step to their new host clusters and lets go of the old ones.
-    fn publish(&self, step: &Step, first: u64) -> Result<()> {
+    fn publish(&self, step: &Step<'_>, first: u64) -> Result<()> {
         let p = &self.p;
         self.with_slice(step.slice, |slice| {
             for (i, (entry, bitmap)) in step.old.iter().enumerate() {
@@ -277,16 +296,14 @@ impl Qcow2 {
         entry & COMPRESSED == 0 && entry & COPIED != 0 && (entry & OFFSET_MASK != 0 || self.data.is_some())
     }
 
+    /// A copy of an entry of a slice.
+    pub(super) fn entry_of(&self, slice: u64, index: usize) -> Result<(u64, u64)> {
+        self.read_slice(slice, |words| self.entry(words, index))
+    }
+
     /// Copies of `count` entries of a slice.
     pub(super) fn entries(&self, slice: u64, index: usize, count: usize) -> Result<Vec<(u64, u64)>> {
-        self.read_slice(slice, |words| {
-            (index..index + count)
-                .map(|i| match self.p.extended {
-                    true => (words[2 * i].load(Ordering::Acquire), words[2 * i + 1].load(Ordering::Acquire)),
-                    false => (words[i].load(Ordering::Acquire), 0),
-                })
-                .collect()
-        })
+        self.read_slice(slice, |words| (index..index + count).map(|i| self.entry(words, i)).collect())
     }
 
     /// Takes up to `want` contiguous clusters for payload.

@@ -87,7 +87,7 @@ impl Qcow2 {
         let units = (ALL_DATA >> (32 - count)) << first;
         let (slice, index) = self.slice_of(cluster);
         let _range = self.ranges.lock(cluster..cluster + 1);
-        let (entry, bitmap) = self.entries(slice, index, 1)?[0];
+        let (entry, bitmap) = self.entry_of(slice, index)?;
         if entry & COMPRESSED != 0 {
             return Ok(false);
         }
