@@ -210,6 +210,23 @@ fn chains_are_merged_and_moved() {
     bytes[MIB..MIB + 65536].fill(7);
     std::fs::write(&data, bytes).unwrap();
     b.same_as_data("base.qcow2", "qcow2");
+    // Through an image between, too.
+    b.ok("create -f qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 c5");
+    b.ok("clone -f qcow2 c5 c6");
+    b.ok("clone -f qcow2 c6 c7");
+    let write = |image: &str, command: &str| {
+        let mut io = Command::new("qemu-io");
+        assert!(
+            io.args(["-f", "qcow2", "-c", command, image]).current_dir(b.path()).status().unwrap().success()
+        );
+    };
+    write("c7", "write -P 8 3M 4k");
+    b.fails("commit -f qcow2 -b c7 c7", 1, "itself");
+    b.ok("commit -f qcow2 -b base.qcow2 c7");
+    let mut bytes = std::fs::read(&data).unwrap();
+    bytes[3 * MIB..3 * MIB + 4096].fill(8);
+    std::fs::write(&data, bytes).unwrap();
+    b.same_as_data("base.qcow2", "qcow2");
     // Another child of that parent is told, whatever the resolution of the file system's times.
     let base = std::fs::File::options().write(true).open(b.path().join("base.qcow2")).unwrap();
     base.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(60)).unwrap();

@@ -4,7 +4,7 @@ use super::{CreateOptions, Preallocation};
 use crate::format::qcow2::Compression;
 use crate::format::vhd::VhdKind;
 use crate::format::vhdx::VhdxKind;
-use crate::{CipherMode, Error, Format, Hash, IvGenerator, LuksOptions, Result};
+use crate::{BackingRef, CipherMode, Error, Format, Hash, IvGenerator, LuksOptions, Result};
 
 impl CreateOptions {
     /// Sets what a list names, with the names and values that `qemu-img create -o` has for the image's format:
@@ -13,7 +13,13 @@ impl CreateOptions {
     /// Fails with [`Error::InvalidOption`] if the format has no such option, or not with this value; what came before in
     /// the list is set then.
     pub fn apply(&mut self, list: &str) -> Result<()> {
-        list.split(',').filter(|option| !option.is_empty()).try_for_each(|option| self.apply_one(option))
+        list.split(',').filter(|option| !option.is_empty()).try_for_each(|option| self.apply_one(option))?;
+        match &self.backing {
+            Some(backing) if backing.path.is_empty() || backing.format.is_none() => {
+                invalid("backing_file and backing_fmt go together".into())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn apply_one(&mut self, option: &str) -> Result<()> {
@@ -35,6 +41,15 @@ impl CreateOptions {
         };
         match (key, format) {
             ("size", _) => self.size = size()?,
+            ("backing_file", Qcow2 | Vhd | Vhdx) => {
+                let format = self.backing.take().and_then(|backing| backing.format);
+                self.backing = Some(BackingRef { path: value.into(), format });
+            }
+            ("backing_fmt", Qcow2 | Vhd | Vhdx) => {
+                let format = value.parse::<Format>()?.name().to_owned();
+                let path = self.backing.take().map(|backing| backing.path).unwrap_or_default();
+                self.backing = Some(BackingRef { path, format: Some(format) });
+            }
             ("preallocation", _) => {
                 self.preallocation = match value {
                     "off" => Preallocation::Off,
@@ -80,6 +95,10 @@ impl CreateOptions {
                     _ => return invalid("subformat is dynamic or fixed".into()),
                 }
             }
+            ("force_size", Vhd) => match flag()? {
+                true => {} // as all VHDs are made here
+                false => return invalid("force_size=off would round the size to a geometry".into()),
+            },
             ("block_size", Vhdx) => self.vhdx.block_size = Some(short()?),
             ("log_size", Vhdx) => self.vhdx.log_size = short()?,
             ("block_state_zero", Vhdx) => self.vhdx.zero_blocks = flag()?,
@@ -167,8 +186,14 @@ mod tests {
         }
         assert!(CreateOptions::new(Format::Raw, 0).apply("cluster_size=64k").is_err());
         create.apply("encrypt.format=luks,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv").unwrap();
-        let luks = create.qcow2.encryption.unwrap();
+        let luks = create.qcow2.encryption.clone().unwrap();
         assert_eq!((luks.mode, luks.iv), (CipherMode::Cbc, IvGenerator::Essiv));
+        create.apply("backing_fmt=vhd,backing_file=base").unwrap();
+        assert_eq!(create.backing, Some(BackingRef { path: "base".into(), format: Some("vpc".into()) }));
+        for half in ["backing_file=base", "backing_fmt=raw"] {
+            assert!(CreateOptions::new(Format::Qcow2, 0).apply(half).is_err(), "{half}");
+        }
+        CreateOptions::new(Format::Vhd, 0).apply("force_size=on").unwrap();
         let mut vhdx = CreateOptions::new(Format::Vhdx, 0);
         vhdx.apply("subformat=fixed,block_size=2M,log_size=4M").unwrap();
         assert_eq!((vhdx.vhdx.kind, vhdx.vhdx.block_size), (VhdxKind::Fixed, Some(2 << 20)));

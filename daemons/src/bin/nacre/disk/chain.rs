@@ -1,28 +1,39 @@
 //! Commands on the chain below an image.
 
 use super::common::{Image, Work, parent_name, policy};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use blockfmt::{BackingRef, Format, OpenOptions, job};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Merge an image into its parent.
+/// Merge an image into its parent, or into one further below.
 ///
-/// Afterwards the parent has the contents of the disk; the image itself is not needed any more.
+/// Afterwards that one has the contents of the disk; the images above it are not needed any more.
 #[derive(Args)]
-#[command(after_help = "Example:\n  nacre disk commit -p -f qcow2 child.qcow2")]
+#[command(after_help = "Examples:
+  nacre disk commit -p -f qcow2 child.qcow2
+  nacre disk commit -f qcow2 -b base.qcow2 grandchild.qcow2")]
 pub struct Commit {
     #[command(flatten)]
     image: Image,
+    /// The image of the chain that takes the contents [default: the parent].
+    #[arg(short, long, value_name = "FILE")]
+    base: Option<PathBuf>,
     #[command(flatten)]
     work: Work,
 }
 
 pub fn commit(args: Commit) -> Result<ExitCode> {
     let disk = args.image.open(false)?;
+    let below = args.base.as_deref().map_or(Ok(1), |base| disk.find_layer(base))?;
+    if below == 0 {
+        bail!("An image is not merged into itself");
+    }
     let control = args.work.control()?;
-    job::commit(&disk, 0, &control)?;
+    for _ in 0..below {
+        job::commit(&disk, 0, &control)?;
+    }
     disk.close()?;
     args.work.report(&control)?;
     Ok(ExitCode::SUCCESS)

@@ -52,16 +52,21 @@ pub fn create(args: Create) -> Result<ExitCode> {
         // As qemu-img: a relative name is relative to the new image, and goes into its header as it is.
         let name = backing.to_str().context("The parent's name is not UTF-8")?;
         create.backing = Some(BackingRef { path: name.into(), format: Some(format.name().into()) });
+    }
+    if let Some(BackingRef { path: backing, format: Some(format) }) = &create.backing {
+        let format: Format = format.parse()?;
         let backing = args.path.parent().unwrap_or(Path::new("")).join(backing);
         // The user named this file; what its header names is another matter.
         let parent = OpenOptions::new(format).read_only(true).policy(policy(false));
         let parent = args.secrets.apply(parent)?;
         let parent = parent.open(&backing).with_context(|| format!("Cannot open {}", backing.display()))?;
-        create.size = parent.size();
+        if create.size == 0 {
+            create.size = parent.size();
+        }
     }
     if let Some(size) = args.size {
         create.size = size;
-    } else if create.size == 0 && args.backing.is_none() {
+    } else if create.size == 0 && create.backing.is_none() {
         bail!("Name the size of the disk");
     }
     create.create(&args.path).with_context(|| format!("Cannot create {}", args.path.display()))?;
