@@ -167,10 +167,13 @@ pub(crate) fn create(
         write_entry(&mut block, index, header.refcount_order, 1);
     }
     storage.truncate(0)?;
-    storage.write_at(&block, 2 * cluster)?;
+    // A file grows with zeros, which take no space until they are written: an empty clone is a few pages.
+    let written = if storage.zero_beyond_end() { 512 } else { cluster as usize };
+    storage.truncate(3 * cluster)?;
+    storage.write_at(&block[..written], 2 * cluster)?;
     let mut table = vec![0; cluster as usize];
     table[..8].copy_from_slice(&(2 * cluster).to_be_bytes());
-    storage.write_at(&table, cluster)?;
+    storage.write_at(&table[..written], cluster)?;
     header.write(&storage)?;
 
     let layer = LayerOptions { data_file: data, ..LayerOptions::default() };

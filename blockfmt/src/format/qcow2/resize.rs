@@ -65,7 +65,9 @@ impl Qcow2 {
         for index in 0..old_len as usize {
             bytes[index * 8..index * 8 + 8].copy_from_slice(&self.l1.get(index).to_be_bytes());
         }
-        self.storage.write_at(&bytes, offset)?;
+        // Where nothing was ever written, there are zeros.
+        let written = if run.fresh { old_len as usize * 8 } else { bytes.len() };
+        self.storage.write_at(&bytes[..written], offset)?;
         // Refcounts and the new table are durable before the header points to it.
         self.write_back()?;
         let mut header = self.header.lock();
