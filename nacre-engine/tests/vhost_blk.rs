@@ -14,7 +14,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use vhost_driver::{DATA, Driver, Guest, PAGE, SLOTS, WRITE};
+use vhost_driver::{AVAILABLE, DATA, Driver, Guest, PAGE, SLOTS, WRITE};
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGES: u64 = 1024;
@@ -241,13 +241,18 @@ impl Setup {
         (0..SCRATCH as u16).for_each(|slot| self.submit(slot, kind, PAGES + u64::from(slot)));
         driver.kicks[0].write(1).unwrap();
         // Two of them wait at once when the thread of the queue does not do them itself.
-        while gate.wait_for(1).len() < 2 {
-            let first = gate.wait_for(1)[0];
-            gate.let_go(first, None);
-            let slot = self.completed(driver, seen, 1)[0];
-            seen = seen.wrapping_add(1);
-            self.submit(slot, kind, PAGES + u64::from(slot));
-            driver.kicks[0].write(1).unwrap();
+        loop {
+            match gate.waiting()[..] {
+                [] => std::thread::yield_now(),
+                [single] => gate.let_go(single, None),
+                _ => break,
+            }
+            while seen != self.guest.used(0) {
+                let slot = self.guest.done(0, seen);
+                seen = seen.wrapping_add(1);
+                self.submit(slot, kind, PAGES + u64::from(slot));
+                driver.kicks[0].write(1).unwrap();
+            }
         }
         gate.open();
         driver.finish(&self.guest, 0);
@@ -409,10 +414,47 @@ fn a_device_that_was_reset_is_set_up_again_with_other_memory() {
 }
 
 #[test]
+fn a_ring_that_was_given_up_is_replaced_when_nothing_of_it_is_under_way() {
+    let mut setup = Setup::new();
+    let gate = setup.gate();
+    let mut driver = setup.connect(true);
+    setup.become_slow(&driver);
+    let before = setup.guest.used(0);
+    (0..8).for_each(|slot| setup.submit(slot, OUT, 700 + u64::from(slot)));
+    driver.kicks[0].write(1).unwrap();
+    gate.wait_for(8);
+    // An index far ahead; it is right again when the first request has ended and the ring was looked at.
+    let index = setup.guest.available[0];
+    setup.guest.put(AVAILABLE + 2, index.wrapping_add(0x7fff));
+    gate.let_go(Operation::Write(700 * PAGE), None);
+    setup.completed(&driver, before, 1);
+    driver.kicks[0].write(1).unwrap();
+    while !driver.is_kick_taken(0) {
+        std::thread::yield_now();
+    }
+    setup.guest.put(AVAILABLE + 2, index);
+    std::thread::scope(|scope| {
+        let starting = scope.spawn(move || {
+            driver.start_again(0);
+            driver
+        });
+        for _ in 0..50 {
+            std::thread::sleep(Duration::from_millis(1));
+            assert!(!starting.is_finished() && gate.waiting().len() == 7);
+        }
+        gate.open();
+        // The record names what the driver was not told of: it is done once more.
+        setup.completed(&starting.join().unwrap(), before, 8);
+    });
+    assert!((0..8).all(|slot| setup.guest.status(0, slot) == 0 && !setup.guest.in_flight(0, slot)));
+    assert_eq!(setup.guest.used(0), before.wrapping_add(8));
+}
+
+#[test]
 fn changes_are_durable_before_a_driver_that_does_not_flush_knows_of_them() {
     let mut setup = Setup::new();
     let gate = setup.gate();
-    let driver = setup.connect(true);
+    let mut driver = setup.connect(true);
     setup.become_slow(&driver);
     driver.set_flushing(false);
     let before = setup.guest.used(0);

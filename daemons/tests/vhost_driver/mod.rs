@@ -264,15 +264,29 @@ impl Driver {
         Driver { front, kicks, calls }
     }
 
-    /// Says that the driver flushes or does not.
-    pub fn set_flushing(&self, on: bool) {
+    /// Says that the driver flushes or does not, and waits until that is known.
+    pub fn set_flushing(&mut self, on: bool) {
         let features = self.front.get_features().unwrap() & !EVENT_IDX;
         self.front.set_features(if on { features } else { features & !FLUSH }).unwrap();
+        self.capacity();
     }
 
     /// Tells where the guest's memory is, once more.
     pub fn set_memory(&self, guest: &Guest) {
         self.front.set_mem_table(&[guest.region()]).unwrap();
+    }
+
+    /// Whether the device has seen what it was told of a queue.
+    pub fn is_kick_taken(&self, queue: usize) -> bool {
+        // SAFETY: the descriptor is open as long as `self.kicks` has it.
+        let kick = unsafe { BorrowedFd::borrow_raw(self.kicks[queue].as_raw_fd()) };
+        poll(&mut [PollFd::new(kick, PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() == 0
+    }
+
+    /// Starts a queue once more, and waits until that is done.
+    pub fn start_again(&mut self, queue: usize) {
+        self.front.set_vring_kick(queue, &self.kicks[queue]).unwrap();
+        self.capacity();
     }
 
     /// Resets the device and waits until that is done.

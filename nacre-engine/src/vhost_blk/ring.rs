@@ -54,6 +54,8 @@ pub struct Ring {
     record: Option<Record>,
     /// Requests that were in flight when another back-end ended.
     again: VecDeque<u16>,
+    /// What the driver's index was when it was looked at last: looking takes a while.
+    available: u16,
     /// Requests that were taken.
     taken: u64,
     /// Requests of whose end the driver was told.
@@ -91,7 +93,8 @@ impl Ring {
             queue.set_next_avail(used.wrapping_add(list.len() as u16));
             again = list.into();
         }
-        Ok(Ring { queue, memory, record, again, taken: 0, told: 0, ended: VecDeque::new() })
+        let available = queue.next_avail();
+        Ok(Ring { queue, memory, record, again, available, taken: 0, told: 0, ended: VecDeque::new() })
     }
 
     /// Goes on in other memory.
@@ -120,9 +123,16 @@ impl Ring {
     }
 
     /// Whether there are requests to take.
-    pub(super) fn has_more(&self) -> bool {
-        let available = || self.queue.avail_idx(&*self.memory, Ordering::Relaxed);
-        self.has_old() || available().is_ok_and(|index| index.0 != self.queue.next_avail())
+    pub(super) fn has_more(&mut self) -> bool {
+        if self.has_old() {
+            return true;
+        }
+        if self.available == self.queue.next_avail()
+            && let Ok(index) = self.queue.avail_idx(&*self.memory, Ordering::Relaxed)
+        {
+            self.available = index.0;
+        }
+        self.available != self.queue.next_avail()
     }
 
     /// Takes a request, unless the ring is full: one that was in flight when the ring started before those that the
