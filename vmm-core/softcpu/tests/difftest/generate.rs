@@ -8,6 +8,7 @@ use super::forms::{Form, Template, is_testable, uses_fpu};
 use super::layout::{CODE, CODE_LENGTH, DATA, DATA_LENGTH, DATA_WRITABLE, GS_BASE, INSTRUCTION, Mode, PAGE};
 use super::random::Random;
 use super::state::State;
+use super::vendor;
 use softcpu::FpuState;
 
 const RSP: usize = 4;
@@ -73,7 +74,9 @@ pub fn encoding_at(
     bytes.truncate(instruction.len());
     patch_constants(mode, &mut bytes, &instruction, offsets, addressing, random);
     let instruction = Decoder::with_ip(mode.bits(), &bytes, address, options).decode();
-    if instruction.is_invalid() || !is_testable(&instruction) || !is_safe(&instruction) {
+    let fits =
+        is_testable(&instruction) && vendor::executes_alike(mode, &instruction) && is_safe(&instruction);
+    if instruction.is_invalid() || !fits {
         return None;
     }
     Some(Encoding { mode, fpu: uses_fpu(&instruction), bytes, instruction })

@@ -10,7 +10,7 @@ use super::generate::{self, Addressing, Patches};
 use super::layout::{DATA, DATA_LENGTH, DATA_WRITABLE, INSTRUCTION, Mode};
 use super::random::Random;
 use super::state::State;
-use super::undefined;
+use super::{undefined, vendor};
 
 /// Most instructions before the branch.
 const LENGTH: u64 = 10;
@@ -29,9 +29,11 @@ pub struct Sequence {
 }
 
 /// Forms that can be part of a sequence.
-pub fn usable(form: &Form) -> bool {
+pub fn usable(mode: Mode, form: &Form) -> bool {
     let example = &form.example;
-    example.flow_control() == FlowControl::Next
+    vendor::executes_alike(mode, example)
+        && vendor::faults_alike(example)
+        && example.flow_control() == FlowControl::Next
         && !example.is_string_instruction()
         && !example.is_privileged()
         && !matches!(
