@@ -68,6 +68,46 @@ fn bitmaps_record_across_opens_and_programs() {
 }
 
 #[test]
+fn bitmaps_are_cleared_merged_and_stopped_as_by_qemu() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (ours, theirs) = (dir.path().join("ours.qcow2"), dir.path().join("theirs.qcow2"));
+    for path in [&ours, &theirs] {
+        let path = text(path);
+        qemu_ok("qemu-img", &["create", "-q", "-f", "qcow2", path, "8M"]);
+        qemu_ok("qemu-img", &["bitmap", "--add", "-g", "64k", path, "fine"]);
+        qemu_ok("qemu-img", &["bitmap", "--add", "-g", "1M", path, "coarse"]);
+        qemu_ok("qemu-io", &["-f", "qcow2", "-c", "write 192k 64k", "-c", "write 3M 1M", path]);
+        qemu_ok("qemu-img", &["bitmap", "--clear", path, "coarse"]);
+        qemu_ok("qemu-io", &["-f", "qcow2", "-c", "write 5M 4k", path]);
+    }
+    let path = text(&theirs);
+    qemu_ok("qemu-img", &["bitmap", "--merge", "coarse", path, "fine"]);
+    qemu_ok("qemu-img", &["bitmap", "--merge", "fine", path, "coarse"]);
+    qemu_ok("qemu-img", &["bitmap", "--disable", path, "coarse"]);
+    let (disk, layer) = open(&ours);
+    let image = layer.as_qcow2().unwrap();
+    image.merge_bitmap("fine", &image.bitmap("coarse").unwrap()).unwrap();
+    image.merge_bitmap("coarse", &image.bitmap("fine").unwrap()).unwrap();
+    image.enable_bitmap("coarse", false).unwrap();
+    assert!(matches!(image.enable_bitmap("medium", true), Err(Error::NotFound { .. })));
+    assert_eq!(marked(&layer, "coarse"), [0, 3, 5]);
+    disk.write_at(&[1; 512], 7 << 20).unwrap();
+    drop((disk, layer));
+    qemu_ok("qemu-io", &["-f", "qcow2", "-c", "write 7M 4k", path]);
+    let ((first, left), (_, right)) = (open(&ours), open(&theirs));
+    for name in ["fine", "coarse"] {
+        assert_eq!(marked(&left, name), marked(&right, name), "{name}");
+    }
+    assert_eq!(left.as_qcow2().unwrap().bitmaps().unwrap(), right.as_qcow2().unwrap().bitmaps().unwrap());
+    left.as_qcow2().unwrap().enable_bitmap("coarse", true).unwrap();
+    left.as_qcow2().unwrap().clear_bitmap("fine").unwrap();
+    first.write_at(&[1; 512], 6 << 20).unwrap();
+    assert_eq!((marked(&left, "fine"), marked(&left, "coarse")), (vec![96], vec![0, 3, 5, 6]));
+    drop((first, left));
+    qemu_ok("qemu-img", &["check", "-f", "qcow2", text(&ours)]);
+}
+
+#[test]
 fn a_bitmap_that_was_not_stored_is_not_trusted() {
     let storage = Arc::new(MemoryStorage::new());
     CreateOptions::new(Format::Qcow2, SIZE).create_on(storage.clone()).unwrap();
@@ -85,6 +125,7 @@ fn a_bitmap_that_was_not_stored_is_not_trusted() {
     let image = layer.as_qcow2().unwrap();
     assert!(image.bitmaps().unwrap()[0].inconsistent);
     assert!(matches!(image.bitmap("b"), Err(Error::Corrupt { .. })));
+    assert!(matches!(image.clear_bitmap("b"), Err(Error::Corrupt { .. })));
     image.remove_bitmap("b").unwrap();
     assert_eq!(image.check(Repair::Nothing).unwrap().corruptions, 0);
 }

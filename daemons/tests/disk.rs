@@ -277,10 +277,28 @@ fn snapshots_bitmaps_check_and_repair() {
     b.same_as_data("a.qcow2", "qcow2");
     b.ok("snapshot -f qcow2 -d first a.qcow2");
     b.fails("snapshot -f qcow2 -a first a.qcow2", 1, "no snapshot");
-    b.ok("bitmap -f qcow2 --add daily a.qcow2");
-    b.fails("bitmap -f qcow2 --add daily a.qcow2", 1, "exists");
+    b.ok("bitmap -f qcow2 --add a.qcow2 daily");
+    b.fails("bitmap -f qcow2 --add a.qcow2 daily", 1, "exists");
     assert_eq!(b.json("bitmap -f qcow2 --list --json a.qcow2")[0]["granularity"], 65536);
-    b.ok("bitmap -f qcow2 --remove daily a.qcow2");
+    b.ok("snapshot -f qcow2 -c again a.qcow2");
+    write(7);
+    b.ok("bitmap -f qcow2 --add --merge daily --disable -g 1M a.qcow2 both");
+    b.ok("bitmap -f qcow2 --clear a.qcow2 daily");
+    let list = b.json("bitmap -f qcow2 --json a.qcow2");
+    assert_eq!([&list[0]["enabled"], &list[1]["enabled"]], [true, false], "{list}");
+    // What the first knew, only the second knows now.
+    b.ok("create -f qcow2 b.qcow2 8M");
+    b.ok("bitmap -f qcow2 --add --merge both --merge daily -b a.qcow2 -F qcow2 -g 1M b.qcow2 copy");
+    let bytes = b.json("backup --json -f qcow2 --bitmap both -O raw a.qcow2 both.raw")["bytes"].as_u64();
+    assert_eq!(bytes, Some(1 << 20));
+    assert_eq!(b.json("backup --json -f qcow2 --bitmap daily -O raw a.qcow2 daily.raw")["bytes"], 0);
+    b.fails("bitmap -f qcow2 --merge copy a.qcow2 daily", 1, "copy");
+    b.fails("bitmap -f qcow2 a.qcow2 daily", 2, "add");
+    b.fails("bitmap -f qcow2 --clear a.qcow2", 2, "NAME");
+    b.ok("bitmap -f qcow2 --remove a.qcow2 both");
+    b.ok("bitmap -f qcow2 --remove a.qcow2 daily");
+    b.ok("snapshot -f qcow2 -a again a.qcow2");
+    b.ok("snapshot -f qcow2 -d again a.qcow2");
     assert_eq!(b.disk("check -f qcow2 a.qcow2").0, 0);
     assert_eq!(b.disk("check -f raw data.raw").0, 63);
     // A refcount of 1 in the last cluster of the block: nobody refers to it.
@@ -305,7 +323,7 @@ fn backups_are_full_and_incremental() {
     let b = Bench::new();
     b.data();
     b.ok("convert -f raw -O qcow2 data.raw a.qcow2");
-    b.ok("bitmap -f qcow2 --add daily a.qcow2");
+    b.ok("bitmap -f qcow2 --add a.qcow2 daily");
     assert!(b.json("backup --json -f qcow2 -O qcow2 a.qcow2 full.qcow2")["bytes"].as_u64() >= Some(8 << 20));
     b.same_as_data("full.qcow2", "qcow2");
     for (day, previous) in [("monday", "full"), ("tuesday", "monday")] {

@@ -281,6 +281,49 @@ impl Qcow2 {
         })
     }
 
+    /// Clears a bitmap: it says that nothing changed.
+    pub fn clear_bitmap(&self, name: &str) -> Result<()> {
+        self.change_bitmap(name, |entry| {
+            let old = entry.clone();
+            self.store_map(&DirtyMap::new(self.virtual_size(), 1 << entry.granularity_bits)?, entry)?;
+            Ok(vec![old])
+        })
+    }
+
+    /// Lets a bitmap record changes from now on, or stay as it is.
+    pub fn enable_bitmap(&self, name: &str, enabled: bool) -> Result<()> {
+        self.change_bitmap(name, |entry| {
+            entry.flags = if enabled { entry.flags | AUTO } else { entry.flags & !AUTO };
+            Ok(Vec::new())
+        })
+    }
+
+    /// Marks in a bitmap what another one has marked, of this image or of one of the same size. Their granularities may
+    /// differ.
+    pub fn merge_bitmap(&self, name: &str, other: &DirtyMap) -> Result<()> {
+        self.change_bitmap(name, |entry| {
+            let (old, map) = (entry.clone(), self.load_map(entry)?);
+            for granule in other.marked() {
+                let (offset, len) = other.bytes(granule, self.virtual_size());
+                map.mark(offset, len);
+            }
+            self.store_map(&map, entry)?;
+            Ok(vec![old])
+        })
+    }
+
+    /// Changes the entry of a bitmap that was stored properly; `change` returns what nobody refers to any more.
+    fn change_bitmap(&self, name: &str, change: impl FnOnce(&mut Entry) -> Result<Vec<Entry>>) -> Result<()> {
+        self.change_bitmaps(|entries| {
+            let entry = entries.iter_mut().find(|e| e.name == name.as_bytes());
+            let entry = entry.ok_or_else(|| Error::NotFound { what: "bitmap", name: name.into() })?;
+            if entry.flags & IN_USE != 0 {
+                return Err(self.corrupt("the bitmap was not stored properly: it can only be removed"));
+            }
+            change(entry)
+        })
+    }
+
     /// Changes the directory: what is recorded is stored before and loaded again afterwards.
     fn change_bitmaps(&self, change: impl FnOnce(&mut Vec<Entry>) -> Result<Vec<Entry>>) -> Result<()> {
         if self.read_only {

@@ -167,9 +167,6 @@ pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
             println!("{:<8}{:<32}{:>12}{:>14}", s.id, s.name, s.date_sec, human(s.disk_size));
         }
     }
-    if change {
-        disk.close()?;
-    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -186,48 +183,98 @@ fn delete_image(args: &Snapshot, image: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Add, remove or list the persistent dirty bitmaps of a qcow2 image.
+/// Change or list the persistent dirty bitmaps of a qcow2 image.
+///
+/// Of several actions, the bitmap is first added, then cleared, then merged into, then enabled or disabled.
 #[derive(Args)]
 #[command(after_help = "Examples:
-  nacre disk bitmap -f qcow2 --add daily disk.qcow2
+  nacre disk bitmap -f qcow2 --add disk.qcow2 daily
+  nacre disk bitmap -f qcow2 --add --merge monday --merge tuesday --disable disk.qcow2 both
   nacre disk bitmap -f qcow2 --list --json disk.qcow2")]
 pub struct Bitmap {
     #[command(flatten)]
     image: Image,
+    /// Name of the bitmap that is changed.
+    #[arg(requires = "BitmapActions", conflicts_with = "list")]
+    name: Option<String>,
     #[command(flatten)]
-    action: BitmapAction,
+    actions: BitmapActions,
     /// Bytes of the disk that one bit stands for (with --add).
     #[arg(short, long, default_value = "64K", value_parser = parse_size)]
     granularity: u64,
+    /// Take the sources of --merge from this image.
+    #[arg(short = 'b', long, value_name = "IMAGE", requires_all = ["merge", "source_format"])]
+    source: Option<PathBuf>,
+    /// Format of that image.
+    #[arg(short = 'F', long, value_name = "FORMAT", requires = "source")]
+    source_format: Option<Format>,
     /// Print JSON (with --list).
-    #[arg(long)]
+    #[arg(long, conflicts_with = "name")]
     json: bool,
 }
 
 #[derive(Args)]
-#[group(multiple = false)]
-struct BitmapAction {
+#[group(multiple = true)]
+struct BitmapActions {
     /// List the bitmaps (the default).
     #[arg(short, long)]
     list: bool,
-    /// Add a bitmap that records changes from now on.
-    #[arg(long, value_name = "NAME")]
-    add: Option<String>,
-    /// Remove a bitmap.
-    #[arg(long, value_name = "NAME")]
-    remove: Option<String>,
+    /// Add a bitmap, which records changes from now on.
+    #[arg(long, requires = "name")]
+    add: bool,
+    /// Remove the bitmap.
+    #[arg(long, requires = "name", conflicts_with_all = ["add", "clear", "merge", "enable", "disable"])]
+    remove: bool,
+    /// Let the bitmap say that nothing changed.
+    #[arg(long, requires = "name")]
+    clear: bool,
+    /// Mark what this bitmap has marked, too; may be repeated.
+    #[arg(long, value_name = "SOURCE", requires = "name")]
+    merge: Vec<String>,
+    /// Record changes from now on.
+    #[arg(long, requires = "name", conflicts_with = "disable")]
+    enable: bool,
+    /// Record no changes from now on.
+    #[arg(long, requires = "name")]
+    disable: bool,
 }
 
 pub fn bitmap(args: Bitmap) -> Result<ExitCode> {
-    let action = &args.action;
-    let change = action.add.is_some() || action.remove.is_some();
-    let disk = args.image.open(!change)?;
+    let actions = &args.actions;
+    let disk = args.image.open(args.name.is_none())?;
     let layer = disk.layers().remove(0);
-    let image = layer.as_qcow2().context("Only qcow2 images have bitmaps")?;
-    if let Some(name) = &action.add {
-        image.add_bitmap(name, args.granularity)?;
-    } else if let Some(name) = &action.remove {
-        image.remove_bitmap(name)?;
+    let no_bitmaps = "Only qcow2 images have bitmaps";
+    let image = layer.as_qcow2().context(no_bitmaps)?;
+    if let Some(name) = &args.name {
+        if actions.add {
+            image.add_bitmap(name, args.granularity)?;
+        }
+        if actions.remove {
+            image.remove_bitmap(name)?;
+        }
+        if actions.clear {
+            image.clear_bitmap(name)?;
+        }
+        if !actions.merge.is_empty() {
+            let other = match (&args.source, args.source_format) {
+                (Some(path), Some(format)) => {
+                    Some(Image { path: path.clone(), format, ..args.image.clone() }.open(true)?)
+                }
+                _ => None,
+            };
+            let source = other.as_ref().map_or_else(|| layer.clone(), |other| other.layers().remove(0));
+            if source.size() != layer.size() {
+                bail!("Bitmaps of disks of different sizes cannot be merged");
+            }
+            for from in &actions.merge {
+                let from = source.as_qcow2().context(no_bitmaps)?.bitmap(from)?;
+                image.merge_bitmap(name, &from)?;
+            }
+        }
+        if actions.enable || actions.disable {
+            image.enable_bitmap(name, actions.enable)?;
+        }
+        disk.close()?;
     } else if args.json {
         print_json(&image.bitmaps()?)?;
     } else {
@@ -239,9 +286,6 @@ pub fn bitmap(args: Bitmap) -> Result<ExitCode> {
             };
             println!("{}: granularity {}, {state}", b.name, human(b.granularity));
         }
-    }
-    if change {
-        disk.close()?;
     }
     Ok(ExitCode::SUCCESS)
 }

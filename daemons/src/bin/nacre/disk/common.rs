@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// An image and how to open it.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Image {
     /// Format of the image.
     #[arg(short, long, value_name = "FORMAT")]

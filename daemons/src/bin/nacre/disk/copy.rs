@@ -242,7 +242,7 @@ fn move_disk(args: &Migrate, control: &JobControl) -> Result<Disk> {
 /// target holds the increment only; with -b it is an image on top of the previous backup.
 #[derive(Args)]
 #[command(after_help = "Examples:
-  nacre disk bitmap -f qcow2 --add daily disk.qcow2
+  nacre disk bitmap -f qcow2 --add disk.qcow2 daily
   nacre disk backup -p -f qcow2 -O qcow2 disk.qcow2 full.qcow2
   nacre disk backup -f qcow2 --bitmap daily -b full.qcow2 -F qcow2 -O qcow2 disk.qcow2 monday.qcow2
   nacre disk backup --via /run/blk.sock --bitmap daily -O qcow2 root tuesday.qcow2")]
