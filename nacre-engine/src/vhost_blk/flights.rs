@@ -67,7 +67,7 @@ impl Flights {
         self.queue.as_ref().filter(|_| !self.is_empty()).map(Queue::event)
     }
 
-    /// Executes a request, or leaves it to the queue: then `None`, and [`submit`](Self::submit) begins it. `more` tells
+    /// Executes a request, or leaves it to the queue: then `None`, and [`collect`](Self::collect) begins it. `more` tells
     /// whether others wait.
     pub fn run(&mut self, device: &Device, mut request: Request, more: bool) -> Option<Ended> {
         if request.is_done() {
