@@ -116,7 +116,7 @@ fuzz_target!(|data: &[u8]| {
         match left {
             _ if written <= 512 => {}
             false => reached("read"),
-            true => reached("read later"),
+            true => reached("read-later"),
         }
         if ring.complete(&chain, written).is_err() {
             break;
