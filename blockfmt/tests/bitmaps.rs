@@ -129,3 +129,29 @@ fn a_bitmap_that_was_not_stored_is_not_trusted() {
     image.remove_bitmap("b").unwrap();
     assert_eq!(image.check(Repair::Nothing).unwrap().corruptions, 0);
 }
+
+#[test]
+fn a_damaged_bitmap_is_not_enabled() {
+    let mut storage = Arc::new(MemoryStorage::new());
+    CreateOptions::new(Format::Qcow2, SIZE).create_on(storage.clone()).unwrap();
+    let open = |storage: &Arc<MemoryStorage>| {
+        OpenOptions::new(Format::Qcow2).open_storage(storage.clone(), "memory").unwrap()
+    };
+    let disk = open(&storage);
+    let layer = disk.layers().remove(0);
+    layer.as_qcow2().unwrap().add_bitmap("b", GRANULE).unwrap();
+    layer.as_qcow2().unwrap().enable_bitmap("b", false).unwrap();
+    disk.close().unwrap();
+    drop((disk, layer));
+    // Its entry in the directory: entries of the table, flags, type, granularity, lengths, name.
+    let mut bytes = storage.to_vec();
+    let entry = [0, 0, 0, 1, 0, 0, 0, 0, 1, 16, 0, 1, 0, 0, 0, 0, b'b'];
+    let places: Vec<_> = (0..bytes.len() - 17).filter(|at| bytes[*at..].starts_with(&entry)).collect();
+    assert!(!places.is_empty());
+    places.iter().for_each(|at| bytes[at + 3] = 2);
+    storage = Arc::new(MemoryStorage::from_bytes(&bytes));
+    let layer = open(&storage).layers().remove(0);
+    assert!(matches!(layer.as_qcow2().unwrap().enable_bitmap("b", true), Err(Error::Corrupt { .. })));
+    drop(layer);
+    open(&storage).write_at(&[1; 512], 0).unwrap();
+}

@@ -293,6 +293,9 @@ impl Qcow2 {
     /// Lets a bitmap record changes from now on, or stay as it is.
     pub fn enable_bitmap(&self, name: &str, enabled: bool) -> Result<()> {
         self.change_bitmap(name, |entry| {
+            if enabled {
+                self.load_map(entry)?; // an image whose enabled bitmaps are damaged cannot be written
+            }
             entry.flags = if enabled { entry.flags | AUTO } else { entry.flags & !AUTO };
             Ok(Vec::new())
         })
