@@ -9,8 +9,10 @@ use crate::cpu::{Cpu, Fault, seg};
 use crate::mmu::walk::Access;
 use crate::mmu::{Target, host};
 
-/// Bytes after which a repeated instruction lets the run loop look for events.
+/// Bytes copied or filled in bulk after which a repeated instruction lets the run loop look for events.
 const MAX_BYTES: u64 = 128 << 10;
+/// Bytes in bulk that an element by itself stands for: it can be an access to a device.
+const ELEMENT: u64 = 128;
 
 /// What a string instruction needs to know.
 #[derive(Clone, Copy)]
@@ -153,7 +155,7 @@ fn repeat(
     mut bulk: impl FnMut(&mut Cpu, &Shape, u64) -> Result<u64, Fault>,
     mut element: impl FnMut(&mut Cpu, &Shape) -> Result<bool, Fault>,
 ) -> Result<(), Fault> {
-    let mut bytes = 0;
+    let mut work = 0;
     // Single steps stop after each element.
     let stepping = cpu.flags & TF != 0;
     loop {
@@ -166,16 +168,16 @@ fn repeat(
         if done == 0 {
             stop = element(cpu, &shape)?;
             shape.take(cpu, 1);
-            bytes += shape.size;
+            work += ELEMENT;
         } else {
             shape.take(cpu, done);
-            bytes += done * shape.size;
+            work += done * shape.size;
         }
         if shape.repeat == Repeat::Once || stop {
             return Ok(());
         }
         let trap = stepping || cpu.data_hits != 0 || cpu.watched.is_some();
-        if trap || bytes >= MAX_BYTES || cpu.handle.peek() != 0 {
+        if trap || work >= MAX_BYTES || cpu.handle.peek() != 0 {
             if shape.count(cpu) != 0 {
                 cpu.repeat_again(instruction);
             }
