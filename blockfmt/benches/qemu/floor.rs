@@ -1,6 +1,7 @@
 //! What the system calls cost that a case cannot do without.
 
-use super::{Bench, Cost, ROUNDS, SIZE};
+use super::{ALIGN, Bench, Cost, Load, ROUNDS, SIZE, full};
+use blockfmt::Format;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -18,6 +19,33 @@ pub fn writes(bench: &Bench, name: &str, size: usize) {
     floor(bench, name, (SIZE / CLUSTER) as f64, "op/s", |out| {
         for offset in (0..SIZE).step_by(CLUSTER as usize) {
             out.write_all_at(&bytes, offset).unwrap();
+        }
+    });
+}
+
+/// Makes the calls of a load on a plain file, one after the other.
+pub fn calls(bench: &Bench, name: &str, load: Load) {
+    let mut bytes = vec![65; load.size as usize];
+    let prepare = |path: &Path| full(Format::Raw)(path);
+    floor_of(bench, name, load.count as f64, "op/s", prepare, |file| {
+        for i in 0..load.count {
+            match load.write {
+                true => file.write_all_at(&bytes, load.offset(i)).unwrap(),
+                false => file.read_exact_at(&mut bytes, load.offset(i)).unwrap(),
+            }
+        }
+    });
+}
+
+/// Writes the first page of every cluster of a new file, and lets the kernel copy the rest of the cluster from the same
+/// place of another.
+pub fn completed_writes(bench: &Bench, name: &str, base: &Path) {
+    let page = vec![65; ALIGN];
+    floor(bench, name, (SIZE / CLUSTER) as f64, "op/s", |out| {
+        let base = File::open(base).unwrap();
+        for offset in (0..SIZE).step_by(CLUSTER as usize) {
+            out.write_all_at(&page, offset).unwrap();
+            copy(&base, out, offset + ALIGN as u64, CLUSTER as usize - ALIGN);
         }
     });
 }
@@ -48,29 +76,51 @@ pub fn reads_and_writes(bench: &Bench, name: &str, source: &Path) {
 pub fn copies(bench: &Bench, name: &str, source: &Path) {
     floor(bench, name, SIZE as f64 / 1e6, "MB/s", |out| {
         let source = File::open(source).unwrap();
-        let mut at = 0i64;
-        while at < SIZE as i64 {
-            let (mut from, mut to) = (at, at);
-            // SAFETY: both files are open, and the offsets are writable for the duration of the call.
-            let copied = unsafe {
-                let (input, output) = (source.as_raw_fd(), out.as_raw_fd());
-                libc::copy_file_range(input, &raw mut from, output, &raw mut to, PIECE as usize, 0)
-            };
-            assert!(copied > 0, "copy_file_range copied {copied} bytes");
-            at += copied as i64;
+        for offset in (0..SIZE).step_by(PIECE as usize) {
+            copy(&source, out, offset, PIECE as usize);
         }
     });
 }
 
+/// Lets the kernel copy a range to the same place of another file.
+fn copy(source: &File, out: &File, offset: u64, len: usize) {
+    let (mut from, mut to) = (offset as i64, offset as i64);
+    let end = from + len as i64;
+    while from < end {
+        // SAFETY: both files are open, and the offsets are writable for the duration of the call.
+        let copied = unsafe {
+            let (input, output) = (source.as_raw_fd(), out.as_raw_fd());
+            libc::copy_file_range(input, &raw mut from, output, &raw mut to, (end - from) as usize, 0)
+        };
+        assert!(copied > 0, "copy_file_range copied {copied} bytes");
+    }
+}
+
 /// Prints the best of what `run` reaches with a new file.
-fn floor(bench: &Bench, name: &str, amount: f64, unit: &str, run: impl Fn(&File)) {
+fn floor(bench: &Bench, name: &str, amount: f64, unit: &str, run: impl FnMut(&File)) {
+    let prepare = |path: &Path| {
+        let _ = std::fs::remove_file(path);
+        File::create_new(path).unwrap();
+    };
+    floor_of(bench, name, amount, unit, prepare, run);
+}
+
+/// [`floor`] with a file that `prepare` makes each time.
+fn floor_of(
+    bench: &Bench,
+    name: &str,
+    amount: f64,
+    unit: &str,
+    prepare: impl Fn(&Path),
+    mut run: impl FnMut(&File),
+) {
     if !bench.wanted(name) {
         return;
     }
     let path = bench.at("floor");
     let costs = [(); ROUNDS].map(|()| {
-        let _ = std::fs::remove_file(&path);
-        let out = File::create_new(&path).unwrap();
+        prepare(&path);
+        let out = File::options().read(true).write(true).open(&path).unwrap();
         Cost::own(|| run(&out))
     });
     bench.remove(&["floor"]);

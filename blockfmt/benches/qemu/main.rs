@@ -41,6 +41,13 @@ struct Load {
     threads: u64,
 }
 
+impl Load {
+    /// Where request `i` begins.
+    fn offset(&self, i: u64) -> u64 {
+        i * self.step % (SIZE - self.size + 1) / self.size * self.size
+    }
+}
+
 impl Bench {
     fn at(&self, name: &str) -> PathBuf {
         self.dir.join(name)
@@ -207,10 +214,9 @@ fn our_bench(disk: &Disk, load: Load) {
                 let buffer = &mut memory[start..start + load.size as usize];
                 let mut i = thread;
                 while i < load.count {
-                    let offset = i * load.step % (SIZE - load.size + 1) / load.size * load.size;
                     match load.write {
-                        true => disk.write_at(buffer, offset).unwrap(),
-                        false => disk.read_at(buffer, offset).unwrap(),
+                        true => disk.write_at(buffer, load.offset(i)).unwrap(),
+                        false => disk.read_at(buffer, load.offset(i)).unwrap(),
                     }
                     i += load.threads;
                 }
@@ -266,7 +272,11 @@ fn run(bench: &Bench) {
     }
     let two = Load { threads: 2, ..read };
     bench.case("qcow2 random read qd64, 2 threads", two, Format::Qcow2, full(Format::Qcow2));
-    bench.case("qcow2 overwrite qd64", write, Format::Qcow2, full(Format::Qcow2));
+    floor::calls(bench, "qcow2 random read qd64, 1 thread", read);
+    bench.case("qcow2 overwrite qd64, 1 thread", write, Format::Qcow2, full(Format::Qcow2));
+    let two = Load { threads: 2, ..write };
+    bench.case("qcow2 overwrite qd64, 2 threads", two, Format::Qcow2, full(Format::Qcow2));
+    floor::calls(bench, "qcow2 overwrite qd64, 1 thread", write);
 
     queue::cases(bench);
 
@@ -296,8 +306,12 @@ fn run(bench: &Bench) {
         bench.case(name, allocate, Format::Qcow2, child);
         let two = Load { threads: 2, ..allocate };
         bench.case(&format!("{name}, 2 threads"), two, Format::Qcow2, child);
-        // A whole cluster is written for every request, a page if there are subclusters.
-        floor::writes(bench, name, if extended_l2 { 4096 } else { 65536 });
+        // A cluster is completed from the base for every request, or a page written if there are subclusters.
+        match extended_l2 {
+            true => floor::writes(bench, name, 4096),
+            false if bench.wanted(name) => floor::completed_writes(bench, name, &base),
+            false => {}
+        }
     }
     // Not the same image: each side's clone is what its own command makes when no option is given.
     let clone = |path: &Path, qcow2: Qcow2Options| {

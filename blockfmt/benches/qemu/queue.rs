@@ -1,7 +1,7 @@
 //! Requests of one thread through a queue, beside calls of one thread, or of one for each of two processors where the
 //! queue may hold many. Set `NACRE_BENCH_DIR` to a directory that is not in memory to see what waiting costs.
 
-use super::{ALIGN, Bench, Cost, Load, SCATTER, SIZE, full, our_bench};
+use super::{ALIGN, Bench, Cost, Load, SCATTER, full, our_bench};
 use blockfmt::queue::{Queue, QueueOptions, Request};
 use blockfmt::{Disk, Format, Memory, OpenOptions};
 
@@ -43,7 +43,7 @@ fn queued(disk: &Disk, load: Load) {
         while begun < load.count
             && let Some(memory) = free.pop()
         {
-            let offset = begun * load.step % (SIZE - load.size + 1) / load.size * load.size;
+            let offset = load.offset(begun);
             let request = match load.write {
                 true => Request::Write { offset, from: memory },
                 false => Request::Read { offset, into: memory },
