@@ -255,6 +255,23 @@ fn convert_and_compare() {
 }
 
 #[test]
+fn what_cannot_be_compressed_is_stored_as_it_is() {
+    let mut contents = Rng(31).bytes(1 << 20);
+    contents.chunks_mut(4096).step_by(7).for_each(|cluster| cluster[1000..].fill(3));
+    let memory = MemoryStorage::from_bytes(&contents);
+    let source = OpenOptions::new(Format::Raw).open_storage(Arc::new(memory), "").unwrap();
+    for compression in [Compression::Zlib, Compression::Zstd] {
+        let target = Arc::new(MemoryStorage::new());
+        let qcow2 = Qcow2Options { compression, cluster_size: Some(4096), ..Qcow2Options::default() };
+        CreateOptions::new(Format::Qcow2, 1 << 20).qcow2(qcow2).create_on(target.clone()).unwrap();
+        let target = OpenOptions::new(Format::Qcow2).open_storage(target, "").unwrap();
+        let options = ConvertOptions { compress: true, ..ConvertOptions::default() };
+        job::convert(&source, &target, options, &JobControl::new()).unwrap();
+        assert_same(&target, &contents);
+    }
+}
+
+#[test]
 fn cancelled_jobs_leave_the_chain_alone_and_can_run_again() {
     let mut chain = Chain::new(40, 3);
     for _ in 0..3 {

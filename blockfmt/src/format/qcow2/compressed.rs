@@ -70,11 +70,7 @@ impl Qcow2 {
         let cluster = self.p.cluster as usize;
         let fail = |e| self.io("compress for", e);
         let engine = match self.header.lock().compression {
-            Compression::Zlib => {
-                // Smaller windows than usual are part of the format: readers rely on 4 KiB.
-                let level = flate2::Compression::default();
-                Engine::Zlib(flate2::Compress::new_with_window_bits(level, false, 12))
-            }
+            Compression::Zlib => Engine::Zlib(new_deflate()),
             Compression::Zstd => Engine::Zstd(zstd::bulk::Compressor::new(0).map_err(fail)?),
         };
         Ok(Compressor { engine, out: vec![0; cluster] })
@@ -158,6 +154,11 @@ fn decompress(compression: Compression, input: &[u8], len: usize) -> Option<Vec<
     }
 }
 
+fn new_deflate() -> flate2::Compress {
+    // Smaller windows than usual are part of the format: readers rely on 4 KiB.
+    flate2::Compress::new_with_window_bits(flate2::Compression::default(), false, 12)
+}
+
 enum Engine {
     Zlib(flate2::Compress),
     Zstd(zstd::bulk::Compressor<'static>),
@@ -180,9 +181,18 @@ impl Compressor {
     pub fn compress(&mut self, cluster: &[u8]) -> Option<&[u8]> {
         let len = match &mut self.engine {
             Engine::Zlib(deflate) => {
-                deflate.reset();
-                let status = deflate.compress(cluster, &mut self.out, flate2::FlushCompress::Finish).ok()?;
-                (status == flate2::Status::StreamEnd).then_some(deflate.total_out() as usize)?
+                match deflate.compress(cluster, &mut self.out, flate2::FlushCompress::Finish) {
+                    Ok(flate2::Status::StreamEnd) => {
+                        let len = deflate.total_out() as usize;
+                        deflate.reset();
+                        len
+                    }
+                    // A reset does not get rid of all that a stream without an end left in the engine's buffer.
+                    _ => {
+                        *deflate = new_deflate();
+                        return None;
+                    }
+                }
             }
             // Fails if the output does not fit.
             Engine::Zstd(zstd) => zstd.compress_to_buffer(cluster, &mut self.out[..]).ok()?,
