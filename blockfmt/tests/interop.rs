@@ -208,6 +208,20 @@ fn preallocation_and_data_files() {
 }
 
 #[test]
+fn preallocated_clusters_show_nothing_of_tables_that_moved() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    for how in [Preallocation::Metadata, Preallocation::Falloc] {
+        let path = dir.path().join(format!("{how:?}"));
+        // Small enough clusters that the refcount table has to grow.
+        let qcow2 = Qcow2Options { cluster_size: Some(512), ..Qcow2Options::default() };
+        CreateOptions::new(Format::Qcow2, 16 << 20).qcow2(qcow2).preallocation(how).create(&path).unwrap();
+        let disk = OpenOptions::new(Format::Qcow2).read_only(true).open(&path).unwrap();
+        assert_same(&disk, &vec![0; 16 << 20]);
+        qemu_check(&path);
+    }
+}
+
+#[test]
 fn sizes_change_both_ways() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut rng = Rng(5);

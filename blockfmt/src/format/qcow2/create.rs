@@ -1,7 +1,7 @@
 //! Creation.
 
 use super::header::{Header, autoclear, compatible, extension, incompatible};
-use super::refcount::write_entry;
+use super::refcount::{Run, write_entry};
 use super::tables::COPIED;
 use super::{Compression, Qcow2, parent};
 use crate::crypt::{self, LuksOptions};
@@ -212,16 +212,17 @@ impl Qcow2 {
             let (slice, index) = self.slice_of(first);
             let want = (self.p.slice_entries - index as u64).min(end - first);
             self.ensure_table(first)?;
-            let (start, count) = match self.data.is_some() {
-                true => (first, want),
-                false => {
-                    let run = self.refcounts.lock().allocate(want, false)?;
-                    (run.start, run.count)
-                }
+            let Run { start, count, fresh } = match self.data.is_some() {
+                true => Run { start: first, count: want, fresh: true },
+                false => self.refcounts.lock().allocate(want, false)?,
             };
             let (offset, len) = (start << self.p.cluster_bits, count << self.p.cluster_bits);
             let storage = self.payload();
             match how {
+                // A refcount table that grew was here, or what a block device held before.
+                Preallocation::Metadata | Preallocation::Falloc if !fresh => {
+                    storage.zero(offset, len, how == Preallocation::Metadata)?;
+                }
                 Preallocation::Falloc => {
                     storage.allocate(offset, len).map_err(|e| self.io("allocate", e))?;
                 }
