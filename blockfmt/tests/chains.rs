@@ -4,7 +4,9 @@
 
 mod common;
 
+use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::job::{self, JobControl, Migration, Mirror, MirrorMode};
+use blockfmt::storage::{FileOptions, FileStorage};
 use blockfmt::{Below, CreateOptions, Disk, Error, Format, OpenOptions, Registry, Scatter};
 use common::assert_same;
 use common::chain::{Chain, SIZE, cancelling};
@@ -210,4 +212,25 @@ fn rolling_back_tells_of_another_size() {
     }
     // The second time it was the same.
     assert_eq!(*sizes.lock().unwrap(), [SIZE + (1 << 20), SIZE]);
+}
+
+#[test]
+fn a_child_is_merged_into_a_parent_with_an_external_data_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, child) = (dir.path().join("base"), dir.path().join("child"));
+    let external = Qcow2Options { data_file: Some("data".into()), ..Qcow2Options::default() };
+    CreateOptions::new(Format::Qcow2, 1 << 20).qcow2(external).create(&base).unwrap();
+    CreateOptions::new(Format::Qcow2, 1 << 20).backing("base", Format::Qcow2).create(&child).unwrap();
+    let disk = OpenOptions::new(Format::Qcow2).open(&child).unwrap();
+    let mut model = vec![0; 1 << 20];
+    model[70_000..90_000].fill(7);
+    disk.write_at(&model[70_000..90_000], 70_000).unwrap();
+    let data = || FileStorage::open(&dir.path().join("data"), FileOptions::default());
+    assert!(matches!(data(), Err(Error::Locked { .. })));
+    job::commit(&disk, 0, &JobControl::new()).unwrap();
+    assert_same(&disk, &model);
+    assert!(matches!(data(), Err(Error::Locked { .. })));
+    drop(disk);
+    data().unwrap();
+    assert_same(&OpenOptions::new(Format::Qcow2).open(&base).unwrap(), &model);
 }

@@ -226,7 +226,7 @@ impl Disk {
         if !layer.read_only() {
             if index > 0 {
                 // An earlier job may have let others read it. A lock that cannot be had is given up as a whole.
-                layer.storage().set_lock(LockMode::Write).inspect_err(|_| lock_again(&layer))?;
+                set_lock(&layer, LockMode::Write).inspect_err(|_| lock_again(&layer))?;
             }
             return Ok(layer);
         }
@@ -246,7 +246,7 @@ impl Disk {
             options.open_layer(layer.format(), storage, Path::new(&path), false)
         };
         // Our own lock for reading would keep us from writing.
-        layer.storage().set_lock(LockMode::None)?;
+        set_lock(&layer, LockMode::None)?;
         let writable = open().inspect_err(|_| lock_again(&layer))?;
         let mut closed = self.0.gate.close();
         let mut state = State::clone(closed.get());
@@ -291,15 +291,21 @@ impl Disk {
             if !pair[0].read_only() {
                 pair[0].note_parent(Some(&*pair[1]))?;
             }
-            pair[1].storage().set_lock(LockMode::Read)?;
+            set_lock(&pair[1], LockMode::Read)?;
         }
         Ok(())
     }
 }
 
+/// Locks the files of a layer: the image, and the one with its payload if that is another.
+fn set_lock(layer: &Arc<dyn Layer>, mode: LockMode) -> Result<()> {
+    layer.storage().set_lock(mode)?;
+    layer.data_file(0).set_lock(mode)
+}
+
 /// Takes the lock of a layer that is read, after an attempt to write it failed.
 fn lock_again(layer: &Arc<dyn Layer>) {
-    if let Err(error) = layer.storage().set_lock(LockMode::Read) {
+    if let Err(error) = set_lock(layer, LockMode::Read) {
         tracing::warn!(%error, "Cannot take the lock of a backing file again");
     }
 }
