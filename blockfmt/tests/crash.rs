@@ -10,12 +10,12 @@ mod common;
 use blockfmt::format::qcow2::{Qcow2Options, Repair};
 use blockfmt::format::vhd::{VhdKind, VhdOptions};
 use blockfmt::format::vhdx::{VhdxKind, VhdxOptions};
-use blockfmt::storage::{MemoryStorage, RecordingStorage};
+use blockfmt::storage::{Event, MemoryStorage, RecordingStorage};
 use blockfmt::{CreateOptions, Format, OpenOptions, Storage};
 use common::crash::{
     History, SECTOR, SIZE, corruptions, crash, each_loss, last_mark, own_corruptions, rounds, sector,
 };
-use common::{Rng, text};
+use common::{Rng, qemu, text};
 use std::sync::Arc;
 
 fn run(name: &str, qcow2: Qcow2Options, with_base: bool, seed: u64) {
@@ -78,6 +78,15 @@ fn run_on(name: &str, mut create: CreateOptions, with_base: bool, seed: u64) {
                 let report = corruptions(&image, dir.path());
                 panic!("{what}: {found:?}, and qemu-img says: {report:?}");
             }
+        }
+        if let (Format::Vhd, Event::Write { data, .. }) = (format, &events[lost].1)
+            && data.starts_with(b"conectix")
+        {
+            // QEMU does with the copy of the footer at the start.
+            let path = dir.path().join("crashed.vhd");
+            std::fs::write(&path, image.to_vec()).unwrap();
+            let output = qemu("qemu-img", &["info", "-f", "vpc", text(&path)]);
+            assert!(output.status.success() || with_base, "{what}: {output:?}");
         }
         let disk = open(Arc::new(image));
         history.check(&disk, last_mark(&events, at), &what);

@@ -5,6 +5,7 @@
 mod common;
 
 use blockfmt::format::vhd::{VhdKind, VhdOptions};
+use blockfmt::job::{self, JobControl};
 use blockfmt::{CreateOptions, Error, Format, OpenOptions, Preallocation};
 use common::differencing::{Family, libvhdi_view};
 use common::{Rng, assert_same, exercise, qemu_ok, text};
@@ -98,6 +99,28 @@ fn differencing_disks_agree_with_libvhdi() {
 #[test]
 fn chains_mix_formats_and_merge() {
     FAMILY.mixes_and_merges();
+}
+
+#[test]
+fn a_disk_that_lost_its_parent_shows_nothing_of_a_crash_to_readers_without_bitmaps() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (base, child) = (dir.path().join("base"), dir.path().join("child"));
+    vhd(VhdKind::Dynamic).create(&base).unwrap();
+    vhd(VhdKind::Dynamic).backing("base", Format::Vhd).create(&child).unwrap();
+    let mut model = vec![0; open(&child).size() as usize];
+    model[..512].fill(0xa5);
+    open(&child).write_at(&model[..512], 0).unwrap();
+    // A write of the next sector that was not flushed.
+    let mut file = std::fs::read(&child).unwrap();
+    let payload = file.windows(512).position(|sector| *sector == model[..512]).unwrap();
+    file[payload + 512..payload + 1024].fill(0x5a);
+    std::fs::write(&child, file).unwrap();
+    let disk = open(&child);
+    assert_same(&disk, &model);
+    job::stream(&disk, 0, None, &JobControl::new()).unwrap();
+    assert_same(&disk, &model);
+    drop(disk);
+    assert_qemu_sees(&child, &model);
 }
 
 #[test]

@@ -212,6 +212,7 @@ impl Layer for Vhd {
         let header_offset = self.headers.lock().footer.header_offset();
         match backing {
             None => {
+                self.complete_blocks()?;
                 // First the footers: with the header of a differencing disk they mean a dynamic one.
                 self.headers.lock().footer.set_kind(Kind::Dynamic);
                 self.write_footers()?;

@@ -107,6 +107,38 @@ impl Blocks for Vhd {
 }
 
 impl Vhd {
+    /// Makes the sectors that blocks of a differencing disk lack present, as zeros: readers such as QEMU do not look at
+    /// the bitmaps of dynamic disks, and what a crash left in such sectors would show. The parent has zeros there.
+    pub(super) fn complete_blocks(&self) -> Result<()> {
+        let blocks = self.meta.read().bat.len() as u32;
+        let sectors = self.p.block / SECTOR;
+        for block in 0..blocks {
+            let _guard = self.ranges.lock(u64::from(block)..u64::from(block) + 1);
+            let absent = self.with_block(block, |_, found| {
+                let (payload, bits) = found?;
+                let (mut absent, mut at) = (Vec::new(), 0);
+                while at < sectors {
+                    let (set, count) = bits.run(at, sectors - at);
+                    if !set {
+                        absent.push((at, count));
+                    }
+                    at += count;
+                }
+                Some((payload, absent))
+            })?;
+            let Some((payload, absent)) = absent.filter(|(_, absent)| !absent.is_empty()) else { continue };
+            for (first, count) in absent {
+                self.storage.zero(payload + first * SECTOR, count * SECTOR, true)?;
+            }
+            let mut meta = self.meta.write();
+            meta.dirty.insert(block);
+            meta.cache(block, Bits::Full, self.p.bitmap as usize);
+            drop(meta);
+            self.relieve()?;
+        }
+        self.flush_all()
+    }
+
     /// Reserves space for a block at the end of the file; returns its start and the end of stale bytes in it.
     fn reserve(&self) -> Result<(u64, u64)> {
         let span = self.p.bitmap + self.p.block;
@@ -118,6 +150,10 @@ impl Vhd {
         let written = self.storage.length()?;
         let everything = !self.storage.zero_beyond_end();
         let stale = if everything { start + span } else { meta.stale_end.max(written).min(start + span) };
+        // Readers such as QEMU refuse a file that ends before its last block, as it would if a crash left the footer out.
+        if !everything && written < start + span + SECTOR {
+            self.storage.truncate(start + span + SECTOR)?;
+        }
         meta.end = start + span;
         meta.footer_dirty = true;
         Ok((start, stale))
