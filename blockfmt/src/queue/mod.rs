@@ -190,10 +190,16 @@ impl Queue {
         if self.ring.is_some() { Engine::IoUring } else { Engine::Threads }
     }
 
-    /// A descriptor that is readable while there are completions, except for those that [`submit`](Self::submit)
-    /// made itself.
+    /// A descriptor that is readable while there are completions, except for those that [`submit`](Self::submit) or
+    /// [`cancel`](Self::cancel) made or found: ask for [`completions`](Self::completions) after these.
+    ///
+    /// An owner that watches it gets what the kernel completed without another thread in between. One that does not look
+    /// for a while keeps nobody waiting.
     pub fn event(&self) -> BorrowedFd<'_> {
-        self.workers.board().event.as_fd()
+        match &self.ring {
+            Some(ring) => ring.event(),
+            None => self.workers.board().event.as_fd(),
+        }
     }
 
     /// Requests that the kernel was given so far.
@@ -224,14 +230,30 @@ impl Queue {
 
     /// Begins all requests that were pushed. Some may be complete when this returns.
     pub fn submit(&mut self) {
+        self.begin();
+        if let Some(ring) = &mut self.ring {
+            ring.submit();
+        }
+    }
+
+    /// Gives everything that was pushed to those who do it. The kernel has to be told then.
+    fn begin(&mut self) {
+        let jobs = self.staged.drain(..);
         match &mut self.ring {
-            Some(ring) => ring.start(self.staged.drain(..)),
-            None => self.staged.drain(..).for_each(|job| self.workers.board().give(job)),
+            Some(ring) => ring.push(jobs),
+            None => jobs.for_each(|job| self.workers.board().give(job)),
         }
     }
 
     /// Moves the completions to `out` and returns their number.
     pub fn completions(&mut self, out: &mut Vec<Completion>) -> usize {
+        if let Some(ring) = &mut self.ring {
+            ring.collect();
+        }
+        self.take(out)
+    }
+
+    fn take(&mut self, out: &mut Vec<Completion>) -> usize {
         let count = self.workers.board().take(out);
         self.held -= count;
         count
@@ -240,11 +262,17 @@ impl Queue {
     /// Like [`completions`](Self::completions) after [`submit`](Self::submit), but waits until there is one, unless
     /// the queue is empty.
     pub fn wait(&mut self, out: &mut Vec<Completion>) -> usize {
-        self.submit();
-        if self.held > 0 {
-            self.workers.board().wait();
+        self.begin();
+        loop {
+            let waited = self.ring.as_mut().is_some_and(|ring| ring.wait(self.held));
+            let count = self.take(out);
+            if count > 0 || self.held == 0 {
+                return count;
+            }
+            if !waited {
+                event::wait_for(self.event());
+            }
         }
-        self.completions(out)
     }
 
     /// Ends requests with this tag with [`Error::Cancelled`], as far as they have not begun. Others complete as if

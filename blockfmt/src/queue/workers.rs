@@ -16,8 +16,6 @@ pub(super) struct Board {
     lists: Mutex<Lists>,
     /// There is work, or no more will come.
     work: Condvar,
-    /// There is a completion.
-    done: Condvar,
     threads: Mutex<Vec<JoinHandle<()>>>,
     most_threads: usize,
 }
@@ -43,7 +41,6 @@ impl Workers {
             event: Event::new()?,
             lists: Mutex::default(),
             work: Condvar::new(),
-            done: Condvar::new(),
             threads: Mutex::default(),
             most_threads,
         }));
@@ -117,7 +114,6 @@ impl Board {
             lists.signalled = true;
             self.event.signal();
         }
-        self.done.notify_one();
     }
 
     /// Moves the completions to `out`.
@@ -129,12 +125,6 @@ impl Board {
         let count = lists.done.len();
         out.append(&mut lists.done);
         count
-    }
-
-    /// Waits for a completion.
-    pub fn wait(&self) {
-        let mut lists = self.lists.lock();
-        self.done.wait_while(&mut lists, |lists| lists.done.is_empty());
     }
 
     fn run(&self) {
