@@ -26,6 +26,7 @@ use crate::gate::Gate;
 use crate::storage::FileId;
 use crate::{Below, Error, Extent, Format, Gather, Layer, Result, Scatter, Stored};
 use parking_lot::{Mutex, RwLock};
+use std::convert::Infallible;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -299,16 +300,21 @@ impl Disk {
 
     /// Lets `observer` see every change from now on. No request is in flight while it is added.
     pub fn add_observer(&self, observer: Arc<dyn Observer>) {
-        self.add_observer_after(observer, || {});
+        let Ok(()) = self.add_observer_after(observer, |_| Ok::<_, Infallible>(()));
     }
 
-    /// [`add_observer`](Disk::add_observer), calling `prepare` at the instant from which changes are seen.
-    pub(crate) fn add_observer_after(&self, observer: Arc<dyn Observer>, prepare: impl FnOnce()) {
+    /// [`add_observer`](Disk::add_observer) if `prepare` succeeds at the instant from which changes are seen.
+    pub(crate) fn add_observer_after<E>(
+        &self,
+        observer: Arc<dyn Observer>,
+        prepare: impl FnOnce(&State) -> Result<(), E>,
+    ) -> Result<(), E> {
         let mut closed = self.0.gate.close();
-        prepare();
         let mut state = State::clone(closed.get());
+        prepare(&state)?;
         state.observers.push(observer);
         closed.set(Arc::new(state));
+        Ok(())
     }
 
     /// Removes an observer. No request calls it any more when this returns.

@@ -2,7 +2,7 @@
 
 use super::parallel::each_dirty;
 use super::{DirtyMap, JobControl, copy};
-use crate::disk::Observer;
+use crate::disk::{Observer, State};
 use crate::ranges::RangeLocks;
 use crate::{Below, Disk, Error, Result};
 use parking_lot::Mutex;
@@ -58,40 +58,51 @@ impl Observer for Shared {
 /// marks (an incremental backup); it is not modified.
 pub fn backup(source: &Disk, target: &Disk, changed: Option<&DirtyMap>, control: &JobControl) -> Result<()> {
     let size = source.size();
-    run(source, target, control, |todo| match changed {
-        None => todo.mark(0, size),
-        Some(map) => map.marked().for_each(|granule| {
-            let (offset, len) = map.bytes(granule, size);
-            todo.mark(offset, len);
-        }),
+    run(source, target, control, |_, todo| {
+        match changed {
+            None => todo.mark(0, size),
+            Some(map) => map.marked().for_each(|granule| {
+                let (offset, len) = map.bytes(granule, size);
+                todo.mark(offset, len);
+            }),
+        }
+        Ok(())
     })
 }
 
 /// Copies the granules that `changes` marks, as they are at one instant of the call, and takes the marks at
-/// this instant: afterwards they tell what changed since this backup. If it fails, they are put back.
+/// this instant: afterwards they tell what changed since this backup. If it fails, they are put back; until it has
+/// succeeded, an image that is closed stores them.
 ///
-/// `changes` has to record the changes of `source`, as a persistent bitmap does.
+/// # Errors
+/// `changes` does not record the changes of `source`, as an enabled bitmap of its uppermost image or an [`Observer`]
+/// does, or another backup has taken its marks.
 pub fn backup_changes(source: &Disk, target: &Disk, changes: &DirtyMap, control: &JobControl) -> Result<()> {
     let size = source.size();
-    let taken = DirtyMap::new(size, changes.granularity())?;
-    let result = run(source, target, control, |todo| {
-        for granule in changes.marked().filter(|granule| changes.take(*granule)) {
+    let lent = changes.lend()?;
+    run(source, target, control, |state, todo| {
+        let observes = |o: &Arc<dyn Observer>| std::ptr::addr_eq(Arc::as_ptr(o), changes);
+        let records = state.layers[0].as_qcow2().is_some_and(|image| image.records(changes));
+        if !records && !state.observers.iter().any(observes) {
+            return Err(Error::InvalidOption("The bitmap does not record what changes on this disk".into()));
+        }
+        lent.take(|granule| {
             let (offset, len) = changes.bytes(granule, size);
-            taken.mark(offset, len);
             todo.mark(offset, len);
-        }
-    });
-    if result.is_err() {
-        for granule in taken.marked() {
-            let (offset, len) = taken.bytes(granule, size);
-            changes.mark(offset, len);
-        }
-    }
-    result
+        });
+        Ok(())
+    })?;
+    lent.keep();
+    Ok(())
 }
 
 /// Runs a backup of what `choose` marks. It is called at the instant that the backup shows.
-fn run(source: &Disk, target: &Disk, control: &JobControl, choose: impl FnOnce(&DirtyMap)) -> Result<()> {
+fn run(
+    source: &Disk,
+    target: &Disk,
+    control: &JobControl,
+    choose: impl FnOnce(&State, &DirtyMap) -> Result<()>,
+) -> Result<()> {
     let size = source.size();
     if target.size() < size {
         return Err(Error::InvalidOption("The target is smaller than the source".into()));
@@ -105,7 +116,7 @@ fn run(source: &Disk, target: &Disk, control: &JobControl, choose: impl FnOnce(&
         error: Mutex::default(),
     });
     let observer: Arc<dyn Observer> = shared.clone();
-    source.add_observer_after(observer.clone(), || choose(&shared.todo));
+    source.add_observer_after(observer.clone(), |state| choose(state, &shared.todo))?;
     control.begin(shared.todo.count() * GRANULE);
     let result = save_all(source, &shared, control);
     source.remove_observer(&observer);

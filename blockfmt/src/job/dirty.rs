@@ -2,6 +2,7 @@
 
 use crate::disk::Observer;
 use crate::{Below, Error, Result};
+use parking_lot::{Mutex, MutexGuard};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,6 +14,8 @@ pub struct DirtyMap {
     bits: Box<[AtomicU64]>,
     granularity: u64,
     granules: u64,
+    /// Marks that a backup has taken and puts back if it fails.
+    lent: Mutex<Option<Box<DirtyMap>>>,
 }
 
 impl DirtyMap {
@@ -26,7 +29,7 @@ impl DirtyMap {
             return Err(Error::InvalidOption("The granularity is too small for a disk of this size".into()));
         }
         let bits = (0..granules.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Ok(DirtyMap { bits, granularity, granules })
+        Ok(DirtyMap { bits, granularity, granules, lent: Mutex::new(None) })
     }
 
     /// Bytes per granule.
@@ -85,10 +88,88 @@ impl DirtyMap {
         self.bits.iter().map(|w| u64::from(w.load(Ordering::Acquire).count_ones())).sum()
     }
 
+    /// Clears all granules.
+    pub(crate) fn clear(&self) -> Result<()> {
+        let lent = self.lent.lock();
+        match &*lent {
+            Some(_) => Err(Error::Busy("this bitmap".into())),
+            None => {
+                self.bits.iter().for_each(|word| word.store(0, Ordering::Release));
+                Ok(())
+            }
+        }
+    }
+
+    /// The marks with those that a backup has taken, as long as it may put them back. None are taken or put back while
+    /// the result lives.
+    pub(crate) fn all_marks(&self) -> AllMarks<'_> {
+        AllMarks { map: self, lent: self.lent.lock() }
+    }
+
+    /// Lets the caller take the marks, and put them back.
+    pub(crate) fn lend(&self) -> Result<Lent<'_>> {
+        let mut lent = self.lent.lock();
+        if lent.is_some() {
+            return Err(Error::Busy("this bitmap".into()));
+        }
+        let bits = self.bits.iter().map(|_| AtomicU64::new(0)).collect();
+        *lent = Some(Box::new(DirtyMap { bits, lent: Mutex::new(None), ..*self }));
+        Ok(Lent(self))
+    }
+
+    /// Whether someone has taken marks and may put them back.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.lent.lock().is_some()
+    }
+
     /// First byte and length of a granule on a disk of `size` bytes.
     pub(crate) fn bytes(&self, granule: u64, size: u64) -> (u64, u64) {
         let offset = (granule * self.granularity).min(size);
         (offset, self.granularity.min(size - offset))
+    }
+}
+
+/// See [`DirtyMap::all_marks`].
+pub(crate) struct AllMarks<'a> {
+    map: &'a DirtyMap,
+    lent: MutexGuard<'a, Option<Box<DirtyMap>>>,
+}
+
+impl AllMarks<'_> {
+    /// The first marked granule at or after `from`.
+    pub(crate) fn next(&self, from: u64) -> Option<u64> {
+        let lent = self.lent.as_ref().and_then(|lent| lent.next(from));
+        self.map.next(from).into_iter().chain(lent).min()
+    }
+}
+
+/// Marks that were taken from a map. Dropping it puts them back.
+pub(crate) struct Lent<'a>(&'a DirtyMap);
+
+impl Lent<'_> {
+    /// Takes all marks and calls `each` with their granules.
+    pub(crate) fn take(&self, mut each: impl FnMut(u64)) {
+        let lent = self.0.lent.lock();
+        let Some(lent) = &*lent else { return };
+        for (word, taken) in self.0.bits.iter().zip(&lent.bits) {
+            taken.fetch_or(word.swap(0, Ordering::AcqRel), Ordering::AcqRel);
+        }
+        lent.marked().for_each(&mut each);
+    }
+
+    /// Keeps the marks: they are not put back.
+    pub(crate) fn keep(self) {
+        *self.0.lent.lock() = None;
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        if let Some(lent) = self.0.lent.lock().take() {
+            for (word, taken) in self.0.bits.iter().zip(&lent.bits) {
+                word.fetch_or(taken.load(Ordering::Acquire), Ordering::AcqRel);
+            }
+        }
     }
 }
 
@@ -101,6 +182,28 @@ impl Observer for DirtyMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn marks_that_are_taken_are_kept_or_put_back() {
+        let map = DirtyMap::new(1000 * 512, 512).unwrap();
+        map.mark(70 * 512, 512);
+        let lent = map.lend().unwrap();
+        let mut seen = Vec::new();
+        lent.take(|granule| seen.push(granule));
+        map.mark(3 * 512, 512);
+        assert_eq!((seen, map.count()), (vec![70], 1));
+        assert_eq!((map.all_marks().next(0), map.all_marks().next(4)), (Some(3), Some(70)));
+        assert!(map.lend().is_err() && map.clear().is_err());
+        drop(lent);
+        assert!(map.marked().eq([3, 70]) && !map.is_lent());
+        let lent = map.lend().unwrap();
+        lent.take(|_| {});
+        lent.keep();
+        assert!(map.all_marks().next(0).is_none());
+        map.mark(0, 1);
+        map.clear().unwrap();
+        assert_eq!(map.count(), 0);
+    }
 
     #[test]
     fn marks_cover_what_they_touch() {

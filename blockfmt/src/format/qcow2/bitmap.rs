@@ -1,56 +1,69 @@
-//! Persistent dirty bitmaps.
-//!
-//! While an image is open for writing, its enabled bitmaps are in memory and marked "in use" on the disk:
-//! after a crash they count as inconsistent. Closing the image stores them.
+//! Persistent dirty bitmaps: what the disk holds of them. `recording` has those that record changes.
 
+use super::Qcow2;
 use super::header::{Header, autoclear, be32, be64, extension};
 use super::tables::OFFSET_MASK;
-use super::{Qcow2, Repair};
 use crate::job::DirtyMap;
 use crate::{Error, Result};
-use parking_lot::RwLock;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::HashSet;
 
-const IN_USE: u32 = 1;
-const AUTO: u32 = 1 << 1;
+/// It was not stored since its image was opened for writing.
+pub(super) const IN_USE: u32 = 1;
+/// It records changes.
+pub(super) const AUTO: u32 = 1 << 1;
 /// Limits of the specification's readers; larger ones are refused.
 const MAX_BITMAPS: u32 = 65535;
 const MAX_DIRECTORY: u64 = 64 << 20;
 const MAX_TABLE: u32 = 8 << 20;
-
-/// A persistent bitmap.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct BitmapInfo {
-    /// Name.
-    pub name: String,
-    /// Bytes of the disk that one bit stands for.
-    pub granularity: u64,
-    /// Whether it records changes.
-    pub enabled: bool,
-    /// Whether it was not stored properly, so that it says nothing.
-    pub inconsistent: bool,
-}
+/// Most memory for the contents of one bitmap, as QEMU's, and of those together that record changes.
+pub(super) const MAX_BYTES: u64 = 512 << 20;
 
 /// An entry of the bitmap directory.
 #[derive(Clone, Debug)]
-struct Entry {
+pub(super) struct Entry {
     table: u64,
     table_len: u32,
-    flags: u32,
-    granularity_bits: u8,
-    name: Vec<u8>,
+    pub flags: u32,
+    pub granularity_bits: u8,
+    pub name: Vec<u8>,
     extra: Vec<u8>,
 }
 
-/// The bitmaps that record changes now.
-#[derive(Debug, Default)]
-pub(super) struct Recording {
-    maps: RwLock<Vec<(String, Arc<DirtyMap>)>>,
-    /// Whether the disk has the present state of the maps, not marked as in use.
-    stored: AtomicBool,
-    active: AtomicBool,
+impl Entry {
+    /// An entry without contents.
+    pub fn new(name: &str, granularity: u64) -> Self {
+        Entry {
+            table: 0,
+            table_len: 0,
+            flags: AUTO,
+            granularity_bits: granularity.trailing_zeros() as u8,
+            name: name.into(),
+            extra: Vec::new(),
+        }
+    }
+}
+
+/// A directory that is about to replace the one on the disk.
+#[derive(Debug)]
+pub(super) struct Draft {
+    pub entries: Vec<Entry>,
+    /// Old entries to whose clusters nobody refers afterwards.
+    gone: Vec<Entry>,
+    /// First cluster and number of clusters of each piece that was allocated for it.
+    fresh: Vec<(u64, u64)>,
+}
+
+impl Draft {
+    /// The number of the entry with this name.
+    pub fn find(&self, name: &str) -> Result<usize> {
+        let at = self.entries.iter().position(|e| e.name == name.as_bytes());
+        at.ok_or_else(|| Error::NotFound { what: "bitmap", name: name.into() })
+    }
+
+    /// Takes an entry out.
+    pub fn remove(&mut self, at: usize) {
+        self.gone.push(self.entries.remove(at));
+    }
 }
 
 impl Qcow2 {
@@ -66,11 +79,13 @@ impl Qcow2 {
         Ok(Some((be64(e, 16) & OFFSET_MASK, be64(e, 8))))
     }
 
-    fn read_directory(&self, header: &Header) -> Result<Vec<Entry>> {
-        let Some((offset, len)) = self.bitmap_directory(header)? else { return Ok(Vec::new()) };
+    /// The entries of the directory that the header refers to.
+    pub(super) fn read_directory(&self) -> Result<Vec<Entry>> {
+        let header = self.header.lock().clone();
+        let Some((offset, len)) = self.bitmap_directory(&header)? else { return Ok(Vec::new()) };
         let mut bytes = vec![0; len as usize];
         self.storage.read_at(&mut bytes, offset)?;
-        let mut out = Vec::new();
+        let mut out: Vec<Entry> = Vec::new();
         let mut at = 0;
         while at + 24 <= bytes.len() {
             let e = &bytes[at..];
@@ -91,6 +106,10 @@ impl Qcow2 {
             });
             at += end.next_multiple_of(8);
         }
+        let mut names = HashSet::new();
+        if !out.iter().all(|e| names.insert(&e.name)) {
+            return Err(self.corrupt("two of its bitmaps have the same name"));
+        }
         Ok(out)
     }
 
@@ -110,44 +129,23 @@ impl Qcow2 {
         out
     }
 
-    /// The persistent bitmaps.
-    pub fn bitmaps(&self) -> Result<Vec<BitmapInfo>> {
-        let header = self.header.lock().clone();
-        let recording = self.recording.maps.read();
-        let list = self.read_directory(&header)?.into_iter().map(|e| {
-            let name = String::from_utf8_lossy(&e.name).into_owned();
-            // One that we record ourselves is in use for a good reason.
-            let ours = recording.iter().any(|(n, _)| *n == name);
-            BitmapInfo {
-                granularity: 1 << e.granularity_bits,
-                enabled: e.flags & AUTO != 0,
-                inconsistent: e.flags & IN_USE != 0 && !ours,
-                name,
-            }
-        });
-        Ok(list.collect())
+    /// Fails unless a bitmap was stored properly.
+    pub(super) fn check_stored(&self, entry: &Entry) -> Result<()> {
+        match entry.flags & IN_USE != 0 {
+            true => Err(self.corrupt("the bitmap was not stored properly: it can only be removed")),
+            false => Ok(()),
+        }
     }
 
-    /// The contents of a bitmap. One that records changes is live.
-    pub fn bitmap(&self, name: &str) -> Result<Arc<DirtyMap>> {
-        if let Some((_, map)) = self.recording.maps.read().iter().find(|(n, _)| n == name) {
-            return Ok(map.clone());
-        }
-        let header = self.header.lock().clone();
-        let entry = self.read_directory(&header)?.into_iter().find(|e| e.name == name.as_bytes());
-        let entry = entry.ok_or_else(|| Error::NotFound { what: "bitmap", name: name.into() })?;
-        if entry.flags & IN_USE != 0 {
-            return Err(self.corrupt("the bitmap was not stored properly"));
-        }
-        self.load_map(&entry).map(Arc::new)
-    }
-
-    fn load_map(&self, entry: &Entry) -> Result<DirtyMap> {
-        let map = DirtyMap::new(self.virtual_size(), 1 << entry.granularity_bits)?;
+    /// The contents of a bitmap, as it was stored.
+    pub(super) fn load_map(&self, entry: &Entry) -> Result<DirtyMap> {
+        self.check_stored(entry)?;
+        let granules = self.virtual_size().div_ceil(1 << entry.granularity_bits);
         let per_cluster = self.p.cluster * 8;
-        if u64::from(entry.table_len) != map.granules().div_ceil(per_cluster) {
+        if u64::from(entry.table_len) != granules.div_ceil(per_cluster) {
             return Err(self.corrupt("a bitmap has the wrong size"));
         }
+        let map = self.new_map(1 << entry.granularity_bits)?;
         let mut table = vec![0; entry.table_len as usize * 8];
         self.storage.read_at(&mut table, entry.table)?;
         let mut data = vec![0; self.p.cluster as usize];
@@ -169,30 +167,55 @@ impl Qcow2 {
         Ok(map)
     }
 
-    /// Writes the contents of a map to new clusters and lets `entry` refer to them.
-    fn store_map(&self, map: &DirtyMap, entry: &mut Entry) -> Result<()> {
+    /// A clear bitmap of the disk.
+    pub(super) fn new_map(&self, granularity: u64) -> Result<DirtyMap> {
+        if self.virtual_size().div_ceil(granularity) > MAX_BYTES * 8 {
+            return Err(Error::InvalidOption("The granularity is too small for a disk of this size".into()));
+        }
+        DirtyMap::new(self.virtual_size(), granularity)
+    }
+
+    /// A copy of the directory.
+    pub(super) fn draft(&self) -> Result<Draft> {
+        Ok(Draft { entries: self.read_directory()?, gone: Vec::new(), fresh: Vec::new() })
+    }
+
+    /// Allocates clusters for what `draft` refers to and returns the place of the first one.
+    fn allocate_for(&self, draft: &mut Draft, clusters: u64) -> Result<u64> {
+        let run = self.allocate_metadata(clusters)?;
+        draft.fresh.push((run.start, run.count));
+        Ok(run.start << self.p.cluster_bits)
+    }
+
+    /// Writes the contents of a map to new clusters and lets entry number `at` refer to them.
+    pub(super) fn store_map(&self, draft: &mut Draft, at: usize, map: &DirtyMap) -> Result<()> {
         let per_cluster = self.p.cluster * 8;
         let count = map.granules().div_ceil(per_cluster);
         let mut table = vec![0u8; ((count * 8).next_multiple_of(self.p.cluster)) as usize];
+        let marks = map.all_marks();
         for n in 0..count {
             let mut data = vec![0u8; self.p.cluster as usize];
             let mut any = false;
-            let mut granule = map.next(n * per_cluster);
+            let mut granule = marks.next(n * per_cluster);
             while let Some(g) = granule.filter(|g| *g < (n + 1) * per_cluster) {
                 let bit = g - n * per_cluster;
                 data[(bit / 8) as usize] |= 1 << (bit % 8);
                 any = true;
-                granule = map.next(g + 1);
+                granule = marks.next(g + 1);
             }
             if any {
-                let offset = self.allocate_metadata(1)?.start << self.p.cluster_bits;
+                let offset = self.allocate_for(draft, 1)?;
                 self.storage.write_at(&data, offset)?;
                 table[n as usize * 8..n as usize * 8 + 8].copy_from_slice(&offset.to_be_bytes());
             }
         }
-        let run = self.allocate_metadata(table.len() as u64 / self.p.cluster)?;
-        self.storage.write_at(&table, run.start << self.p.cluster_bits)?;
-        (entry.table, entry.table_len) = (run.start << self.p.cluster_bits, count as u32);
+        let offset = self.allocate_for(draft, table.len() as u64 / self.p.cluster)?;
+        self.storage.write_at(&table, offset)?;
+        let entry = &mut draft.entries[at];
+        if entry.table != 0 {
+            draft.gone.push(entry.clone());
+        }
+        (entry.table, entry.table_len) = (offset, count as u32);
         Ok(())
     }
 
@@ -208,206 +231,82 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes a new directory and makes the header refer to it. `gone` are old entries whose clusters nobody
-    /// refers to afterwards.
-    fn store_directory(&self, entries: &[Entry], gone: &[Entry]) -> Result<()> {
+    /// Writes a new directory and makes the header refer to it. If that fails, the old one remains in force, though the
+    /// disk may have either of them: [`mark_bitmaps`](Self::mark_bitmaps) decides that.
+    pub(super) fn commit_bitmaps(&self, mut draft: Draft) -> Result<()> {
         let old = self.bitmap_directory(&self.header.lock())?;
-        let bytes = Self::encode_directory(entries);
-        let mut offset = 0;
-        if !bytes.is_empty() {
-            let run = self.allocate_metadata((bytes.len() as u64).div_ceil(self.p.cluster))?;
-            offset = run.start << self.p.cluster_bits;
-            self.storage.write_at(&bytes, offset)?;
-        }
-        self.write_back()?;
+        let bytes = Self::encode_directory(&draft.entries);
+        let offset = self.write_directory(&mut draft, &bytes);
+        let offset = offset.inspect_err(|_| self.abandon_bitmaps(&draft))?;
         let mut header = self.header.lock();
-        if entries.is_empty() {
+        let before = Header::clone(&header);
+        if draft.entries.is_empty() {
             header.set_extension(extension::BITMAPS, None);
             header.autoclear &= !autoclear::BITMAPS;
         } else {
             let mut data = Vec::with_capacity(24);
-            data.extend_from_slice(&(entries.len() as u32).to_be_bytes());
+            data.extend_from_slice(&(draft.entries.len() as u32).to_be_bytes());
             data.extend_from_slice(&[0; 4]);
             data.extend_from_slice(&(bytes.len() as u64).to_be_bytes());
             data.extend_from_slice(&offset.to_be_bytes());
             header.set_extension(extension::BITMAPS, Some(data));
             header.autoclear |= autoclear::BITMAPS;
         }
-        self.write_header(&mut header)?;
+        let written = self.write_header(&mut header).and_then(|()| self.storage.sync());
+        if let Err(error) = written {
+            // What was allocated stays so: the disk may refer to it.
+            let extension = before.extension(extension::BITMAPS).map(<[u8]>::to_vec);
+            header.set_extension(extension::BITMAPS, extension);
+            header.autoclear = before.autoclear;
+            return Err(error);
+        }
         drop(header);
-        self.storage.sync()?;
-        for entry in gone {
-            self.unlink_map(entry)?;
+        // From here on it has happened.
+        for entry in &draft.gone {
+            if let Err(error) = self.unlink_map(entry) {
+                tracing::warn!(%error, image = self.name, "The clusters of an old bitmap are lost until a check");
+            }
         }
         if let Some((offset, len)) = old {
             self.unlink(offset >> self.p.cluster_bits, len.div_ceil(self.p.cluster));
         }
-        self.flush_all()
-    }
-
-    /// Adds an empty bitmap that records changes from now on.
-    pub fn add_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
-        if self.p.version < 3 {
-            return Err(Error::unsupported(&self.name, "bitmaps in version 2 (compat=0.10)"));
+        if let Err(error) = self.flush_all() {
+            tracing::warn!(%error, image = self.name, "The clusters of old bitmaps are released later");
         }
-        if name.is_empty() || name.len() > 1023 || !(512..=1 << 31).contains(&granularity) {
-            return Err(Error::InvalidOption("A bitmap has a name and a granularity from 512 to 2G".into()));
-        }
-        let map = Arc::new(DirtyMap::new(self.virtual_size(), granularity)?);
-        self.change_bitmaps(|entries| {
-            if entries.iter().any(|e| e.name == name.as_bytes()) {
-                return Err(Error::Exists { what: "bitmap", name: name.into() });
-            }
-            let mut entry = Entry {
-                table: 0,
-                table_len: 0,
-                flags: AUTO,
-                granularity_bits: granularity.trailing_zeros() as u8,
-                name: name.into(),
-                extra: Vec::new(),
-            };
-            self.store_map(&map, &mut entry)?;
-            entries.push(entry);
-            Ok(Vec::new())
-        })
-    }
-
-    /// Removes a bitmap.
-    pub fn remove_bitmap(&self, name: &str) -> Result<()> {
-        self.change_bitmaps(|entries| {
-            let at = entries.iter().position(|e| e.name == name.as_bytes());
-            let at = at.ok_or_else(|| Error::NotFound { what: "bitmap", name: name.into() })?;
-            Ok(vec![entries.remove(at)])
-        })
-    }
-
-    /// Clears a bitmap: it says that nothing changed.
-    pub fn clear_bitmap(&self, name: &str) -> Result<()> {
-        self.change_bitmap(name, |entry| {
-            let old = entry.clone();
-            self.store_map(&DirtyMap::new(self.virtual_size(), 1 << entry.granularity_bits)?, entry)?;
-            Ok(vec![old])
-        })
-    }
-
-    /// Lets a bitmap record changes from now on, or stay as it is.
-    pub fn enable_bitmap(&self, name: &str, enabled: bool) -> Result<()> {
-        self.change_bitmap(name, |entry| {
-            if enabled {
-                self.load_map(entry)?; // an image whose enabled bitmaps are damaged cannot be written
-            }
-            entry.flags = if enabled { entry.flags | AUTO } else { entry.flags & !AUTO };
-            Ok(Vec::new())
-        })
-    }
-
-    /// Marks in a bitmap what another one has marked, of this image or of one of the same size. Their granularities may
-    /// differ.
-    pub fn merge_bitmap(&self, name: &str, other: &DirtyMap) -> Result<()> {
-        self.change_bitmap(name, |entry| {
-            let (old, map) = (entry.clone(), self.load_map(entry)?);
-            for granule in other.marked() {
-                let (offset, len) = other.bytes(granule, self.virtual_size());
-                map.mark(offset, len);
-            }
-            self.store_map(&map, entry)?;
-            Ok(vec![old])
-        })
-    }
-
-    /// Changes the entry of a bitmap that was stored properly; `change` returns what nobody refers to any more.
-    fn change_bitmap(&self, name: &str, change: impl FnOnce(&mut Entry) -> Result<Vec<Entry>>) -> Result<()> {
-        self.change_bitmaps(|entries| {
-            let entry = entries.iter_mut().find(|e| e.name == name.as_bytes());
-            let entry = entry.ok_or_else(|| Error::NotFound { what: "bitmap", name: name.into() })?;
-            if entry.flags & IN_USE != 0 {
-                return Err(self.corrupt("the bitmap was not stored properly: it can only be removed"));
-            }
-            change(entry)
-        })
-    }
-
-    /// Changes the directory: what is recorded is stored before and loaded again afterwards.
-    fn change_bitmaps(&self, change: impl FnOnce(&mut Vec<Entry>) -> Result<Vec<Entry>>) -> Result<()> {
-        if self.read_only {
-            return Err(Error::ReadOnly);
-        }
-        self.store_bitmaps()?;
-        let header = self.header.lock().clone();
-        let mut entries = self.read_directory(&header)?;
-        let gone = change(&mut entries)?;
-        self.store_directory(&entries, &gone)?;
-        self.record_bitmaps()
-    }
-
-    /// Loads the enabled bitmaps and marks them as in use, before the first write.
-    pub(super) fn record_bitmaps(&self) -> Result<()> {
-        let mut maps = self.recording.maps.write();
-        let header = self.header.lock().clone();
-        let mut entries = self.read_directory(&header)?;
-        maps.clear();
-        for entry in entries.iter_mut().filter(|e| e.flags & (AUTO | IN_USE) == AUTO) {
-            let map = Arc::new(self.load_map(entry)?);
-            maps.push((String::from_utf8_lossy(&entry.name).into_owned(), map));
-            entry.flags |= IN_USE;
-        }
-        self.recording.active.store(!maps.is_empty(), Ordering::Release);
-        if !maps.is_empty()
-            && let Some((offset, _)) = self.bitmap_directory(&header)?
-        {
-            self.storage.write_at(&Self::encode_directory(&entries), offset)?;
-            self.storage.sync()?;
-        }
-        self.recording.stored.store(false, Ordering::Release);
         Ok(())
     }
 
-    /// Makes sure, before a change, that stored bitmaps are not taken for complete any more.
-    pub(super) fn expect_change(&self) -> Result<()> {
-        match self.recording.stored.load(Ordering::Acquire) {
-            true => self.record_bitmaps(),
-            false => Ok(()),
+    fn write_directory(&self, draft: &mut Draft, bytes: &[u8]) -> Result<u64> {
+        let mut offset = 0;
+        if !bytes.is_empty() {
+            offset = self.allocate_for(draft, (bytes.len() as u64).div_ceil(self.p.cluster))?;
+            self.storage.write_at(bytes, offset)?;
         }
+        self.write_back()?;
+        Ok(offset)
     }
 
-    /// Notes a change in the bitmaps.
-    pub(super) fn record(&self, offset: u64, len: u64) {
-        if self.recording.active.load(Ordering::Acquire) {
-            self.recording.maps.read().iter().for_each(|(_, map)| map.mark(offset, len));
-        }
+    /// Releases what was allocated for a directory that the disk does not refer to.
+    pub(super) fn abandon_bitmaps(&self, draft: &Draft) {
+        draft.fresh.iter().for_each(|(start, count)| self.unlink(*start, *count));
     }
 
-    /// Stores what was recorded and marks it as valid.
-    pub(super) fn store_bitmaps(&self) -> Result<()> {
-        if !self.recording.active.load(Ordering::Acquire)
-            || self.recording.stored.swap(true, Ordering::AcqRel)
-        {
-            return Ok(());
+    /// Marks the bitmaps that `which` selects as in use, on the disk, and makes sure that the disk has this directory
+    /// if it may have another one.
+    pub(super) fn mark_bitmaps(&self, which: impl Fn(&[u8]) -> bool, unsure: bool) -> Result<()> {
+        let mut entries = self.read_directory()?;
+        for entry in entries.iter_mut().filter(|e| which(&e.name)) {
+            entry.flags |= IN_USE;
         }
-        let maps = self.recording.maps.read();
-        let header = self.header.lock().clone();
-        let mut entries = self.read_directory(&header)?;
-        let mut gone = Vec::new();
-        for entry in &mut entries {
-            let Some((_, map)) = maps.iter().find(|(name, _)| name.as_bytes() == entry.name) else {
-                continue;
-            };
-            gone.push(entry.clone());
-            entry.flags &= !IN_USE;
-            self.store_map(map, entry)?;
+        let mut header = self.header.lock();
+        if let Some((offset, _)) = self.bitmap_directory(&header)? {
+            self.storage.write_at(&Self::encode_directory(&entries), offset)?;
         }
-        self.store_directory(&entries, &gone)
-    }
-
-    /// Repairs the image if it was left dirty, then starts to record.
-    pub(super) fn prepare_for_writing(&self, stale: bool) -> Result<()> {
-        if stale {
-            // Whoever wrote last did not come to update the refcounts.
-            let report = self.check(Repair::All)?;
-            if report.corruptions != 0 {
-                return Err(self.corrupt("it was not closed properly and cannot be repaired automatically"));
-            }
+        if unsure {
+            self.storage.sync()?;
+            self.write_header(&mut header)?;
         }
-        self.record_bitmaps()
+        drop(header);
+        self.storage.sync()
     }
 }

@@ -84,9 +84,8 @@ impl Qcow2 {
         if self.plain.is_some() {
             return Err(Error::unsupported(&self.name, "compression of encrypted images"));
         }
-        self.expect_change()?;
         let cluster = guest >> self.p.cluster_bits;
-        let _pass = self.gate.enter();
+        let _pass = self.enter_to_change()?;
         let _range = self.ranges.lock(cluster..cluster + 1);
         self.ensure_table(cluster)?;
         let (slice, index) = self.slice_of(cluster);

@@ -10,12 +10,6 @@ use crate::{
 };
 use std::sync::Arc;
 
-impl Qcow2 {
-    fn check_writable(&self) -> Result<()> {
-        if self.read_only { Err(Error::ReadOnly) } else { self.expect_change() }
-    }
-}
-
 /// The external data file that an image names, if it has one.
 pub(crate) fn data_file_name(storage: &Arc<dyn Storage>) -> Result<Option<String>> {
     let header = Header::read(storage)?;
@@ -147,15 +141,19 @@ impl Layer for Qcow2 {
     }
 
     fn write(&self, src: Gather<'_>, offset: u64, below: Below<'_>) -> Result<()> {
-        self.check_writable()?;
-        let _pass = self.gate.enter();
+        let _pass = self.enter_to_change()?;
         let result = self.write_guest(Payload::Memory(src), offset, below);
         self.record(offset, src.len() as u64);
         result
     }
 
     fn resolve_write(&self, offset: u64, len: u64) -> Result<Option<u64>> {
-        self.check_writable()?;
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        if self.bitmaps_are_stored() {
+            return Ok(None); // inside the gate one must not wait for that
+        }
         match self.lookup(offset, len)? {
             (map::Kind::Data { host, copied: true }, n) if n == len => Ok(Some(host)),
             _ => Ok(None),
@@ -167,24 +165,21 @@ impl Layer for Qcow2 {
     }
 
     fn write_stored(&self, src: Stored<'_>, offset: u64, below: Below<'_>) -> Result<bool> {
-        self.check_writable()?;
-        let _pass = self.gate.enter();
+        let _pass = self.enter_to_change()?;
         let result = self.write_guest(Payload::Stored(src), offset, below);
         self.record(offset, src.len);
         result.map(|()| true)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool, below: Below<'_>) -> Result<()> {
-        self.check_writable()?;
-        let _pass = self.gate.enter();
+        let _pass = self.enter_to_change()?;
         let result = self.zero_guest(offset, len, unmap, below);
         self.record(offset, len);
         result
     }
 
     fn discard(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
-        self.check_writable()?;
-        let _pass = self.gate.enter();
+        let _pass = self.enter_to_change()?;
         let result = self.discard_guest(offset, len, below);
         self.record(offset, len);
         result
@@ -203,21 +198,26 @@ impl Layer for Qcow2 {
     }
 
     fn resize(&self, size: u64, below: Below<'_>) -> Result<()> {
-        self.check_writable()?;
-        if size != self.virtual_size() && !self.bitmaps()?.is_empty() {
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        let _directory = self.use_bitmaps()?; // nobody adds a bitmap of the old size
+        if size != self.virtual_size() && !self.read_directory()?.is_empty() {
             return Err(Error::unsupported(&self.name, "resizing an image with bitmaps"));
         }
         self.resize_image(size, below)
     }
 
     fn populate(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
-        self.check_writable()?;
-        let _pass = self.gate.enter();
+        let _pass = self.enter_to_change()?;
         self.populate_guest(offset, len, below)
     }
 
     fn set_backing(&self, backing: Option<&BackingRef>) -> Result<()> {
-        self.check_writable()?;
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        let _directory = self.use_bitmaps()?;
         self.flush_all()?;
         let mut header = self.header.lock();
         header.set_backing(backing)?;

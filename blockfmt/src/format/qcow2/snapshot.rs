@@ -158,7 +158,7 @@ impl Qcow2 {
         if self.read_only {
             return Err(Error::ReadOnly);
         }
-        self.expect_change()?;
+        let _directory = self.use_bitmaps()?;
         if self.data.is_some() {
             return Err(Error::unsupported(&self.name, "snapshots with an external data file"));
         }
@@ -255,6 +255,8 @@ impl Qcow2 {
             new.iter_mut().for_each(|e| *e &= OFFSET_MASK);
             self.count_tree(&new, 1)?;
             self.write_back()?;
+            // Whatever becomes of the rest, this may change everything.
+            self.record(0, self.virtual_size());
             let bytes: Vec<u8> = new.iter().flat_map(|e| e.to_be_bytes()).collect();
             self.storage.write_at(&bytes, self.header.lock().l1_offset)?;
             self.storage.sync()?;
@@ -264,7 +266,6 @@ impl Qcow2 {
             self.cache.clear();
             self.compressed.forget();
             self.count_tree(&old, -1)?;
-            self.record(0, self.virtual_size());
             self.update_flags()
         })
     }

@@ -183,7 +183,7 @@ pub struct CopySpec {
     /// unless by redirection, which needs no telling).
     #[serde(default)]
     pub resume: bool,
-    /// Copy what this persistent bitmap marks, and take the marks (backup).
+    /// Copy what this persistent bitmap marks, and take the marks if it is enabled (backup).
     #[serde(default)]
     pub bitmap: Option<String>,
     /// Bytes per second; 0 for no limit.
@@ -440,7 +440,9 @@ impl Exports {
             Some(name) => {
                 let layer = disk.layers().remove(0);
                 let image = layer.as_qcow2().context("Only qcow2 images have bitmaps")?;
-                Some(image.bitmap(name)?)
+                let map = image.bitmap(name)?;
+                let enabled = image.records(&map);
+                Some((map, enabled))
             }
         };
         let target = spec.create(&exported)?;
@@ -448,7 +450,9 @@ impl Exports {
         self.jobs.start("backup", &spec.name, spec.rate, move |control| {
             let result = match &changes {
                 None => job::backup(&disk, &target, None, control),
-                Some(changes) => job::backup_changes(&disk, &target, changes, control),
+                Some((changes, true)) => job::backup_changes(&disk, &target, changes, control),
+                // It says what changed once, and stays as it is.
+                Some((changes, false)) => job::backup(&disk, &target, Some(changes), control),
             };
             discard_on_error(result.map_err(Into::into), &path)?;
             Ok(target.close()?)

@@ -238,8 +238,9 @@ fn move_disk(args: &Migrate, control: &JobControl) -> Result<Disk> {
 
 /// Copy a disk, or what changed of it since the last backup.
 ///
-/// An incremental backup copies what a persistent dirty bitmap marks and clears the bitmap when it is complete. Its
-/// target holds the increment only; with -b it is an image on top of the previous backup.
+/// An incremental backup copies what a persistent dirty bitmap marks and clears the bitmap when it is complete, unless
+/// the bitmap is disabled: then it stays as it is. The target holds the increment only; with -b it is an image on top of
+/// the previous backup.
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk bitmap -f qcow2 --add disk.qcow2 daily
@@ -249,7 +250,7 @@ fn move_disk(args: &Migrate, control: &JobControl) -> Result<Disk> {
 pub struct Backup {
     #[command(flatten)]
     copy: Copy,
-    /// Copy only what this persistent bitmap of the source marks, and clear it.
+    /// Copy only what this persistent bitmap of the source marks, and clear it if it is enabled.
     #[arg(long, value_name = "NAME")]
     bitmap: Option<String>,
     /// The previous backup, as the parent of the target.
@@ -278,11 +279,15 @@ fn increment(args: &Backup, name: &str) -> Result<Outcome> {
     let copy = &args.copy;
     let source = copy.image()?.open(false)?;
     let layer = source.layers().remove(0);
-    let changes = layer.as_qcow2().context("Only qcow2 images have bitmaps")?.bitmap(name)?;
+    let image = layer.as_qcow2().context("Only qcow2 images have bitmaps")?;
+    let changes = image.bitmap(name)?;
     let target = copy.target(source.size(), args.backing.as_ref().zip(args.backing_format))?;
     let control = copy.work.control()?;
     // A resumed one copies all of the marks again.
-    let result = job::backup_changes(&source, &target, &changes, &control);
+    let result = match image.records(&changes) {
+        true => job::backup_changes(&source, &target, &changes, &control),
+        false => job::backup(&source, &target, Some(&changes), &control),
+    };
     target.close()?;
     source.close()?;
     result?;
