@@ -4,9 +4,10 @@
 
 mod common;
 
-use blockfmt::nbd::{Export, Server, TlsClient, TlsServer};
-use blockfmt::{Format, OpenOptions, Scatter, Storage};
-use common::late::{Kind, LateStorage, PATIENCE};
+use blockfmt::nbd::{ServerLimits, TlsClient, TlsServer};
+use blockfmt::{Scatter, Storage};
+use common::late::{Kind, LateStorage};
+use common::nbd::{BLOCK, Client, DISC, EIO, FLUSH, FUA, READ, Served, TRIM, WRITE, ZEROES};
 use common::{Rng, make_certificates, wait_until_blocked};
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -15,104 +16,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 const SIZE: u64 = 256 << 20;
-const BLOCK: u64 = 4096;
 /// Requests that the server hands to threads at a time.
 const THREADS: usize = 32;
-const READ: u16 = 0;
-const WRITE: u16 = 1;
-const DISC: u16 = 2;
-const FLUSH: u16 = 3;
-const TRIM: u16 = 4;
-const ZEROES: u16 = 6;
-const FUA: u16 = 1;
-const EIO: u32 = 5;
 
-trait Peer: Read + Write {}
-
-impl<T: Read + Write> Peer for T {}
-
-fn serve(storage: &Arc<LateStorage>, tls: Option<TlsServer>) -> (Server, UnixStream) {
-    let disk = OpenOptions::new(Format::Raw).open_storage(storage.clone(), "late").unwrap();
-    let server = Server::new();
-    let export = Export { name: "disk".into(), description: String::new(), disk, read_only: false };
-    server.add_export(export).unwrap();
-    if let Some(tls) = tls {
-        server.require_tls(tls);
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("s");
-    server.listen_unix(&socket).unwrap();
-    let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.read_exact(&mut [0; 18]).unwrap();
-    stream.write_all(&3u32.to_be_bytes()).unwrap();
-    (server, stream)
-}
-
-/// A client that gets simple replies.
-struct Client {
-    stream: Box<dyn Peer>,
-    /// Lengths of the reads under way, by cookie.
-    reads: HashMap<u64, usize>,
-}
-
-impl Client {
-    /// Chooses the export, and lets the server notice that its storage is late.
-    fn new(stream: impl Peer + 'static) -> Self {
-        let mut client = Client { stream: Box::new(stream), reads: HashMap::new() };
-        client.stream.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk").unwrap();
-        client.stream.read_exact(&mut [0; 10]).unwrap();
-        let requests: Vec<_> = (0..8).map(|n| client.request(READ, 0, n, n * BLOCK, BLOCK)).collect();
-        client.send(&requests);
-        let flushes: Vec<_> = (0..2).map(|n| client.request(FLUSH, 0, n, 0, 0)).collect();
-        client.send(&flushes);
-        (0..10).for_each(|_| assert_eq!(client.reply().1, 0));
-        client
-    }
-
-    fn request(&mut self, command: u16, flags: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
-        if command == READ {
-            self.reads.insert(cookie, len as usize);
-        }
-        let mut out = 0x2560_9513u32.to_be_bytes().to_vec();
-        out.extend(flags.to_be_bytes());
-        out.extend(command.to_be_bytes());
-        out.extend(cookie.to_be_bytes());
-        out.extend(offset.to_be_bytes());
-        out.extend((len as u32).to_be_bytes());
-        out
-    }
-
-    /// Requests of one kind for the `n`th block each, with `n` as cookie, sent together.
-    fn send_blocks(&mut self, command: u16, flags: u16, blocks: Range<u64>) {
-        let one = |n: u64| {
-            let mut out = self.request(command, flags, n, n * BLOCK, BLOCK);
-            if command == WRITE {
-                out.extend([n as u8; BLOCK as usize]);
-            }
-            out
-        };
-        let all: Vec<_> = blocks.map(one).collect();
-        self.send(&all);
-    }
-
-    fn send(&mut self, requests: &[Vec<u8>]) {
-        self.stream.write_all(&requests.concat()).unwrap();
-        self.stream.flush().unwrap();
-    }
-
-    /// Cookie, error and data of the next reply.
-    fn reply(&mut self) -> (u64, u32, Vec<u8>) {
-        let mut head = [0; 16];
-        self.stream.read_exact(&mut head).unwrap();
-        assert_eq!(head[..4], 0x6744_6698u32.to_be_bytes());
-        let error = u32::from_be_bytes(head[4..8].try_into().unwrap());
-        let cookie = u64::from_be_bytes(head[8..].try_into().unwrap());
-        let len = self.reads.remove(&cookie).filter(|_| error == 0);
-        let mut data = vec![0; len.unwrap_or(0)];
-        self.stream.read_exact(&mut data).unwrap();
-        (cookie, error, data)
-    }
+fn serve(storage: &Arc<LateStorage>, tls: Option<TlsServer>) -> (Served, UnixStream) {
+    let served = Served::new(storage, ServerLimits::default(), tls);
+    let stream = served.connect();
+    (served, stream)
 }
 
 /// Requests of every kind are under way together and are answered in the order in which they end.
@@ -276,7 +186,7 @@ fn the_end_of_a_connection_waits_for_its_requests() {
         let remover = server.clone();
         let thread = std::thread::spawn(move || {
             task.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
-            remover.remove_export("disk").unwrap();
+            remover.server.remove_export("disk").unwrap();
             // The removal itself flushes, which is over.
             assert_eq!(late.running(), 0);
         });

@@ -1,30 +1,33 @@
 //! Requests that are left to a queue, because the storage answers late.
 
+use super::budget::{Budget, Share};
 use super::transmission::Request;
 use crate::iobuf::AlignedBuf;
 use crate::queue::{self, Completion, Queue, QueueOptions};
 use crate::{Disk, Memory, Result};
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
-/// Most requests of a connection that are under way, and most bytes of their payload unless it is one request.
-const LIMITS: (u16, u64) = (64, 64 << 20);
-/// Most threads that do what the kernel cannot.
-const THREADS: u16 = 32;
+/// Most requests of a connection that are under way.
+const DEPTH: u16 = 64;
 /// What any direct I/O is content with, in bytes.
 const ALIGNMENT: usize = 4096;
 /// Memory for payload that a connection keeps between requests.
 const KEEP_BYTES: usize = 1 << 20;
 
+/// A request that is complete, how it ended, the bytes that it has of the budget, and its memory.
+pub(super) type Completed = (Request, Result<()>, u64, Option<AlignedBuf>);
+
 /// The queue of a connection, made once it is needed.
-#[derive(Default)]
 pub(super) struct Late {
+    // Dropped before its threads are given back.
     queue: Option<Queue>,
+    share: Share,
     /// Whether there is no queue to be had.
     refused: bool,
-    /// Requests under way by their tags, and the bytes of each.
+    /// Requests under way by their tags, and the bytes that each has of the budget.
     requests: HashMap<u64, (Request, u64)>,
-    bytes: u64,
     next_tag: u64,
     /// Whether requests were pushed and not submitted.
     staged: bool,
@@ -34,6 +37,21 @@ pub(super) struct Late {
 }
 
 impl Late {
+    /// Nothing is under way.
+    pub fn new(budget: &Arc<Budget>) -> Self {
+        Late {
+            queue: None,
+            share: Share::new(budget),
+            refused: false,
+            requests: HashMap::new(),
+            next_tag: 0,
+            staged: false,
+            completions: Vec::new(),
+            spare: Vec::new(),
+            spare_bytes: 0,
+        }
+    }
+
     /// Whether requests must be done without a queue.
     pub fn is_refused(&self) -> bool {
         self.refused
@@ -42,12 +60,13 @@ impl Late {
     /// Makes the queue unless it is there; returns whether it is.
     pub fn prepare(&mut self, disk: &Disk) -> bool {
         if self.queue.is_none() && !self.refused {
-            let options = QueueOptions { depth: LIMITS.0, threads: THREADS, engine: None };
+            let options = QueueOptions { depth: DEPTH, threads: self.share.take_threads(), engine: None };
             match Queue::new(disk, options) {
                 Ok(queue) => self.queue = Some(queue),
                 Err(error) => {
                     tracing::warn!(%error, "An NBD connection has to do one request after the other");
                     self.refused = true;
+                    self.share.give_threads();
                 }
             }
         }
@@ -59,26 +78,23 @@ impl Late {
         self.requests.len()
     }
 
-    /// Whether a request with so many bytes of payload may be added.
-    pub fn has_room(&self, bytes: u64) -> bool {
-        self.requests.is_empty()
-            || (self.requests.len() < LIMITS.0.into() && self.bytes.saturating_add(bytes) <= LIMITS.1)
+    /// Takes bytes of the budget for the payload of a request, unless others have to end before it may begin.
+    pub fn reserve(&mut self, bytes: u64) -> bool {
+        self.requests.len() < DEPTH.into() && self.share.take(bytes, self.requests.is_empty())
     }
 
-    /// Takes what is to be done for a request; [`submit`](Self::submit) begins it.
-    pub fn push(&mut self, request: Request, work: queue::Request) -> Result<()> {
+    /// Gives bytes of the budget back: nothing is left of a payload.
+    pub fn release(&mut self, bytes: u64) {
+        self.share.give(bytes);
+    }
+
+    /// Takes what is to be done for a request that has reserved `bytes`; [`submit`](Self::submit) begins it.
+    pub fn push(&mut self, request: Request, work: queue::Request, bytes: u64) -> Result<()> {
         let Some(queue) = &mut self.queue else { return Err(crate::Error::QueueFull) };
-        let bytes = match &work {
-            queue::Request::Read { into: memory, .. } | queue::Request::Write { from: memory, .. } => {
-                memory.len()
-            }
-            _ => 0,
-        };
         let tag = self.next_tag;
         queue.push(tag, work)?;
         self.next_tag += 1;
-        self.requests.insert(tag, (request, bytes as u64));
-        self.bytes += bytes as u64;
+        self.requests.insert(tag, (request, bytes));
         self.staged = true;
         Ok(())
     }
@@ -100,12 +116,11 @@ impl Late {
         }
     }
 
-    /// A request that is complete, how it ended, and its memory.
-    pub fn completed(&mut self) -> Option<(Request, Result<()>, Option<AlignedBuf>)> {
+    /// The next request that is complete. The caller releases its bytes.
+    pub fn completed(&mut self) -> Option<Completed> {
         let Completion { tag, result, memory } = self.completions.pop()?;
         let (request, bytes) = self.requests.remove(&tag)?;
-        self.bytes -= bytes;
-        Some((request, result, memory.and_then(Memory::into_aligned)))
+        Some((request, result, bytes, memory.and_then(Memory::into_aligned)))
     }
 
     /// What tells of completions, if any are to come.

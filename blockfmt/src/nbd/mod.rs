@@ -4,6 +4,7 @@
 //! contexts `base:allocation` and `qemu:dirty-bitmap:NAME`; see `doc/proto.md` of the NBD project. Transport is a Unix or TCP socket,
 //! with TLS and certificates if wanted: without it, keep TCP to networks that are trusted.
 
+mod budget;
 mod client;
 mod connection;
 mod handshake;
@@ -18,6 +19,7 @@ mod tls;
 mod transmission;
 mod uri;
 
+pub use budget::ServerLimits;
 pub use client::{NbdOptions, NbdStorage};
 pub use server::{Export, ExportInfo, Server};
 pub use tls::{TlsClient, TlsServer};

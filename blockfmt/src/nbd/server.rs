@@ -1,6 +1,7 @@
 //! The server object: listeners, connections and exports.
 
-use super::stream::{Listener, Stream};
+use super::budget::{Budget, ServerLimits};
+use super::stream::{Accepted, Listener, Stream};
 use super::tls::TlsServer;
 use super::{handshake, transmission};
 use crate::job::DirtyMap;
@@ -15,12 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
-
-/// Connections that are served at a time; more are turned away.
-const MAX_CONNECTIONS: usize = 256;
-/// Time that a client has for each message of the handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+use std::time::{Duration, Instant};
 
 /// A disk under a name.
 #[derive(Clone, Debug)]
@@ -55,6 +51,7 @@ struct Connection {
     thread: JoinHandle<()>,
     /// The export in use, once the handshake is over.
     export: Arc<Mutex<Option<String>>>,
+    began: Instant,
 }
 
 /// A dirty bitmap under a name.
@@ -68,6 +65,7 @@ pub(super) struct Shared {
     bitmaps: Mutex<BTreeMap<String, Vec<Bitmap>>>,
     tls: Mutex<Option<TlsServer>>,
     stop: AtomicBool,
+    budget: Arc<Budget>,
 }
 
 impl Shared {
@@ -91,7 +89,7 @@ impl Shared {
     fn admit(self: &Arc<Self>, id: u64, stream: Stream) -> io::Result<()> {
         let mut connections = self.connections.lock();
         connections.retain(|_, c| !c.thread.is_finished());
-        if connections.len() >= MAX_CONNECTIONS || self.stop.load(Ordering::Acquire) {
+        if connections.len() >= self.budget.limits.connections || self.stop.load(Ordering::Acquire) {
             stream.shutdown();
             return Ok(());
         }
@@ -103,12 +101,26 @@ impl Shared {
             }
             current.lock().take();
         })?;
-        connections.insert(id, Connection { stream, thread, export });
+        connections.insert(id, Connection { stream, thread, export, began: Instant::now() });
         Ok(())
     }
 
+    /// Ends connections whose handshakes take too long, and returns the time until the next one does.
+    fn end_slow_handshakes(&self) -> Option<Duration> {
+        let mut next = None;
+        for connection in self.connections.lock().values() {
+            if connection.thread.is_finished() || connection.export.lock().is_some() {
+                continue;
+            }
+            match self.budget.limits.handshake.checked_sub(connection.began.elapsed()) {
+                None | Some(Duration::ZERO) => connection.stream.shutdown(),
+                Some(left) => next = Some(next.map_or(left, |next: Duration| next.min(left))),
+            }
+        }
+        next
+    }
+
     fn serve(&self, mut stream: Stream, current: &Mutex<Option<String>>) -> io::Result<()> {
-        stream.set_timeout(Some(HANDSHAKE_TIMEOUT))?;
         let session = handshake::negotiate(&mut stream, self);
         let result = match session {
             Ok(Some(session)) => {
@@ -117,8 +129,7 @@ impl Shared {
                 match self.export(&session.export.name) {
                     Some(export) if Arc::ptr_eq(&export, &session.export) => {
                         drop(export);
-                        stream.set_timeout(None)?;
-                        transmission::run(&mut stream, &session)
+                        transmission::run(&mut stream, &session, &self.budget)
                     }
                     _ => Ok(()),
                 }
@@ -166,6 +177,12 @@ impl Server {
     /// A server that neither listens nor exports yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A server whose clients make it hold no more than `limits`.
+    pub fn with_limits(limits: ServerLimits) -> Self {
+        let shared = Shared { budget: Arc::new(Budget::new(limits)), ..Shared::default() };
+        Server { shared: Arc::new(shared), acceptors: Mutex::default() }
     }
 
     /// Serves clients that use TLS only, from the next connection on.
@@ -256,9 +273,11 @@ impl Server {
         let thread = std::thread::Builder::new().name("nbd-accept".into()).spawn(move || {
             let mut id = first;
             loop {
-                match listener.accept(&woken) {
-                    Ok(None) => return,
-                    Ok(Some(stream)) => {
+                let time = shared.end_slow_handshakes();
+                match listener.accept(&woken, time) {
+                    Ok(Accepted::Woken) => return,
+                    Ok(Accepted::Nobody) => {}
+                    Ok(Accepted::Stream(stream)) => {
                         id += 1;
                         if let Err(error) = shared.admit(id, stream) {
                             tracing::warn!(%error, "Cannot serve an NBD connection");

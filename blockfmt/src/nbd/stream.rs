@@ -92,7 +92,7 @@ impl Stream {
 
     /// Waits until the socket is readable or `event` is, and returns whether the socket is.
     pub fn wait_for_input_or(&self, event: BorrowedFd<'_>) -> io::Result<bool> {
-        Ok(wait_readable([self.socket(), event])?[0])
+        Ok(wait_readable([self.socket(), event], None)?[0])
     }
 
     /// For a server: fills `first` and then `second` with what there is, after reading from the socket once at most.
@@ -112,11 +112,13 @@ impl Stream {
     }
 }
 
-/// Waits until one of two descriptors is readable or at its end, and returns which are.
-fn wait_readable(fds: [BorrowedFd<'_>; 2]) -> io::Result<[bool; 2]> {
+/// Waits until one of two descriptors is readable or at its end, or for a time, and returns which are.
+fn wait_readable(fds: [BorrowedFd<'_>; 2], time: Option<Duration>) -> io::Result<[bool; 2]> {
+    // A little longer rather than a little shorter.
+    let time = time.map_or(-1, |time| i32::try_from(time.as_millis() + 1).unwrap_or(i32::MAX));
     let mut fds = fds.map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 });
     // SAFETY: `fds` is a valid, writable array of two entries for the duration of the call.
-    while unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } < 0 {
+    while unsafe { libc::poll(fds.as_mut_ptr(), 2, time) } < 0 {
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
@@ -167,22 +169,33 @@ pub(super) enum Listener {
     Tcp(TcpListener),
 }
 
+/// What a listener waited for.
+pub(super) enum Accepted {
+    Stream(Stream),
+    /// The time is over.
+    Nobody,
+    /// The descriptor that wakes it is readable or closed.
+    Woken,
+}
+
 impl Listener {
-    /// Accepts a connection; `None` once `wake` is readable or closed.
-    pub fn accept(&self, wake: &UnixStream) -> io::Result<Option<Stream>> {
+    /// Waits for a connection.
+    pub fn accept(&self, wake: &UnixStream, time: Option<Duration>) -> io::Result<Accepted> {
         let socket = match self {
             Listener::Unix(l) => l.as_fd(),
             Listener::Tcp(l) => l.as_fd(),
         };
-        if wait_readable([socket, wake.as_fd()])?[1] {
-            return Ok(None);
+        match wait_readable([socket, wake.as_fd()], time)? {
+            [_, true] => return Ok(Accepted::Woken),
+            [false, false] => return Ok(Accepted::Nobody),
+            [true, false] => {}
         }
         match self {
-            Listener::Unix(l) => Ok(Some(Stream::Unix(l.accept()?.0))),
+            Listener::Unix(l) => Ok(Accepted::Stream(Stream::Unix(l.accept()?.0))),
             Listener::Tcp(l) => {
                 let stream = l.accept()?.0;
                 stream.set_nodelay(true)?;
-                Ok(Some(Stream::Tcp(stream)))
+                Ok(Accepted::Stream(Stream::Tcp(stream)))
             }
         }
     }

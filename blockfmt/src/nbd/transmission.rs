@@ -4,8 +4,9 @@
 //! are read with one system call and answered with one, unless the first answer would wait noticeably longer for that.
 //! Requests to storage that answers late are left to a queue and answered in the order in which they end.
 
+use super::budget::Budget;
 use super::handshake::Session;
-use super::late::Late;
+use super::late::{Completed, Late};
 use super::link::Link;
 use super::proto::{EXTENDED_REQUEST_MAGIC, MAX_PAYLOAD, REQUEST_MAGIC, command, command_flag, error_number};
 use super::reply::{self, Outcome};
@@ -15,6 +16,7 @@ use crate::iobuf::AlignedBuf;
 use crate::queue::{self, Pace};
 use crate::{Disk, Result};
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const EINVAL: u32 = 22;
@@ -35,13 +37,14 @@ pub(super) struct Request {
 }
 
 /// Serves requests until the client leaves, and has ended all of them then.
-pub(super) fn run(stream: &mut Stream, session: &Session) -> io::Result<()> {
+pub(super) fn run(stream: &mut Stream, session: &Session, budget: &Arc<Budget>) -> io::Result<()> {
     let mut service = Service {
         session,
         link: Link::new(stream),
         usual: Pace::new(),
         long: Pace::of_long_requests(),
-        late: Late::default(),
+        late: Late::new(budget),
+        unsent: 0,
         waiting: None,
     };
     while let Some(request) = service.next_request()? {
@@ -60,6 +63,8 @@ struct Service<'a> {
     usual: Pace,
     long: Pace,
     late: Late,
+    /// Bytes of the budget for payload among the replies that are not sent.
+    unsent: u64,
     /// Since when a reply or a request for the queue waits for others.
     waiting: Option<Instant>,
 }
@@ -104,23 +109,33 @@ impl Service<'_> {
     fn advance(&mut self) -> io::Result<()> {
         loop {
             self.late.submit();
-            while let Some((request, result, memory)) = self.late.completed() {
-                self.complete(request, result, memory)?;
+            while let Some(completed) = self.late.completed() {
+                self.complete(completed)?;
             }
             if !self.late.is_staged() {
                 self.waiting = None;
-                return self.link.send();
+                return self.send();
             }
         }
     }
 
-    /// Waits until a request with so many bytes of payload may be under way besides the others.
+    /// Sends the replies.
+    fn send(&mut self) -> io::Result<()> {
+        self.link.send()?;
+        self.late.release(std::mem::take(&mut self.unsent));
+        Ok(())
+    }
+
+    /// Waits until a request with so many bytes of payload may be under way besides the others, and reserves the bytes.
+    /// What it waits for are requests of this connection, as there are some whenever it waits: their ends tell whether
+    /// the client is still there, too.
     fn make_room(&mut self, bytes: u64) -> io::Result<()> {
-        while !self.late.has_room(bytes) {
+        while !self.late.reserve(bytes) {
             self.advance()?;
-            if !self.late.has_room(bytes) {
-                self.late.wait();
+            if self.late.reserve(bytes) {
+                break;
             }
+            self.late.wait();
         }
         Ok(())
     }
@@ -155,22 +170,15 @@ impl Service<'_> {
     }
 
     fn serve(&mut self, r: Request) -> io::Result<()> {
+        let bytes = payload_len(&r);
+        self.make_room(bytes)?;
         let payload = match r.command {
-            command::WRITE => {
-                self.make_room(r.len)?;
-                Some(self.receive_payload(r.len)?)
-            }
-            command::READ => {
-                self.make_room(r.len.min(MAX_PAYLOAD))?;
-                None
-            }
-            _ => {
-                self.make_room(0)?;
-                None
-            }
+            command::WRITE => Some(self.receive_payload(r.len)?),
+            _ => None,
         };
         if let Some(error) = refusal(self.session, &r) {
             self.late.keep(payload);
+            self.late.release(bytes);
             self.reply(&r, &Outcome::Failed(error));
             return Ok(());
         }
@@ -214,10 +222,14 @@ impl Service<'_> {
             None if !self.late.prepare(disk) => direct(),
             None => {
                 let work = self.work(&r, payload);
-                return self.push(r, work);
+                return self.push(r, work, payload_len(&r));
             }
         };
         self.late.keep(payload);
+        match r.command {
+            command::READ => self.unsent += payload_len(&r),
+            _ => self.late.release(payload_len(&r)),
+        }
         match result {
             Ok(()) if flushes(&r) => self.perform(flush_of(&r), None),
             Ok(()) => {
@@ -242,17 +254,19 @@ impl Service<'_> {
         }
     }
 
-    fn push(&mut self, r: Request, work: queue::Request) {
+    /// Leaves a request that has `bytes` of the budget to the queue.
+    fn push(&mut self, r: Request, work: queue::Request, bytes: u64) {
         self.waiting = self.waiting.or_else(|| Some(Instant::now()));
-        if let Err(error) = self.late.push(r, work) {
+        if let Err(error) = self.late.push(r, work, bytes) {
+            self.late.release(bytes);
             self.reply(&r, &failed(&error));
         }
     }
 
     /// Goes on with a request after the queue did its part.
-    fn complete(&mut self, r: Request, result: Result<()>, memory: Option<AlignedBuf>) -> io::Result<()> {
+    fn complete(&mut self, (r, result, bytes, memory): Completed) -> io::Result<()> {
         match (result, &memory) {
-            (Ok(()), _) if flushes(&r) => self.push(flush_of(&r), queue::Request::Flush),
+            (Ok(()), _) if flushes(&r) => self.push(flush_of(&r), queue::Request::Flush, 0),
             (Ok(()), Some(data)) if r.command == command::READ => {
                 let start = self.link.out.len();
                 self.link.out.resize(start + reply::data_header_len(self.session), 0);
@@ -263,8 +277,9 @@ impl Service<'_> {
             (Err(error), _) => self.reply(&r, &failed(&error)),
         }
         self.late.keep(memory);
+        self.late.release(bytes);
         // Many that ended together are not kept in memory together.
-        if self.link.out.len() >= OUTPUT_BYTES { self.link.send() } else { Ok(()) }
+        if self.link.out.len() >= OUTPUT_BYTES { self.send() } else { Ok(()) }
     }
 
     fn reply(&mut self, r: &Request, outcome: &Outcome) {
@@ -292,6 +307,14 @@ fn parse(b: &[u8; 32], extended: bool) -> io::Result<Request> {
         offset: u64_at(16),
         len: if extended { u64_at(24) } else { u32_at(24).into() },
     })
+}
+
+/// Bytes of the budget that a request needs.
+fn payload_len(r: &Request) -> u64 {
+    match r.command {
+        command::READ | command::WRITE => r.len.min(MAX_PAYLOAD),
+        _ => 0,
+    }
 }
 
 fn changes(r: &Request) -> bool {

@@ -5,6 +5,7 @@ pub mod chain;
 pub mod crash;
 pub mod differencing;
 pub mod late;
+pub mod nbd;
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -5,7 +5,7 @@ use crate::throttle::{GroupSpec, Groups};
 use anyhow::{Context, Result, bail};
 use blockfmt::disk::{RegistryStats, SnapshotNode, snapshot_tree};
 use blockfmt::job::{self, Migration, Mirror, MirrorMode};
-use blockfmt::nbd::{Export, ExportInfo, Server, Uri};
+use blockfmt::nbd::{Export, ExportInfo, Server, ServerLimits, Uri};
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions, OpenPolicy, Registry, Secret};
 use nacre_engine::vhost_blk;
 use serde::Deserialize;
@@ -248,9 +248,9 @@ pub struct Exports {
 }
 
 impl Exports {
-    pub fn new() -> Self {
+    pub fn new(limits: ServerLimits) -> Self {
         Exports {
-            server: Arc::new(Server::new()),
+            server: Arc::new(Server::with_limits(limits)),
             disks: Arc::default(),
             devices: Arc::default(),
             jobs: Arc::default(),

@@ -6,7 +6,8 @@ mod jobs;
 mod throttle;
 
 use anyhow::{Context, Result};
-use blockfmt::nbd::TlsServer;
+use blockfmt::disk::parse_size;
+use blockfmt::nbd::{ServerLimits, TlsServer};
 use clap::Parser;
 use exports::{ExportSpec, Exports};
 use nix::sys::signal::{SigSet, Signal};
@@ -72,6 +73,13 @@ struct Args {
     /// Clients have to prove who they are with a certificate signed by those in ca-cert.pem.
     #[arg(long, requires = "tls_certificates")]
     tls_verify_peer: bool,
+    /// Serve at most so many NBD clients at a time; more are turned away.
+    #[arg(long, value_name = "NUMBER", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
+    nbd_connections: u16,
+    /// Hold at most so much payload of requests of all NBD clients, whose storage answers late or who take no replies
+    /// (with k, M, G or T); the clients share it evenly. On top of it each may have one request of up to 32M under way.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    nbd_memory: u64,
     /// Take commands (one JSON object a line: add, remove, list, tree, stats, resize, throttle, snapshot, roll-back,
     /// delete-snapshot, mirror, migrate, backup, commit, stream, jobs, cancel) on this Unix socket.
     #[arg(long, value_name = "SOCKET")]
@@ -90,7 +98,11 @@ fn run(args: &Args) -> Result<()> {
     // Blocked before any thread starts, so that the signals wait for `wait` below.
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
     signals.thread_block().context("Cannot block signals")?;
-    let exports = Exports::new();
+    let exports = Exports::new(ServerLimits {
+        connections: args.nbd_connections.into(),
+        bytes: args.nbd_memory,
+        ..ServerLimits::default()
+    });
     for spec in &args.export {
         exports.add(spec)?;
         if let Some(socket) = &spec.vhost {
