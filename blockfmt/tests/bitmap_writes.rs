@@ -339,10 +339,12 @@ fn a_bitmap_that_is_complete_after_a_crash_lacks_nothing() {
     drop((disk, layer));
     let start = MemoryStorage::clone(&inner);
     let record = Arc::new(RecordingStorage::new(inner));
-    let (disk, layer) = open_on(record.clone()).unwrap();
+    // Writes that last keep others waiting where they should.
+    let stall = |_, count| if count % 3 == 0 { Fault::Stall(100) } else { Fault::Pass };
+    let (disk, layer) = open_on(Arc::new(FaultStorage::new(record.clone(), stall))).unwrap();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        for seed in [21, 22] {
+        for seed in 21..29 {
             let (disk, record, stop) = (&disk, &record, &stop);
             scope.spawn(move || {
                 let mut rng = Rng(seed);
@@ -350,12 +352,11 @@ fn a_bitmap_that_is_complete_after_a_crash_lacks_nothing() {
                     let granule = rng.below(GRANULES);
                     disk.write_at(&[2; 512], granule * GRANULE).unwrap();
                     record.mark(granule);
-                    std::thread::yield_now();
                 }
             });
         }
         let _stop = SetOnDrop(&stop);
-        for round in 0..12 {
+        for round in 0..40 {
             layer.close().unwrap();
             match round % 4 {
                 0 => image(&layer).add_bitmap("other", 65536).unwrap(),
