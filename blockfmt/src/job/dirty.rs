@@ -192,7 +192,9 @@ mod tests {
         lent.take(|granule| seen.push(granule));
         map.mark(3 * 512, 512);
         assert_eq!((seen, map.count()), (vec![70], 1));
-        assert_eq!((map.all_marks().next(0), map.all_marks().next(4)), (Some(3), Some(70)));
+        let marks = map.all_marks();
+        assert_eq!((marks.next(0), marks.next(4)), (Some(3), Some(70)));
+        drop(marks);
         assert!(map.lend().is_err() && map.clear().is_err());
         drop(lent);
         assert!(map.marked().eq([3, 70]) && !map.is_lent());
