@@ -149,3 +149,32 @@ fn lazy_images_that_qemu_left_dirty_are_repaired() {
     assert_same(&open(&path), &model);
     check(&path);
 }
+
+#[test]
+fn a_faulty_entry_keeps_what_it_refers_to() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = dir.path().join("f.qcow2");
+    let qcow2 =
+        Qcow2Options { cluster_size: Some(16384), extended_l2: Some(true), ..Qcow2Options::default() };
+    CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
+    open(&path).write_at(&[7; 16384], 0).unwrap();
+    let intact = std::fs::read(&path).unwrap();
+    let at = |bytes: &[u8], o: usize| u64::from_be_bytes(bytes[o..o + 8].try_into().unwrap());
+    let l2 = (at(&intact, at(&intact, 40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    // Subcluster 31 is zero, too; a reserved bit is set; the cluster after it, which has no place, has data.
+    for (byte, bit) in [(8, 0x80), (7, 0x10), (16 + 15, 1)] {
+        let mut bytes = intact.clone();
+        bytes[l2 + byte] |= bit;
+        std::fs::write(&path, &bytes).unwrap();
+        let disk = OpenOptions::new(Format::Qcow2).repair(true).open(&path).unwrap();
+        let layer = disk.layers().remove(0);
+        for repair in [Repair::Nothing, Repair::All] {
+            let report = layer.as_qcow2().unwrap().check(repair).unwrap();
+            assert_eq!((report.corruptions, report.leaks), (1, 0), "byte {byte}: {report:?}");
+        }
+        disk.write_at(&[8; 1 << 20], 1 << 20).unwrap();
+        let mut seen = [0; 512];
+        disk.read_at(&mut seen, 0).unwrap();
+        assert_eq!(seen, [7; 512], "byte {byte}: the cluster was given to others");
+    }
+}

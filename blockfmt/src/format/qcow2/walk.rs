@@ -3,7 +3,7 @@
 use super::Qcow2;
 use super::header::be64;
 use super::map::{COMPRESSED, ZERO};
-use super::tables::OFFSET_MASK;
+use super::tables::{COPIED, OFFSET_MASK};
 use crate::Result;
 use std::collections::HashSet;
 
@@ -42,34 +42,44 @@ impl Qcow2 {
             for (i, raw) in table.chunks_exact(step).enumerate() {
                 let (entry, bitmap) = (be64(raw, 0), if self.p.extended { be64(raw, 8) } else { 0 });
                 let cluster = (index as u64) << self.p.l2_bits | i as u64;
-                match self.judge(entry, bitmap) {
-                    Ok(true) => f(Reference::Payload { cluster, entry })?,
-                    Ok(false) => {}
-                    Err(what) => f(Reference::Invalid { what })?,
+                if let Some(what) = self.fault(entry, bitmap) {
+                    f(Reference::Invalid { what })?;
+                }
+                // What a faulty entry refers to is in use nevertheless: the rest of the entry may be right.
+                if self.refers(entry) {
+                    f(Reference::Payload { cluster, entry })?;
                 }
             }
         }
         Ok(())
     }
 
-    /// Whether an L2 entry refers to host clusters of the image, or why it is invalid.
-    fn judge(&self, entry: u64, bitmap: u64) -> Result<bool, &'static str> {
+    /// Whether an L2 entry refers to host clusters of the image.
+    fn refers(&self, entry: u64) -> bool {
+        let offset = entry & OFFSET_MASK;
+        self.data.is_none()
+            && (entry & COMPRESSED != 0 || (offset != 0 && offset & (self.p.cluster - 1) == 0))
+    }
+
+    /// What the specification does not allow of an L2 entry.
+    fn fault(&self, entry: u64, bitmap: u64) -> Option<&'static str> {
         if entry & COMPRESSED != 0 {
-            return match self.data.is_some() {
-                true => Err("A compressed cluster is in an external data file"),
-                false => Ok(true),
-            };
+            return self.data.is_some().then_some("A compressed cluster is in an external data file");
         }
         if (entry & OFFSET_MASK) & (self.p.cluster - 1) != 0 {
-            return Err("A guest cluster is not aligned in the image");
+            return Some("A guest cluster is not aligned in the image");
+        }
+        let zero_flag = if self.p.extended || self.p.version < 3 { 0 } else { ZERO };
+        if entry & !(OFFSET_MASK | COPIED | zero_flag) != 0 {
+            return Some("A reserved bit of an L2 entry is set");
         }
         if self.p.extended && bitmap & (bitmap >> 32) & 0xffff_ffff != 0 {
-            return Err("A subcluster is both allocated and zero");
+            return Some("A subcluster is both allocated and zero");
         }
-        if !self.p.extended && self.p.version < 3 && entry & ZERO != 0 {
-            return Err("A reserved bit of an L2 entry is set");
+        if self.p.extended && self.data.is_none() && entry & OFFSET_MASK == 0 && bitmap & 0xffff_ffff != 0 {
+            return Some("A subcluster is allocated in no cluster");
         }
-        Ok(entry & OFFSET_MASK != 0 && self.data.is_none())
+        None
     }
 
     /// The host clusters of a payload entry.
