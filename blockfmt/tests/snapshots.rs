@@ -178,3 +178,32 @@ fn a_faulty_entry_keeps_what_it_refers_to() {
         assert_eq!(seen, [7; 512], "byte {byte}: the cluster was given to others");
     }
 }
+
+#[test]
+fn a_snapshot_that_narrow_refcounts_do_not_allow_changes_nothing() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = dir.path().join("n.qcow2");
+    for (refcount_bits, snapshots) in [(1, 0), (2, 2)] {
+        let qcow2 = Qcow2Options { refcount_bits, cluster_size: Some(4096), ..Qcow2Options::default() };
+        CreateOptions::new(Format::Qcow2, SIZE).qcow2(qcow2).create(&path).unwrap();
+        let disk = open(&path);
+        let mut model = vec![0; SIZE as usize];
+        exercise(&disk, &mut model, &mut Rng(8), 60);
+        let layer = disk.layers().remove(0);
+        let image = layer.as_qcow2().unwrap();
+        for n in 0..snapshots {
+            image.create_snapshot(&format!("{n}")).unwrap();
+        }
+        let refused = image.create_snapshot("more");
+        assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+        if snapshots > 0 {
+            let refused = image.revert_to_snapshot("0");
+            assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+        }
+        assert_eq!(image.snapshots().unwrap().len(), snapshots);
+        assert_same(&disk, &model);
+        drop((disk, layer));
+        check(&path);
+        std::fs::remove_file(&path).unwrap();
+    }
+}

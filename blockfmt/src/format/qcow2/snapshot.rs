@@ -10,7 +10,7 @@ use super::tables::{COPIED, OFFSET_MASK};
 use super::walk::Reference;
 use super::{Header, Qcow2};
 use crate::{Error, Result};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Largest snapshot table in bytes.
@@ -185,6 +185,8 @@ impl Qcow2 {
         if name.is_empty() || name.len() > 255 {
             return Err(Error::InvalidOption("A snapshot's name has 1 to 255 bytes".into()));
         }
+        self.flush_all()?;
+        self.check_room(&self.active_l1())?;
         self.exclusively(|| {
             let l1 = self.active_l1();
             let clusters = (l1.len() as u64 * 8).div_ceil(self.p.cluster).max(1);
@@ -245,6 +247,7 @@ impl Qcow2 {
                 "a snapshot of another disk size; resize the disk first",
             ));
         }
+        self.check_room(&self.read_l1(snapshot.l1_offset, snapshot.l1_size)?)?;
         self.exclusively(|| {
             let old = self.active_l1();
             let mut new = self.read_l1(snapshot.l1_offset, snapshot.l1_size)?;
@@ -267,6 +270,37 @@ impl Qcow2 {
             self.compressed.forget();
             self.count_tree(&old, -1)?;
             self.update_flags()
+        })
+    }
+
+    /// Fails if refcounts are too narrow for one more reference to everything below an L1 table, before any is changed.
+    fn check_room(&self, l1: &[u64]) -> Result<()> {
+        let max = self.refcounts.lock().max();
+        if max >= u16::MAX.into() {
+            return Ok(());
+        }
+        // Only compressed clusters share host clusters.
+        let mut shared = HashMap::new();
+        self.walk(l1, |reference| {
+            let (clusters, compressed) = match reference {
+                Reference::Table { entry, .. } => (self.host_clusters(entry), false),
+                Reference::Payload { entry, .. } => (self.host_clusters(entry), entry & COMPRESSED != 0),
+                Reference::Invalid { what } => return Err(self.corrupt(what)),
+            };
+            for cluster in clusters {
+                let more = match compressed {
+                    true => {
+                        let references = shared.entry(cluster).or_insert(0);
+                        *references += 1;
+                        *references
+                    }
+                    false => 1,
+                };
+                if self.refcounts.lock().get(cluster)?.saturating_add(more) > max {
+                    return Err(Error::unsupported(&self.name, format!("refcounts above {max}")));
+                }
+            }
+            Ok(())
         })
     }
 
