@@ -590,7 +590,7 @@ struct nacre_net_options {
 };
 
 /*
- A machine. Set `struct_size` and `kernel`, and zero the rest for defaults.
+ A machine. Set `struct_size` and either `kernel` or `firmware`, and zero the rest for defaults.
  */
 struct nacre_vm_options {
     /*
@@ -598,7 +598,7 @@ struct nacre_vm_options {
      */
     size_t struct_size;
     /*
-     A Linux bzImage or an ELF file. Required.
+     A Linux bzImage or an ELF file. Required without `firmware`.
      */
     const char *kernel;
     /*
@@ -653,6 +653,10 @@ struct nacre_vm_options {
      Number of network cards.
      */
     size_t net_count;
+    /*
+     A BIOS image, such as SeaBIOS's bios-256k.bin, which boots from a disk; instead of a kernel. Or null.
+     */
+    const char *firmware;
 };
 
 #ifdef __cplusplus

@@ -61,13 +61,13 @@ unsafe impl Options for nacre_net_options {
     const NAME: &'static str = "nacre_net_options";
 }
 
-/// A machine. Set `struct_size` and `kernel`, and zero the rest for defaults.
+/// A machine. Set `struct_size` and either `kernel` or `firmware`, and zero the rest for defaults.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct nacre_vm_options {
     /// `sizeof(struct nacre_vm_options)`.
     pub struct_size: usize,
-    /// A Linux bzImage or an ELF file. Required.
+    /// A Linux bzImage or an ELF file. Required without `firmware`.
     pub kernel: *const c_char,
     /// An initial RAM disk, or null.
     pub initrd: *const c_char,
@@ -95,6 +95,8 @@ pub struct nacre_vm_options {
     pub nets: *const *const nacre_net_options,
     /// Number of network cards.
     pub net_count: usize,
+    /// A BIOS image, such as SeaBIOS's bios-256k.bin, which boots from a disk; instead of a kernel. Or null.
+    pub firmware: *const c_char,
 }
 
 // SAFETY: repr(C), starts with a usize; pointers and integers may have any bits, the flags are checked as bytes.
@@ -181,7 +183,12 @@ unsafe fn config(o: &nacre_vm_options) -> Result<VmConfig, Failure> {
     let mut config =
         VmConfig { cpus: o.cpus.max(1), rng: o.rng, console: ConsoleConfig::Off, ..VmConfig::default() };
     // SAFETY: promised by the caller, here and below.
-    config.boot.kernel = unsafe { text::required(o.kernel, "kernel") }?.into();
+    config.boot.firmware = unsafe { text::optional(o.firmware, "firmware") }?.map(PathBuf::from);
+    // Who gives both is told by the machine's builder.
+    if config.boot.firmware.is_none() || !o.kernel.is_null() {
+        // SAFETY: as above.
+        config.boot.kernel = unsafe { text::required(o.kernel, "kernel") }?.into();
+    }
     // SAFETY: as above.
     config.boot.initrd = unsafe { text::optional(o.initrd, "initrd") }?.map(PathBuf::from);
     // SAFETY: as above.

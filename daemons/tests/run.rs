@@ -149,8 +149,9 @@ fn errors_are_one_line_that_says_what_to_do() {
 
 #[test]
 fn a_wrong_command_line_is_one_line() {
-    let wrong: [(&[&str], &[&str]); 4] = [
+    let wrong: [(&[&str], &[&str]); 5] = [
         (&["--kernel", "k", "--memoryy", "1G"], &["--memoryy", "--memory'"]),
+        (&["--kernel", "k", "--firmware", "f"], &["--kernel", "--firmware"]),
         (&[], &["--kernel"]),
         (&["--kernel", "k", "--accel", "xen"], &["xen", "kvm"]),
         (&["--kernel", "k", "--disk", "path=x"], &["format=..."]),

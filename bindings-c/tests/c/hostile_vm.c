@@ -49,6 +49,13 @@ int main(int argc, char **argv)
     EXPECT(nacre_vm_build(&o, &vm, &error), NACRE_NOT_FOUND);
     CHECK(nacre_error_message(error, 0, message, sizeof message) > 0 && strstr(message, "/nonexistent"));
     nacre_error_free(error);
+    o.firmware = "/nonexistent";
+    EXPECT(nacre_vm_build(&o, &vm, NULL), NACRE_INVALID_ARGUMENT); // beside a kernel
+    o.kernel = NULL;
+    EXPECT(nacre_vm_build(&o, &vm, &error), NACRE_NOT_FOUND);
+    CHECK(nacre_error_message(error, 0, message, sizeof message) > 0 && strstr(message, "firmware /nonexistent"));
+    nacre_error_free(error);
+    o.firmware = NULL;
     o.kernel = argv[1];
     o.memory = 12345;
     EXPECT(nacre_vm_build(&o, &vm, NULL), NACRE_INVALID_ARGUMENT);

@@ -10,8 +10,6 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 
-use crate::memory::{AccessError, GuestMemory};
-
 const OEM_ID: [u8; 6] = *b"NACRE ";
 const OEM_TABLE: [u8; 8] = *b"NACREVM ";
 const OEM_REVISION: u32 = 1;
@@ -79,7 +77,7 @@ pub const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
 /// Address of the local APICs' registers.
 pub const LAPIC_ADDRESS: u32 = 0xfee0_0000;
 
-/// Why tables cannot be written.
+/// Why tables cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
     /// They are longer than the area for them.
@@ -90,9 +88,6 @@ pub enum AcpiError {
         /// Length of the area.
         room: u64,
     },
-    /// The area for them is not RAM.
-    #[error("The area for ACPI tables is not RAM")]
-    Memory(#[from] AccessError),
 }
 
 /// Tables that are laid out one after another.
@@ -111,12 +106,15 @@ impl Layout {
     }
 }
 
-/// Writes all tables into `area` and returns the address of the RSDP, which is the start of the area.
+/// Length of the RSDP.
+pub const RSDP_LEN: usize = 36;
+
+/// Makes all tables for `area`, the RSDP first.
 ///
 /// # Errors
-/// Fails when the area is too small or not RAM.
-pub fn write(memory: &GuestMemory, area: Range<u64>, platform: &Platform) -> Result<u64, AcpiError> {
-    let mut layout = Layout { base: area.start, bytes: vec![0; Rsdp::len()] };
+/// Fails when the area is too small.
+pub fn build(area: &Range<u64>, platform: &Platform) -> Result<Vec<u8>, AcpiError> {
+    let mut layout = Layout { base: area.start, bytes: vec![0; RSDP_LEN] };
     let facs = layout.add(&acpi_tables::facs::FACS::new());
     let dsdt = layout.add(&dsdt::build(platform));
     let mut entries = vec![layout.add(&tables::fadt(facs, dsdt)), layout.add(&tables::madt(platform.cpus))];
@@ -142,8 +140,7 @@ pub fn write(memory: &GuestMemory, area: Range<u64>, platform: &Platform) -> Res
     if need > room {
         return Err(AcpiError::TooLong { need, room });
     }
-    memory.write(area.start, &layout.bytes)?;
-    Ok(area.start)
+    Ok(layout.bytes)
 }
 
 /// Number of the last bus in an ECAM window (1 MiB a bus).

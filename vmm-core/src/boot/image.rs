@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
+use super::BootError;
 use crate::memory::{AccessError, GuestMemory};
 
 /// Bytes that are copied to the guest at a time.
@@ -22,6 +24,16 @@ pub(super) struct Image<'a>(Source<'a>);
 pub(super) enum CopyError {
     Io(io::Error),
     Memory(AccessError),
+}
+
+impl CopyError {
+    /// What to tell the user: it was about the file `what` at `path`.
+    pub(super) fn into_boot(self, what: &'static str, path: &Path) -> BootError {
+        match self {
+            CopyError::Io(source) => BootError::File { what, path: path.to_owned(), source },
+            CopyError::Memory(error) => error.into(),
+        }
+    }
 }
 
 impl<'a> Image<'a> {

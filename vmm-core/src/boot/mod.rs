@@ -5,12 +5,14 @@
 //! - ELF with the PVH note (`XEN_ELFNOTE_PHYS32_ENTRY`): 32-bit protected mode, EBX holds `hvm_start_info`.
 //! - A Multiboot kernel (a 32-bit ELF file, or any file whose header has addresses): 32-bit protected mode, EAX holds
 //!   the boot loader's magic number and EBX the Multiboot information.
+//! - A BIOS image ([`load_firmware`]): real mode, at its reset vector.
 //! - ELF without it: long mode with the first 4 GiB mapped one to one; RDI holds `hvm_start_info` and RSI a Linux
 //!   `boot_params` page.
 
 mod bzimage;
 mod decompress;
 mod elf;
+mod firmware;
 mod image;
 mod multiboot;
 mod params;
@@ -19,6 +21,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 pub use decompress::Compression;
+pub use firmware::{MAX_FIRMWARE, load_firmware};
 pub use params::{BOOT_GDT, MemoryKind, MemoryMapEntry};
 
 use crate::memory::{AccessError, GuestMemory};
@@ -56,6 +59,15 @@ pub enum BootError {
         need: u64,
         /// Length of the file.
         have: u64,
+    },
+    /// The firmware is no BIOS image.
+    #[error(
+        "{} is no BIOS image (64 to 256 KiB that end in a reset vector); give one such as SeaBIOS's bios-256k.bin",
+        path.display()
+    )]
+    Firmware {
+        /// The file.
+        path: PathBuf,
     },
     /// A kernel of a kind that cannot be booted.
     #[error("The kernel cannot be booted: {0}")]
@@ -118,8 +130,11 @@ pub struct BootSource<'a> {
 }
 
 /// The CPU mode that a kernel is entered in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EntryMode {
+    /// As after a reset, but with the code segment F000h at the end of the first MiB.
+    #[default]
+    Real,
     /// 32-bit protected mode without paging, flat segments (PVH and Multiboot).
     Protected,
     /// Long mode, CR3 set to page tables that map the first 4 GiB one to one.
@@ -130,7 +145,7 @@ pub enum EntryMode {
 }
 
 /// How the first vCPU starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Entry {
     /// CPU mode.
     pub mode: EntryMode,
@@ -173,17 +188,8 @@ enum KernelEntry {
 /// # Errors
 /// Fails when a file cannot be read, is not a kernel or is damaged, or the guest's memory is too small.
 pub fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<Entry, BootError> {
-    let file = |what, path: &Path| {
-        let fail = |source| BootError::File { what, path: path.to_owned(), source };
-        let file = File::open(path).map_err(fail)?;
-        let meta = file.metadata().map_err(fail)?;
-        if !meta.is_file() {
-            return Err(fail(std::io::Error::other("not a regular file")));
-        }
-        Ok((file, meta.len()))
-    };
-    let (kernel, len) = file("kernel", source.kernel)?;
-    let initrd = source.initrd.map(|path| file("initrd", path).map(|f| (f, path))).transpose()?;
+    let (kernel, len) = open("kernel", source.kernel)?;
+    let initrd = source.initrd.map(|path| open("initrd", path).map(|f| (f, path))).transpose()?;
     let kernel_error = |source_error| BootError::File {
         what: "kernel",
         path: source.kernel.to_owned(),
@@ -195,16 +201,23 @@ pub fn load(memory: &GuestMemory, source: &BootSource<'_>) -> Result<Entry, Boot
         None => None,
         Some(((file, size), path)) => {
             let address = place_initrd(memory, &loaded, size)?;
-            Image::file(&file, size).copy_to(memory, 0, size, address).map_err(|e| match e {
-                image::CopyError::Io(source) => {
-                    BootError::File { what: "initrd", path: path.to_owned(), source }
-                }
-                image::CopyError::Memory(e) => e.into(),
-            })?;
+            let image = Image::file(&file, size);
+            image.copy_to(memory, 0, size, address).map_err(|e| e.into_boot("initrd", path))?;
             Some((address, size))
         }
     };
     params::finish(memory, source, &loaded, initrd)
+}
+
+/// Opens a regular file; returns it with its length.
+fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
+    let fail = |source| BootError::File { what, path: path.to_owned(), source };
+    let file = File::open(path).map_err(fail)?;
+    let meta = file.metadata().map_err(fail)?;
+    if !meta.is_file() {
+        return Err(fail(std::io::Error::other("not a regular file")));
+    }
+    Ok((file, meta.len()))
 }
 
 /// Loads the kernel proper; `io` makes an error of a failed read.

@@ -8,18 +8,19 @@ use super::config::{AccelChoice, ConsoleConfig, CpuModelChoice, VmConfig};
 use super::console::{Console, InputFilter};
 use super::devices::{self, Attached};
 use super::gdb::GdbServer;
+use super::layout::{self, Places};
 use super::metrics::{BusCounters, Sources};
 use super::vcpu::Control;
-use super::{Devices, Unit, Vm, VmError, entry, layout};
+use super::{Devices, Unit, Vm, VmError, entry, firmware};
 use crate::accel::kvm::{KvmHypervisor, KvmOptions};
 use crate::accel::{self, CpuModel, Hypervisor, IoAddress, IoBus, VmSpec, probe};
-use crate::acpi::{self, MmioDevice, NumaNode, PciRootInfo, Platform, SCI_GSI, SERIAL_GSI};
-use crate::boot::{self, BootSource, Entry as BootEntry};
+use crate::acpi::{self, MmioDevice, NumaNode, PciRootInfo, Platform, RSDP_LEN, SCI_GSI, SERIAL_GSI};
+use crate::boot::{self, BootError, BootSource, Entry as BootEntry};
 use crate::bus::{Bus, BusDevice};
 use crate::devices::legacy::{
-    AcpiPm, DebugConsole, DebugExit, FW_CFG, FwCfg, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT, PowerSink,
-    Pvpanic, Rtc, Serial, SerialOutput, TEST_FLUSH, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE,
-    TEST_SCRATCH, TEST_SCRATCH_BYTES, TestFlush, TestIrqs, TestScratch,
+    AcpiPm, DebugConsole, DebugExit, FW_CFG, FW_CFG_SIZE, FwCfg, I8042, PM_BASE, PM_SIZE, PVPANIC_PORT,
+    PowerSink, Pvpanic, Rtc, Serial, SerialOutput, TEST_FLUSH, TEST_IRQ, TEST_IRQS, TEST_MEMORY,
+    TEST_MEMORY_SIZE, TEST_SCRATCH, TEST_SCRATCH_BYTES, TestFlush, TestIrqs, TestScratch,
 };
 use crate::devices::virtio::VirtioDevice;
 use crate::memory::GuestMemory;
@@ -29,6 +30,8 @@ const COM1: u64 = 0x3f8;
 const CMOS: u64 = 0x70;
 const I8042_COMMAND: u64 = 0x64;
 const DEBUG_CONSOLE: u64 = 0xe9;
+/// Where firmware prints what it does.
+const FIRMWARE_CONSOLE: u64 = 0x402;
 const DEBUG_EXIT: u64 = 0xf4;
 /// Guests write a byte or a double-word.
 const DEBUG_EXIT_SIZE: u64 = 4;
@@ -126,6 +129,7 @@ impl VmBuilder {
         if config.cpu_affinity.len() > config.cpus as usize {
             return Err(VmError::Config("an affinity for more vCPUs than there are; remove it".into()));
         }
+        let has_firmware = has_firmware(config)?;
         let span = tracing::info_span!("vm", cpus = config.cpus, memory = config.memory.size);
         let _building = span.enter();
         let hypervisor = match self.hypervisor {
@@ -156,6 +160,7 @@ impl VmBuilder {
             thread.pin(cpus).map_err(|source| VmError::Affinity { vcpu, source })?;
         }
         let (memory, numa) = layout::allocate(&config.memory, config.cpus)?;
+        let places = Places::of(&memory, has_firmware);
         let buses = Arc::new(Buses { mmio: Arc::default(), ports: Arc::default(), counters: Arc::default() });
         let counters = buses.counters.clone();
         let (mmio, ports) = (buses.mmio.clone(), buses.ports.clone());
@@ -205,6 +210,9 @@ impl VmBuilder {
         insert(PVPANIC_PORT.into(), 1, Arc::new(Pvpanic::new(power.clone())))?;
         if config.debug_ports {
             insert(DEBUG_CONSOLE, 1, Arc::new(DebugConsole::new(clone_output())))?;
+            if has_firmware {
+                insert(FIRMWARE_CONSOLE, 1, Arc::new(DebugConsole::new(clone_output())))?;
+            }
         }
         if config.debug_ports || config.test_devices {
             insert(DEBUG_EXIT, DEBUG_EXIT_SIZE, Arc::new(DebugExit::new(power.clone())))?;
@@ -218,13 +226,13 @@ impl VmBuilder {
             }
             let lines: Result<Vec<_>, _> = (0..TEST_IRQS).map(|n| accel.irq_line(n.into())).collect();
             insert(TEST_IRQ.into(), TEST_IRQS.into(), Arc::new(TestIrqs::new(lines?)))?;
-            insert(FW_CFG.into(), 2, Arc::new(FwCfg::new(config.memory.size, config.cpus as u16)))?;
             mmio.insert(TEST_MEMORY, TEST_MEMORY_SIZE as u64, Arc::new(TestScratch::new(TEST_MEMORY_SIZE)))?;
         }
         let mut attached = if config.mmio {
             Attached::mmio(accel.clone(), memory.clone(), mmio.clone())
         } else {
-            Attached::pci(accel.clone(), memory.clone(), mmio.clone(), ports.clone(), power.clone())?
+            let window = places.pci_mmio32.clone();
+            Attached::pci(accel.clone(), memory.clone(), mmio.clone(), ports.clone(), power.clone(), window)?
         };
         let description = known.as_ref().map(|known| known.description);
         let (sources, moving) = devices::attach_all(&mut attached, config, description)?;
@@ -236,10 +244,24 @@ impl VmBuilder {
             attached.add(device)?;
         }
 
+        let platform = platform(config, &memory, &places, numa, attached.mmio_devices.clone());
+        let tables = acpi::build(&places.acpi, &platform)?;
+        let mut units =
+            vec![Unit::new("pm", pm.clone()), Unit::new("serial", serial.clone()), Unit::new("rtc", rtc)];
+        if has_firmware || config.test_devices {
+            let files = if has_firmware {
+                firmware::files(&memory, &places, &tables[..RSDP_LEN], COM1 as u16)
+            } else {
+                Vec::new()
+            };
+            let fw_cfg = Arc::new(FwCfg::new(config.memory.size, config.cpus as u16, files));
+            ports.insert(FW_CFG.into(), FW_CFG_SIZE, fw_cfg.clone())?;
+            units.push(Unit::new("fw-cfg", fw_cfg));
+        }
         let boot_entry = match known {
             // Its memory comes from where it ran.
             Some(_) => None,
-            None => Some(load_guest(config, &memory, numa, attached.mmio_devices.clone())?),
+            None => Some(load_guest(config, &memory, &places, &tables)?),
         };
 
         let mut running = console.connect(serial.clone(), self.filter)?;
@@ -257,10 +279,8 @@ impl VmBuilder {
             devices: Devices {
                 mmio,
                 ports,
-                units: [Unit::new("pm", pm.clone()), Unit::new("serial", serial), Unit::new("rtc", rtc)]
-                    .into_iter()
-                    .chain(attached.units)
-                    .collect(),
+                units: units.into_iter().chain(attached.units).collect(),
+                generation_id: places.generation_id,
                 disks: moving.disks,
                 macs: moving.macs,
                 unsaved: config.test_devices.then_some("it has test devices"),
@@ -315,16 +335,19 @@ impl BusDevice for Cmos {
     }
 }
 
-/// Puts the ACPI tables and the kernel into a new machine's memory.
+/// Puts the ACPI tables and the kernel or firmware into a new machine's memory.
 fn load_guest(
     config: &VmConfig,
     memory: &GuestMemory,
-    numa: Vec<NumaNode>,
-    mmio: Vec<MmioDevice>,
+    places: &Places,
+    tables: &[u8],
 ) -> Result<BootEntry, VmError> {
-    let platform = platform(config, memory, numa, mmio);
-    let rsdp = acpi::write(memory, layout::ACPI_AREA, &platform)?;
-    write_generation_id(memory)?;
+    let rsdp = places.acpi.start;
+    memory.write(rsdp, tables).map_err(BootError::from)?;
+    write_generation_id(memory, places.generation_id)?;
+    if let Some(firmware) = &config.boot.firmware {
+        return Ok(boot::load_firmware(memory, firmware)?);
+    }
     let source = BootSource {
         kernel: &config.boot.kernel,
         initrd: config.boot.initrd.as_deref(),
@@ -333,6 +356,22 @@ fn load_guest(
         memory_map: &layout::memory_map(memory),
     };
     Ok(boot::load(memory, &source)?)
+}
+
+/// Whether the machine has firmware.
+fn has_firmware(config: &VmConfig) -> Result<bool, VmError> {
+    let boot = &config.boot;
+    let wrong = |what: &str| Err(VmError::Config(what.into()));
+    if boot.firmware.is_none() {
+        return Ok(false);
+    }
+    if !boot.kernel.as_os_str().is_empty() || boot.initrd.is_some() || !boot.command_line.is_empty() {
+        return wrong("firmware beside a kernel, its initial RAM disk or command line; give one of them");
+    }
+    if config.mmio {
+        return wrong("firmware with devices over MMIO, which it does not find; use PCI");
+    }
+    Ok(true)
 }
 
 /// The accelerator that the configuration names; KVM with the software CPU's assistance if `assist` says so.
@@ -350,26 +389,32 @@ fn accelerator(choice: AccelChoice, assist: bool) -> Result<Arc<dyn Hypervisor>,
     Ok(hypervisor.into())
 }
 
-fn platform(config: &VmConfig, memory: &GuestMemory, numa: Vec<NumaNode>, mmio: Vec<MmioDevice>) -> Platform {
+fn platform(
+    config: &VmConfig,
+    memory: &GuestMemory,
+    places: &Places,
+    numa: Vec<NumaNode>,
+    mmio: Vec<MmioDevice>,
+) -> Platform {
     Platform {
         cpus: config.cpus,
         pci: (!config.mmio).then(|| PciRootInfo {
             ecam: layout::PCI_ECAM,
-            mmio32: layout::PCI_MMIO32,
+            mmio32: places.pci_mmio32.clone(),
             mmio64: layout::pci_mmio64(memory),
             io: layout::PCI_IO,
             intx: layout::PCI_INTX,
         }),
         mmio,
         serial: true,
-        generation_id: Some(layout::GENERATION_ID),
+        generation_id: Some(places.generation_id),
         numa,
     }
 }
 
 /// Gives this run of the machine an identifier of its own.
-pub(super) fn write_generation_id(memory: &GuestMemory) -> Result<(), VmError> {
-    let write = |id: [u8; 16]| memory.write(layout::GENERATION_ID, &id).map_err(std::io::Error::other);
+pub(super) fn write_generation_id(memory: &GuestMemory, address: u64) -> Result<(), VmError> {
+    let write = |id: [u8; 16]| memory.write(address, &id).map_err(std::io::Error::other);
     random().and_then(write).map_err(|source| VmError::Host { what: "random bytes", source })
 }
 

@@ -103,6 +103,13 @@ impl Default for VmConfig {
     }
 }
 
+impl BootConfig {
+    /// Whether there is something to boot.
+    pub fn is_bootable(&self) -> bool {
+        self.firmware.is_some() || !self.kernel.as_os_str().is_empty()
+    }
+}
+
 impl VmConfig {
     /// The JSON schema of a configuration file.
     pub fn schema() -> serde_json::Value {
@@ -114,6 +121,9 @@ impl VmConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BootConfig {
+    /// A BIOS image, such as SeaBIOS's `bios-256k.bin`, which boots from the first disk that it can boot from; there is no
+    /// kernel then.
+    pub firmware: Option<PathBuf>,
     /// A Linux bzImage or an ELF file.
     pub kernel: PathBuf,
     /// An initial RAM disk.

@@ -1,5 +1,6 @@
 //! The machine's virtio devices and the bus that they are on.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::config::{ConsoleConfig, ConsolePortConfig, DiskConfig, NetBackendConfig, NetConfig, VmConfig};
@@ -60,19 +61,16 @@ pub(super) struct Moving {
 }
 
 impl Attached {
-    /// Devices go to a PCI bus.
+    /// Devices go to a PCI bus, whose memory window below 4 GiB is `mmio32`.
     pub(super) fn pci(
         accel: Arc<dyn accel::Vm>,
         memory: GuestMemory,
         mmio: Arc<Bus>,
         ports: Arc<Bus>,
         power: PowerSink,
+        mmio32: Range<u64>,
     ) -> Result<Self, VmError> {
-        let windows = PciWindows {
-            mmio32: layout::PCI_MMIO32,
-            mmio64: layout::pci_mmio64(&memory),
-            io: layout::PCI_IO,
-        };
+        let windows = PciWindows { mmio32, mmio64: layout::pci_mmio64(&memory), io: layout::PCI_IO };
         let root = PciRoot::new(mmio.clone(), ports.clone(), windows);
         let [a, b, c, d] = layout::PCI_INTX;
         let line = |gsi: u32| Ok::<_, VmError>((gsi as u8, accel.irq_line(gsi)?));

@@ -1,9 +1,12 @@
-//! The first vCPU's registers at the kernel's entry.
+//! The first vCPU's registers at the entry of a kernel or a BIOS.
 
 use softcpu::{CpuState, DescriptorTable, Segment, SegmentAttributes};
 
 use crate::boot::{BOOT_GDT, Entry, EntryMode};
 
+/// Where a BIOS is entered.
+const BIOS_SELECTOR: u16 = 0xf000;
+const BIOS_BASE: u64 = 0xf_0000;
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
@@ -33,6 +36,11 @@ pub(super) fn state(entry: &Entry) -> CpuState {
     let mut state = CpuState::reset();
     let flat = |selector, attributes| Segment { selector, attributes, limit: u32::MAX, base: 0 };
     let code = match entry.mode {
+        EntryMode::Real => {
+            state.segments[1] = Segment { selector: BIOS_SELECTOR, base: BIOS_BASE, ..state.segments[1] };
+            state.rip = entry.rip;
+            return state;
+        }
         EntryMode::Protected => CODE_32,
         EntryMode::Long { .. } => CODE_64,
     };

@@ -11,6 +11,9 @@
 //! 0x1_0000_0000  the rest of RAM
 //! above RAM    64-bit PCI memory window (at a multiple of 64 GiB)
 //! ```
+//!
+//! With firmware, which has the memory below 1 MiB for itself and places BARs below 0xfec0_0000, ACPI tables and VM
+//! generation ID are at the end of the RAM below 4 GiB, and the PCI memory window is 0xe010_0000 to 0xfec0_0000.
 
 use std::ops::Range;
 
@@ -23,18 +26,20 @@ use crate::pci::ECAM_SIZE;
 
 /// End of conventional memory; the last KiB below 640 KiB belongs to firmware.
 const CONVENTIONAL_END: u64 = 0x9_fc00;
-/// Where ACPI tables go, within the area that guests search for them.
-pub(super) const ACPI_AREA: Range<u64> = 0xe_0000..0xf_f000;
-/// The page of the VM generation ID.
-pub(super) const GENERATION_ID: u64 = 0xf_f000;
+/// Where tables go without firmware, within the area that guests search for ACPI's.
+const TABLE_AREA: Range<u64> = 0xe_0000..0x10_0000;
+/// Bytes of the tables with firmware: beyond the first MiB there is room for those of any machine.
+const FIRMWARE_TABLES: u64 = 256 << 10;
 const HIGH_RAM: u64 = 0x10_0000;
 /// RAM below 4 GiB ends here at the latest.
 const LOW_RAM_END: u64 = 0xc000_0000;
 const FOUR_GIB: u64 = 1 << 32;
-pub(super) const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
+const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
 pub(super) const PCI_ECAM: Range<u64> = 0xe000_0000..0xe000_0000 + ECAM_SIZE;
 pub(super) const PCI_IO: Range<u64> = 0x1000..0x1_0000;
 const PCI_MMIO64_ALIGN: u64 = 64 << 30;
+/// SeaBIOS places BARs from here downwards, below the IO-APIC.
+const FIRMWARE_PCI_END: u64 = 0xfec0_0000;
 /// GSIs of the PCI interrupt lines.
 pub(super) const PCI_INTX: [u32; 4] = [16, 17, 18, 19];
 
@@ -52,6 +57,41 @@ pub(super) fn pci_mmio64(memory: &GuestMemory) -> Range<u64> {
     let end = memory.regions().last().map_or(0, MemoryRegion::end).max(FOUR_GIB);
     let start = end.next_multiple_of(PCI_MMIO64_ALIGN);
     start..start + PCI_MMIO64_ALIGN
+}
+
+/// What firmware makes different.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Places {
+    /// Where ACPI tables go.
+    pub(super) acpi: Range<u64>,
+    /// The page of the VM generation ID.
+    pub(super) generation_id: u64,
+    /// The PCI memory window below 4 GiB.
+    pub(super) pci_mmio32: Range<u64>,
+}
+
+impl Places {
+    /// The places in a machine with this RAM, with or without firmware.
+    pub(super) fn of(memory: &GuestMemory, firmware: bool) -> Self {
+        let (tables, pci_mmio32) = if firmware {
+            let end = low_ram_end(memory);
+            (end.saturating_sub(FIRMWARE_TABLES)..end, PCI_ECAM.end..FIRMWARE_PCI_END)
+        } else {
+            (TABLE_AREA, PCI_MMIO32)
+        };
+        let generation_id = tables.end - PAGE_SIZE;
+        Self { acpi: tables.start..generation_id, generation_id, pci_mmio32 }
+    }
+
+    fn tables(&self) -> Range<u64> {
+        self.acpi.start..self.generation_id + PAGE_SIZE
+    }
+}
+
+/// End of the RAM below 4 GiB.
+fn low_ram_end(memory: &GuestMemory) -> u64 {
+    let ends = memory.regions().iter().map(MemoryRegion::end);
+    ends.filter(|&end| end <= LOW_RAM_END).max().unwrap_or(0)
 }
 
 /// Splits `[start, start + size)` of a RAM that is contiguous to its owner around the hole below 4 GiB.
@@ -148,28 +188,47 @@ fn check_numa(config: &MemoryConfig, cpus: u32) -> Result<(), VmError> {
     Ok(())
 }
 
-/// The memory map that the guest is told.
-pub(super) fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
-    let entry = |range: Range<u64>, kind| MemoryMapEntry {
-        address: range.start,
-        size: range.end - range.start,
-        kind,
-    };
-    let mut map = vec![
-        entry(0..CONVENTIONAL_END, MemoryKind::Ram),
-        entry(CONVENTIONAL_END..HIGH_RAM, MemoryKind::Reserved),
-    ];
-    // Adjacent regions (NUMA nodes) are one range.
+/// RAM from `start` on; adjacent regions (NUMA nodes) are one range.
+fn ram(memory: &GuestMemory, start: u64) -> Vec<Range<u64>> {
     let mut ram: Vec<Range<u64>> = Vec::new();
     for region in memory.regions() {
-        let start = region.guest_address().max(HIGH_RAM);
+        let start = region.guest_address().max(start);
         match ram.last_mut() {
             _ if region.end() <= start => {}
             Some(last) if last.end == start => last.end = region.end(),
             _ => ram.push(start..region.end()),
         }
     }
-    map.extend(ram.into_iter().map(|range| entry(range, MemoryKind::Ram)));
+    ram
+}
+
+fn entry(range: Range<u64>, kind: MemoryKind) -> MemoryMapEntry {
+    MemoryMapEntry { address: range.start, size: range.end - range.start, kind }
+}
+
+/// The memory map that a kernel is told.
+pub(super) fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
+    let mut map = vec![
+        entry(0..CONVENTIONAL_END, MemoryKind::Ram),
+        entry(CONVENTIONAL_END..HIGH_RAM, MemoryKind::Reserved),
+    ];
+    map.extend(ram(memory, HIGH_RAM).into_iter().map(|range| entry(range, MemoryKind::Ram)));
+    map.push(entry(PCI_ECAM, MemoryKind::Reserved));
+    map
+}
+
+/// The memory map that firmware is told. What it keeps of the first MiB is its own choice.
+pub(super) fn firmware_memory_map(memory: &GuestMemory, places: &Places) -> Vec<MemoryMapEntry> {
+    let tables = places.tables();
+    let mut map = Vec::new();
+    for range in ram(memory, 0) {
+        if range.contains(&tables.start) {
+            map.push(entry(range.start..tables.start, MemoryKind::Ram));
+            map.push(entry(tables.clone(), MemoryKind::Reserved));
+        } else {
+            map.push(entry(range, MemoryKind::Ram));
+        }
+    }
     map.push(entry(PCI_ECAM, MemoryKind::Reserved));
     map
 }
@@ -205,6 +264,25 @@ mod tests {
             MemoryConfig { size: 0, ..MemoryConfig::default() },
         ] {
             assert!(matches!(allocate(&bad, 2), Err(VmError::Config(_))), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn firmware_has_the_first_mib_and_finds_the_tables_reserved() {
+        let node = |size| NumaConfig { cpus: vec![0], size, ..NumaConfig::default() };
+        for size in [64 << 20, 5 << 30] {
+            let config = MemoryConfig { size, numa: vec![node(size)], ..MemoryConfig::default() };
+            let (memory, _) = allocate(&config, 1).unwrap();
+            let places = Places::of(&memory, true);
+            let low_end = size.min(LOW_RAM_END);
+            assert_eq!(places.tables(), low_end - FIRMWARE_TABLES..low_end);
+            let map = firmware_memory_map(&memory, &places);
+            assert_eq!(map[0], entry(0..places.acpi.start, MemoryKind::Ram));
+            assert_eq!(map[1], entry(places.tables(), MemoryKind::Reserved));
+            let ram = |e: &&MemoryMapEntry| e.kind == MemoryKind::Ram;
+            let total: u64 = map.iter().filter(ram).map(|e| e.size).sum();
+            assert_eq!(total + FIRMWARE_TABLES, size);
+            assert_eq!(Places::of(&memory, false).tables(), TABLE_AREA);
         }
     }
 }

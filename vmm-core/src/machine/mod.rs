@@ -21,6 +21,7 @@ mod devices;
 mod disk;
 mod entry;
 mod events;
+mod firmware;
 mod gdb;
 mod layout;
 mod metrics;
@@ -209,6 +210,8 @@ struct Devices {
     units: Vec<Unit>,
     disks: Vec<Arc<MachineDisk>>,
     macs: Vec<[u8; 6]>,
+    /// Guest-physical address of the VM generation ID.
+    generation_id: u64,
     /// Why the machine cannot be saved, or cannot move while it runs, if it cannot.
     unsaved: Option<&'static str>,
     unobserved: Option<&'static str>,

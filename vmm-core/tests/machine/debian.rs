@@ -2,15 +2,14 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use vmm_core::machine::{
     AccelChoice, AfterSnapshot, ConsoleConfig, ConsolePortConfig, MemoryConfig, NumaConfig, RestoreOptions,
-    StopReason, Vm, VmBuilder, VmConfig,
+    StopReason, VmConfig,
 };
 use vmm_core::migration::{MigrateOptions, Monitor};
 
+use super::Printing;
 use super::images::images;
 
 #[path = "../virtio/namespace.rs"]
@@ -121,30 +120,6 @@ fn debian_stable_boots_from_a_differencing_disk() {
         let child = add_root(&mut config, &images, dir.path());
         boots(config, &["check: disk ok"]);
         assert!(std::fs::metadata(&child).unwrap().len() > 8 << 20, "the child has what the guest wrote");
-    }
-}
-
-/// A machine that prints into a buffer.
-struct Printing(Arc<Mutex<Vec<u8>>>);
-
-impl Printing {
-    fn builder(config: &VmConfig) -> (VmBuilder, Self) {
-        let text = Arc::new(Mutex::new(Vec::new()));
-        let sink = text.clone();
-        let output = move |data: &[u8]| sink.lock().unwrap().extend_from_slice(data);
-        (Vm::builder(config.clone()).serial_output(output), Self(text))
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
-    }
-
-    #[track_caller]
-    fn wait_for(&self, vm: &Vm, text: &str) {
-        while !self.text().contains(text) {
-            assert_eq!(vm.stop_reason(), None, "{text:?} is missing:\n{}", self.text());
-            std::thread::sleep(Duration::from_millis(5));
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod debian;
+mod firmware;
 mod gdb;
 mod guest;
 mod images;
@@ -14,13 +15,15 @@ mod virtio;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vmm_core::accel::AccelKind;
 use vmm_core::accel::kvm::KvmHypervisor;
 use vmm_core::machine::{
-    AccelChoice, BootConfig, CpuModelChoice, MemoryConfig, StopReason, Vm, VmConfig, VmError, VmEvent,
+    AccelChoice, BootConfig, CpuModelChoice, MemoryConfig, StopReason, Vm, VmBuilder, VmConfig, VmError,
+    VmEvent,
 };
 
 /// The accelerators of this host. The software one is everywhere; KVM counts when its device opens.
@@ -43,19 +46,38 @@ fn config(kernel: &Path, accel: AccelChoice) -> VmConfig {
     }
 }
 
+/// A machine that prints into a buffer.
+struct Printing(Arc<Mutex<Vec<u8>>>);
+
+impl Printing {
+    fn builder(config: &VmConfig) -> (VmBuilder, Self) {
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let sink = text.clone();
+        let output = move |data: &[u8]| sink.lock().unwrap().extend_from_slice(data);
+        (Vm::builder(config.clone()).serial_output(output), Self(text))
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, vm: &Vm, text: &str) {
+        while !self.text().contains(text) {
+            assert_eq!(vm.stop_reason(), None, "{text:?} is missing:\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
 /// Runs a machine to its end: what it printed and why it stopped.
 fn run(config: VmConfig) -> (String, StopReason) {
-    let output = Arc::new(Mutex::new(Vec::new()));
-    let sink = output.clone();
-    let vm = Vm::builder(config)
-        .serial_output(move |data: &[u8]| sink.lock().unwrap().extend_from_slice(data))
-        .build()
-        .unwrap();
+    let (builder, output) = Printing::builder(&config);
+    let vm = builder.build().unwrap();
     vm.start().unwrap();
     let reason = vm.wait();
     drop(vm);
-    let text = String::from_utf8(output.lock().unwrap().clone()).unwrap();
-    (text, reason)
+    (output.text(), reason)
 }
 
 fn out8(a: &mut CodeAssembler, port: u16, value: u8) -> Result<(), IcedError> {

@@ -1,6 +1,7 @@
 //! The chipset: serial port, clock, reset and power registers, and what else a PC guest finds at fixed addresses.
 
 mod debug;
+mod fw_cfg;
 mod pm;
 mod pvpanic;
 mod reset;
@@ -11,14 +12,15 @@ mod testdev;
 use std::sync::Arc;
 
 pub use debug::{DebugConsole, DebugExit};
+pub use fw_cfg::{FW_CFG, FW_CFG_SIZE, FwCfg, FwCfgFile, file_name};
 pub use pm::{AcpiPm, PM_BASE, PM_SIZE, RESET_PORT, RESET_VALUE, S5_SLEEP_TYPE};
 pub use pvpanic::{PVPANIC_PORT, Pvpanic};
 pub use reset::I8042;
 pub use rtc::Rtc;
 pub use serial::{Serial, SerialOutput};
 pub use testdev::{
-    FW_CFG, FwCfg, TEST_FLUSH, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE, TEST_SCRATCH,
-    TEST_SCRATCH_BYTES, TestFlush, TestIrqs, TestScratch,
+    TEST_FLUSH, TEST_IRQ, TEST_IRQS, TEST_MEMORY, TEST_MEMORY_SIZE, TEST_SCRATCH, TEST_SCRATCH_BYTES,
+    TestFlush, TestIrqs, TestScratch,
 };
 
 /// What the guest asks of the machine through a device.

@@ -1,4 +1,4 @@
-//! The ports that guest programs of kvm-unit-tests use (its `lib/x86`), where QEMU has `pc-testdev` and fw_cfg.
+//! The ports that guest programs of kvm-unit-tests use (its `lib/x86`), where QEMU has `pc-testdev`.
 
 use std::sync::Arc;
 
@@ -22,8 +22,6 @@ pub const TEST_IRQS: u16 = 24;
 pub const TEST_MEMORY: u64 = 0xff00_0000;
 /// Bytes of scratch memory.
 pub const TEST_MEMORY_SIZE: usize = 0x1_0000;
-/// The selector port of fw_cfg; the next port holds data.
-pub const FW_CFG: u16 = 0x510;
 
 /// Registers that keep what was written to them.
 pub struct TestScratch {
@@ -103,57 +101,6 @@ impl BusDevice for TestIrqs {
     }
 }
 
-/// The part of QEMU's fw_cfg that test guests read: a signature, the interface's version, the size of RAM and the number
-/// of processors. A write to the first port selects an item, reads of the second return its bytes, then zeroes.
-pub struct FwCfg {
-    memory: u64,
-    cpus: u16,
-    /// The selected item, and the offset of its next byte.
-    state: Mutex<(u16, usize)>,
-}
-
-impl FwCfg {
-    const SIGNATURE: u16 = 0;
-    const ID: u16 = 1;
-    const RAM_SIZE: u16 = 3;
-    const NB_CPUS: u16 = 5;
-    const MAX_CPUS: u16 = 15;
-
-    /// Tells of a machine with `memory` bytes of RAM and `cpus` processors.
-    pub fn new(memory: u64, cpus: u16) -> Self {
-        Self { memory, cpus, state: Mutex::new((Self::SIGNATURE, 0)) }
-    }
-
-    fn byte(&self, item: u16, at: usize) -> u8 {
-        let value = match item {
-            Self::SIGNATURE => u64::from(u32::from_le_bytes(*b"QEMU")),
-            // The traditional interface, without DMA.
-            Self::ID => 1,
-            Self::RAM_SIZE => self.memory,
-            Self::NB_CPUS | Self::MAX_CPUS => self.cpus.into(),
-            _ => 0,
-        };
-        value.to_le_bytes().get(at).copied().unwrap_or(0)
-    }
-}
-
-impl BusDevice for FwCfg {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset == 1 {
-            let (item, at) = &mut *self.state.lock();
-            data[0] = self.byte(*item, *at);
-            *at = at.saturating_add(1);
-        }
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        if let (0, &[low, high]) = (offset, data) {
-            *self.state.lock() = (u16::from_le_bytes([low, high]), 0);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -216,20 +163,5 @@ mod tests {
         assert_eq!(levels.load(Ordering::Relaxed), 0b110);
         irqs.write(1, &[0]);
         assert_eq!(levels.load(Ordering::Relaxed), 0b100);
-    }
-
-    #[test]
-    fn fw_cfg_tells_memory_and_processors() {
-        let device = FwCfg::new(0x1_2345_6000, 300);
-        let item = |number: u16, len: usize| {
-            device.write(0, &number.to_le_bytes());
-            (0..len).fold(0, |value, n| value | read(&device, 1, 1) << (8 * n))
-        };
-        assert_eq!(item(FwCfg::SIGNATURE, 4), u64::from(u32::from_le_bytes(*b"QEMU")));
-        assert_eq!(item(FwCfg::ID, 4), 1);
-        assert_eq!(item(FwCfg::RAM_SIZE, 8), 0x1_2345_6000);
-        assert_eq!(item(FwCfg::NB_CPUS, 2), 300);
-        assert_eq!(item(0x1234, 2), 0);
-        assert_eq!(read(&device, 1, 1), 0, "an item that has been read ends in zeroes");
     }
 }

@@ -149,7 +149,7 @@ impl VmBuilder {
         }
         vm.load_state(&state, tsc_khz)?;
         vm.open_disks()?;
-        write_generation_id(&vm.memory)?;
+        write_generation_id(&vm.memory, vm.devices.generation_id)?;
         vm.devices.pm.raise_gpe(GENERATION_ID_GPE);
         Ok(vm)
     }

@@ -39,7 +39,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let sockets = Sockets { metrics: args.metrics(), control: args.control() };
     let mut origin = args.origin();
     let config = args.config()?;
-    let bootable = !config.boot.kernel.as_os_str().is_empty();
+    let bootable = config.boot.is_bootable();
     let signals = terminal::Signals::block()?;
     loop {
         let Some(mut reason) = run_once(&config, &origin, &signals, &sockets)? else {

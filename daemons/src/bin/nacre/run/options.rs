@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use vmm_core::machine::{
-    AccelChoice, ConsoleConfig, ConsolePortConfig, CpuModelChoice, DiskConfig, GdbConfig, LimitConfig,
-    NetBackendConfig, NetConfig, RestoreOptions, VmConfig, VsockConfig,
+    AccelChoice, BootConfig, ConsoleConfig, ConsolePortConfig, CpuModelChoice, DiskConfig, GdbConfig,
+    LimitConfig, NetBackendConfig, NetConfig, RestoreOptions, VmConfig, VsockConfig,
 };
 
 use super::address::Address;
@@ -33,6 +33,7 @@ Examples:
             --cmdline 'console=ttyS0 root=/dev/vda rw'
   nacre run --kernel vmlinuz --console off --virtio-console pty \\
             --virtio-console socket=agent.sock,name=agent --cmdline console=hvc0
+  nacre run --firmware /usr/share/seabios/bios-256k.bin --disk path=installed.qcow2,format=qcow2
   nacre run --config machine.json --control vm.sock      # then: nacre vm --help
   nacre run --config machine.json --restore saved
   nacre run --config machine.json --incoming unix:move.sock
@@ -48,8 +49,11 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Linux bzImage or ELF file to boot.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "restore", "incoming"])]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "firmware", "restore", "incoming"])]
     kernel: Option<PathBuf>,
+    /// BIOS image that boots from a disk, instead of a kernel; such as /usr/share/seabios/bios-256k.bin (Debian package seabios).
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline"])]
+    firmware: Option<PathBuf>,
     /// Initial RAM disk.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
@@ -192,6 +196,10 @@ impl Args {
         };
         if let Some(kernel) = self.kernel {
             config.boot.kernel = kernel;
+            config.boot.firmware = None;
+        }
+        if self.firmware.is_some() {
+            config.boot = BootConfig { firmware: self.firmware, ..BootConfig::default() };
         }
         if self.initrd.is_some() {
             config.boot.initrd = self.initrd;
