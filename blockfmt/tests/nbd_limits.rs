@@ -6,7 +6,7 @@ mod common;
 
 use blockfmt::nbd::ServerLimits;
 use common::late::{Kind, LateStorage, PATIENCE};
-use common::nbd::{Client, READ, Served, WRITE};
+use common::nbd::{BLOCK, Client, READ, Served, WRITE};
 use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -89,13 +89,17 @@ fn threads_of_all_connections_are_bounded() {
     let limits = ServerLimits { threads: 8, ..ServerLimits::default() };
     let (_served, mut clients) = serve(&storage, limits, CLIENTS);
     let closed = storage.close();
-    clients.iter_mut().for_each(|client| client.send_blocks(READ, 0, 0..40));
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.send_blocks(READ, 0, 40 * n as u64..40 * (n as u64 + 1));
+    }
     // The first one came when it was alone.
     storage.wait_for(8 + CLIENTS - 1);
-    drop(closed);
-    for client in &mut clients {
-        (0..40).for_each(|_| assert_eq!(client.reply().1, 0));
+    for _ in 0..40 * CLIENTS {
+        let call = *storage.wait_for(1).last().unwrap();
+        storage.let_go(call, None);
+        assert_eq!(clients[(call.1 / BLOCK / 40) as usize].reply().1, 0);
     }
+    drop(closed);
     assert_eq!(storage.most(), 8 + CLIENTS - 1);
 }
 
@@ -120,6 +124,24 @@ fn a_client_that_takes_no_replies_keeps_only_its_part() {
     assert_eq!(storage.most(), 8);
     drop(closed);
     (0..16).for_each(|_| assert_eq!(clients[0].reply().1, 0));
+}
+
+#[test]
+fn payload_that_is_being_sent_counts() {
+    let storage = LateStorage::new(SIZE);
+    let (_served, mut clients) = serve(&storage, limits(2 * MIB), 2);
+    let closed = storage.close();
+    send(&mut clients[0], READ, 0, 1);
+    storage.wait_for(1);
+    storage.let_go((Kind::Read, 0), None);
+    send(&mut clients[1], READ, 100, 8);
+    for n in 100..108 {
+        storage.let_go((Kind::Read, n * MIB), None);
+        assert_eq!(clients[1].reply().1, 0);
+    }
+    assert_eq!(storage.most(), 1);
+    drop(closed);
+    assert_eq!(clients[0].reply().1, 0);
 }
 
 /// Waits until so many clients use the export.
