@@ -4,12 +4,13 @@
 
 mod common;
 
+use blockfmt::disk::as_path;
 use blockfmt::format::qcow2::Qcow2Options;
 use blockfmt::job::{self, JobControl, Migration, Mirror, MirrorMode};
 use blockfmt::storage::{FileOptions, FileStorage};
 use blockfmt::{Below, CreateOptions, Disk, Error, Format, OpenOptions, Registry, Scatter};
-use common::assert_same;
 use common::chain::{Chain, SIZE, cancelling};
+use common::{assert_same, qemu_ok};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -233,4 +234,38 @@ fn a_child_is_merged_into_a_parent_with_an_external_data_file() {
     drop(disk);
     data().unwrap();
     assert_same(&OpenOptions::new(Format::Qcow2).open(&base).unwrap(), &model);
+}
+
+#[test]
+fn names_that_look_like_protocols_are_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for format in [Format::Qcow2, Format::Vhd, Format::Vhdx] {
+        let name = |n: u32| format!("file:{format}:{n}");
+        CreateOptions::new(format, 1 << 20).create(&at(&name(0))).unwrap();
+        CreateOptions::new(format, 1 << 20).backing(as_path(name(0)), format).create(&at(&name(1))).unwrap();
+        let disk = OpenOptions::new(format).open(at(&name(1))).unwrap();
+        disk.write_at(&[1; 512], 0).unwrap();
+        for n in 2..4 {
+            disk.snapshot(&at(&name(n)), &CreateOptions::new(format, 0)).unwrap();
+            disk.write_at(&[n as u8; 512], u64::from(n) * 4096).unwrap();
+        }
+        job::remove(&disk, 1, &JobControl::new()).unwrap();
+        let top = disk.layers()[0].storage().name();
+        drop(disk);
+        let disk = OpenOptions::new(format).open(&top).unwrap();
+        assert_eq!(disk.layers().len(), 3);
+        for (offset, byte) in [(0, 1), (2 * 4096, 2), (3 * 4096, 3)] {
+            let mut seen = [0; 512];
+            disk.read_at(&mut seen, offset).unwrap();
+            assert_eq!(seen, [byte; 512]);
+        }
+        drop(disk);
+        if format == Format::Qcow2 {
+            let name = format!(
+                "json:{{\"driver\":\"qcow2\",\"file\":{{\"driver\":\"file\",\"filename\":{top:?}}}}}"
+            );
+            qemu_ok("qemu-img", &["map", &name]);
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! Changing the chain of a disk that is in use.
 
+use super::open::as_path;
 use super::{CreateOptions, Disk, Observer, State};
 use crate::storage::LockMode;
 use crate::{BackingRef, Error, Layer, Result, Storage};
@@ -114,7 +115,7 @@ impl Disk {
         let create = CreateOptions {
             size: layer.size(),
             backing: Some(BackingRef {
-                path: reference(Path::new(&parent), path),
+                path: parent_name(Path::new(&parent), path)?,
                 format: Some(layer.format().name().into()),
             }),
             qcow2: options.qcow2.clone().overlay(),
@@ -260,10 +261,13 @@ impl Disk {
     pub(crate) fn drop_layers(&self, from: usize, to: usize) -> Result<()> {
         let child = self.make_writable(from - 1)?;
         let layers = self.layers();
-        let reference = layers.get(to).map(|parent| BackingRef {
-            path: reference(Path::new(&parent.storage().name()), Path::new(&child.storage().name())),
-            format: Some(parent.format().name().into()),
+        let name = |parent: &Arc<dyn Layer>| {
+            parent_name(Path::new(&parent.storage().name()), Path::new(&child.storage().name()))
+        };
+        let reference = layers.get(to).map(|parent| {
+            Ok(BackingRef { path: name(parent)?, format: Some(parent.format().name().into()) })
         });
+        let reference = reference.transpose()?;
         if let Some(parent) = layers.get(to).filter(|parent| !parent.read_only()) {
             parent.close()?; // the child remembers its final state
         }
@@ -310,13 +314,19 @@ fn lock_again(layer: &Arc<dyn Layer>) {
     }
 }
 
-/// How an image at `child` names the file `parent`.
-pub(crate) fn reference(parent: &Path, child: &Path) -> String {
+/// How the header of an image at `child` names the file `parent`. Both are relative to the working directory.
+///
+/// Fails with [`Error::InvalidOption`] if the name is not UTF-8, which no header can hold.
+pub fn parent_name(parent: &Path, child: &Path) -> Result<String> {
     let full = |p: &Path| std::path::absolute(p).unwrap_or_else(|_| p.to_owned());
     let (parent, child) = (full(parent), full(child));
-    match (parent.file_name(), parent.parent() == child.parent()) {
+    let name = match (parent.file_name(), parent.parent() == child.parent()) {
         // Images in one directory move together.
-        (Some(name), true) => name.to_string_lossy().into_owned(),
-        _ => parent.to_string_lossy().into_owned(),
-    }
+        (Some(name), true) => name,
+        _ => parent.as_os_str(),
+    };
+    let name = name.to_str().ok_or_else(|| {
+        Error::InvalidOption(format!("The name of the parent {} is not UTF-8", parent.display()))
+    })?;
+    Ok(as_path(name.to_owned()))
 }

@@ -10,8 +10,9 @@ mod shared;
 mod throttle;
 mod tree;
 
+pub use chain::parent_name;
 pub use create::{CreateOptions, Preallocation};
-pub use open::OpenOptions;
+pub use open::{OpenOptions, as_path};
 pub use options::parse_size;
 pub use policy::{OpenPolicy, OpenRequest, Role};
 pub use shared::{Registry, RegistryStats};

@@ -297,11 +297,20 @@ impl OpenOptions {
     }
 }
 
+/// What readers of a header may take for a protocol in front of a name.
+fn protocol(name: &str) -> Option<&str> {
+    name.split_once(':').map(|(protocol, _)| protocol).filter(|protocol| !protocol.contains('/'))
+}
+
+/// A path as headers name it, with `./` in front where readers would take its start for a protocol.
+pub fn as_path(path: String) -> String {
+    if protocol(&path).is_some() { format!("./{path}") } else { path }
+}
+
 /// The path of a file that the header of `referrer` names.
 pub(crate) fn resolve(image: &str, name: &str, referrer: &Path) -> Result<PathBuf> {
     let name = name.strip_prefix("file:").unwrap_or(name);
-    if let Some((protocol, _)) = name.split_once(':')
-        && !protocol.contains('/')
+    if let Some(protocol) = protocol(name)
         && protocol.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
     {
         return Err(Error::unsupported(image, format!("the protocol {protocol:?} of {name:?}")));

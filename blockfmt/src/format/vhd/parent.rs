@@ -6,6 +6,7 @@
 //! readers skip.
 
 use super::footer::{Footer, Header, SECTOR, be32, be64, put, timestamp_of_nanos};
+use crate::disk::as_path;
 use crate::storage::{FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Error, Format, Result, Storage};
 use std::path::Path;
@@ -59,7 +60,7 @@ pub(super) fn read(storage: &Arc<dyn Storage>, header: &Header) -> Result<Backin
     let relative = find(RELATIVE)?.and_then(decode);
     let absolute = find(ABSOLUTE)?.and_then(decode).filter(|p| p.starts_with('/') && !p.starts_with("//"));
     let path = match (relative, absolute) {
-        (Some(path), _) if !path.is_empty() => path.strip_prefix("./").unwrap_or(&path).to_owned(),
+        (Some(path), _) if !path.is_empty() => as_path(path.strip_prefix("./").unwrap_or(&path).to_owned()),
         (_, Some(path)) => path,
         _ => short_name(header),
     };

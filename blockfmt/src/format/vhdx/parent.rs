@@ -7,6 +7,7 @@
 
 use super::header::Headers;
 use super::metadata::Metadata;
+use crate::disk::as_path;
 use crate::storage::{FileOptions, FileStorage, LockMode};
 use crate::{BackingRef, Error, Format, Layer, Result, Storage};
 use std::path::Path;
@@ -24,7 +25,7 @@ pub(super) fn reference(metadata: &Metadata, name: &str) -> Result<BackingRef> {
     let value = |key| metadata.locator_value(key).map(|v| v.replace('\\', "/"));
     let absolute = value(ABSOLUTE).filter(|p| p.starts_with('/') && !p.starts_with("//"));
     let path = match (value(RELATIVE), absolute) {
-        (Some(path), _) if !path.is_empty() => path.strip_prefix("./").unwrap_or(&path).to_owned(),
+        (Some(path), _) if !path.is_empty() => as_path(path.strip_prefix("./").unwrap_or(&path).to_owned()),
         (_, Some(path)) => path,
         // A path of another operating system: the parent may lie beside the child.
         _ => value(ABSOLUTE).and_then(|p| p.rsplit('/').next().map(str::to_owned)).unwrap_or_default(),

@@ -1,7 +1,8 @@
 //! Commands on the chain below an image.
 
-use super::common::{Image, Work, parent_name, policy};
+use super::common::{Image, Work, policy};
 use anyhow::{Context, Result, bail};
+use blockfmt::disk::parent_name;
 use blockfmt::{BackingRef, Format, OpenOptions, job};
 use clap::Args;
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ use blockfmt::{CreateOptions, Disk, Format, LockMode, OpenOptions, OpenPolicy, S
 use clap::Args;
 use nix::sys::signal::{SigSet, Signal};
 use std::cell::OnceCell;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// An image and how to open it.
@@ -145,17 +145,6 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 /// Options of new images, with qemu-img's names.
 pub fn apply_options(create: &mut CreateOptions, lists: &[String]) -> Result<()> {
     Ok(lists.iter().try_for_each(|list| create.apply(list))?)
-}
-
-/// How an image at `child` names the file that the user calls `parent`.
-pub fn parent_name(parent: &Path, child: &Path) -> Result<String> {
-    let parent = std::path::absolute(parent)?;
-    let child = std::path::absolute(child)?;
-    let name = match (parent.file_name(), parent.parent() == child.parent()) {
-        (Some(name), true) => name.into(),
-        _ => parent,
-    };
-    name.into_os_string().into_string().map_err(|_| anyhow::anyhow!("The parent's name is not UTF-8"))
 }
 
 /// Prints a value as JSON.

@@ -1,9 +1,10 @@
 //! Mirrors and backups: of images that nobody uses, and, through `nacre-blk`, of disks in use.
 
-use super::common::{Image, Secrets, Work, apply_options, parent_name, policy, print_json};
+use super::common::{Image, Secrets, Work, apply_options, policy, print_json};
 use super::progress::human;
 use super::remote::Remote;
 use anyhow::{Context, Result, bail};
+use blockfmt::disk::parent_name;
 use blockfmt::job::{self, ConvertOptions, JobControl, Migration};
 use blockfmt::nbd::Uri;
 use blockfmt::{CreateOptions, Disk, Format, OpenOptions};

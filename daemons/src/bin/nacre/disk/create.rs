@@ -2,6 +2,7 @@
 
 use super::common::{Secrets, apply_options, parse_size, policy};
 use anyhow::{Context, Result, bail};
+use blockfmt::disk::as_path;
 use blockfmt::{BackingRef, CreateOptions, Format, OpenOptions};
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -51,7 +52,7 @@ pub fn create(args: Create) -> Result<ExitCode> {
     if let (Some(backing), Some(format)) = (&args.backing, args.backing_format) {
         // As qemu-img: a relative name is relative to the new image, and goes into its header as it is.
         let name = backing.to_str().context("The parent's name is not UTF-8")?;
-        create.backing = Some(BackingRef { path: name.into(), format: Some(format.name().into()) });
+        create.backing = Some(BackingRef { path: as_path(name.into()), format: Some(format.name().into()) });
     }
     if let Some(BackingRef { path: backing, format: Some(format) }) = &create.backing {
         let format: Format = format.parse()?;
