@@ -27,7 +27,7 @@ enum Later {
     Unused,
     /// There is none.
     Never,
-    Queue(Deferred),
+    Queue(Box<Deferred>),
 }
 
 impl Later {
@@ -46,7 +46,7 @@ impl Later {
             Ok(deferred)
         });
         match made {
-            Ok(deferred) => deferred.map_or(Later::Never, Later::Queue),
+            Ok(deferred) => deferred.map_or(Later::Never, |deferred| Later::Queue(Box::new(deferred))),
             Err(error) => {
                 tracing::warn!(%error, "The disk gets no queue: its requests are done one after the other");
                 Later::Never
