@@ -83,10 +83,14 @@ impl Daemon {
 
     /// Runs a job to its end and returns its last report.
     fn job(&self, command: Value) -> Value {
-        let number = self.ok(command)["job"].clone();
+        self.wait(&self.ok(command)["job"])
+    }
+
+    /// Waits for the end of a job and returns its last report.
+    fn wait(&self, number: &Value) -> Value {
         loop {
             let jobs = self.ok(json!({ "command": "jobs" }));
-            let job = jobs["jobs"].as_array().unwrap().iter().find(|j| j["job"] == number).unwrap();
+            let job = jobs["jobs"].as_array().unwrap().iter().find(|j| j["job"] == *number).unwrap();
             if job["state"] != "running" {
                 return job.clone();
             }
@@ -495,4 +499,32 @@ fn a_disk_whose_parent_changed_is_exported_on_demand_only() {
     let mut d = Daemon::start_with(dir, export, Stdio::null());
     d.io("child", &["read -P 6 0 64k"]);
     d.end();
+}
+
+#[test]
+fn a_backup_shows_no_write_that_follows_the_reply() {
+    let d = Daemon::start(false);
+    let client = OpenOptions::new(Format::Raw).open(d.uri("disk")).unwrap();
+    for n in 1..=30 {
+        let name = format!("{n}.raw");
+        let backup = json!({ "command": "backup", "name": "disk", "path": d.at(&name), "format": "raw" });
+        client.write_at(&[n; 4096], 0).unwrap();
+        let job = d.ok(backup);
+        client.write_at(&[0xff; 4096], 0).unwrap();
+        assert_eq!(d.wait(&job["job"])["state"], "done");
+        assert_eq!(std::fs::read(d.at(&name)).unwrap()[..4096], [n; 4096]);
+    }
+}
+
+#[test]
+fn a_copy_that_cannot_start_leaves_no_image() {
+    let d = Daemon::start(false);
+    let copy = |command: &str, name: &str| json!({ "command": command, "name": "disk", "path": d.at(name), "format": "qcow2", "rate": 1 });
+    d.ok(copy("mirror", "first"));
+    for command in ["mirror", "backup"] {
+        let reply = d.api(&copy(command, "second"));
+        assert!(reply["error"].as_str().unwrap().contains("works on export"), "{reply}");
+        assert!(!d.at("second").exists());
+    }
+    d.ok(json!({ "command": "cancel", "job": 1 }));
 }

@@ -376,7 +376,8 @@ impl Exports {
         let target = spec.create(&exported)?;
         let disk = exported.disk;
         let (path, resume) = (spec.path.clone(), spec.resume);
-        self.jobs.start(if switch { "migrate" } else { "mirror" }, &spec.name, spec.rate, move |control| {
+        let kind = if switch { "migrate" } else { "mirror" };
+        let started = self.jobs.start(kind, &spec.name, spec.rate, move |control| {
             let copy = || -> Result<()> {
                 let mirror = match resume {
                     true => Mirror::resume(&disk, &target, mode)?,
@@ -399,7 +400,8 @@ impl Exports {
                 target.close()?;
             }
             Ok(())
-        })
+        });
+        if resume { started } else { discard_on_error(started, &spec.path) }
     }
 
     /// Lets a disk continue in a new image at once and moves its contents there; goes on with a migration that is
@@ -430,7 +432,7 @@ impl Exports {
         }
     }
 
-    /// Copies a disk as it is now to a new image.
+    /// Copies a disk as it is at an instant before this returns to a new image.
     pub fn backup(&self, spec: &CopySpec) -> Result<u64> {
         anyhow::ensure!(!spec.resume, "A backup of an instant that has passed cannot go on");
         let exported = self.exported(&spec.name)?;
@@ -447,7 +449,7 @@ impl Exports {
         };
         let target = spec.create(&exported)?;
         let path = spec.path.clone();
-        self.jobs.start("backup", &spec.name, spec.rate, move |control| {
+        let started = self.jobs.start("backup", &spec.name, spec.rate, move |control| {
             let result = match &changes {
                 None => job::backup(&disk, &target, None, control),
                 Some((changes, true)) => job::backup_changes(&disk, &target, changes, control),
@@ -456,7 +458,8 @@ impl Exports {
             };
             discard_on_error(result.map_err(Into::into), &path)?;
             Ok(target.close()?)
-        })
+        });
+        discard_on_error(started, &spec.path)
     }
 
     /// Merges the active image of a disk into its parent, which becomes the active one.

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use blockfmt::job::JobControl;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 /// Jobs that ended and are still listed.
@@ -53,8 +53,18 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Tells whoever waits for a job to begin, however it ends.
+struct Ended(mpsc::SyncSender<()>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.try_send(());
+    }
+}
+
 impl Jobs {
-    /// Starts a job and returns its number. A disk has one job at a time.
+    /// Starts a job and returns its number, as soon as the job has begun to count what it has to do, or has ended: what
+    /// the disk holds at one instant, for example, is known by then. A disk has one job at a time.
     pub fn start(
         &self,
         kind: &'static str,
@@ -72,7 +82,12 @@ impl Jobs {
             jobs.remove(&oldest);
         }
         let number = jobs.last_key_value().map_or(1, |(n, _)| n + 1);
-        let control = Arc::new(JobControl::new());
+        let (begun, begins) = mpsc::sync_channel(1);
+        let ended = Ended(begun.clone());
+        let begin = move |_| {
+            let _ = begun.try_send(());
+        };
+        let control = Arc::new(JobControl::new().on_progress(begin));
         control.set_rate(rate);
         let state = Arc::new(Mutex::new(State::Running));
         let (ours, result) = (control.clone(), state.clone());
@@ -85,8 +100,11 @@ impl Jobs {
                 },
             };
             *lock(&result) = end;
+            drop(ended);
         })?;
         jobs.insert(number, Job { kind, name: name.into(), control, state, thread: Some(thread) });
+        drop(jobs);
+        begins.recv().context("The job ended early")?;
         Ok(number)
     }
 
