@@ -85,7 +85,7 @@ pub(crate) fn failure(error: blockfmt::Error) -> Failure {
         E::OutOfRange { .. } | E::InvalidOption(_) => NACRE_INVALID_ARGUMENT,
         E::ReadOnly | E::NotAllowed { .. } | E::WrongSecret(_) | E::SecretNeeded(_) => NACRE_PERMISSION,
         E::Unsupported { .. } => NACRE_UNSUPPORTED,
-        E::Corrupt { .. } | E::WrongFormat { .. } | E::ParentChanged(_) => NACRE_CORRUPT,
+        E::Corrupt { .. } | E::WrongFormat { .. } | E::ParentChanged { .. } => NACRE_CORRUPT,
         E::Locked { .. } | E::NoLease { .. } | E::Busy(_) => NACRE_BUSY,
         E::Exists { .. } => NACRE_EXISTS,
         E::NotFound { .. } => NACRE_NOT_FOUND,

@@ -1,5 +1,7 @@
 //! The error type of the crate.
 
+use crate::Layer;
+use std::borrow::Cow;
 use std::io;
 use std::path::PathBuf;
 
@@ -118,8 +120,15 @@ pub enum Error {
     #[error("{0} is encrypted; supply its secret")]
     SecretNeeded(String),
     /// A backing file changed behind its child.
-    #[error("{0} changed since its child was made; if it is right, make it the parent again (rebase -u)")]
-    ParentChanged(String),
+    #[error("{parent} {what}; {remedy}")]
+    ParentChanged {
+        /// The backing file.
+        parent: String,
+        /// What is different, as the rest of a sentence about it.
+        what: &'static str,
+        /// What can be done.
+        remedy: String,
+    },
 }
 
 impl Error {
@@ -131,6 +140,19 @@ impl Error {
     /// An image that contradicts its specification.
     pub(crate) fn corrupt(name: impl Into<String>, what: impl Into<String>) -> Self {
         Error::Corrupt { name: name.into(), what: what.into() }
+    }
+
+    /// A parent that is not what `child` knows of it: it `what`.
+    pub(crate) fn parent_changed(child: &dyn Layer, parent: &dyn Layer, what: &'static str) -> Self {
+        let (child_name, name) = (child.storage().name(), parent.storage().name());
+        let remedy = format!(
+            "if its contents are right, accept it: nacre disk rebase -u -f {} -b {} -F {} {}",
+            child.format(),
+            quote(&name),
+            parent.format(),
+            quote(&child_name)
+        );
+        Error::ParentChanged { parent: name, what, remedy }
     }
 
     /// A file of another kind.
@@ -160,13 +182,36 @@ impl Error {
             Error::OutOfRange { .. } | Error::InvalidOption(_) | Error::WrongFormat { .. } => libc::EINVAL,
             Error::ReadOnly => libc::EROFS,
             Error::Unsupported { .. } => libc::ENOTSUP,
-            Error::Corrupt { .. } | Error::ParentChanged(_) => libc::EIO,
+            Error::Corrupt { .. } | Error::ParentChanged { .. } => libc::EIO,
             Error::NotAllowed { .. } | Error::WrongSecret(_) | Error::SecretNeeded(_) => libc::EACCES,
             Error::Locked { .. } | Error::NoLease { .. } | Error::QueueFull => libc::EAGAIN,
             Error::Busy(_) => libc::EBUSY,
             Error::NotFound { .. } => libc::ENOENT,
             Error::Exists { .. } => libc::EEXIST,
             Error::Cancelled => libc::ECANCELED,
+        }
+    }
+}
+
+/// A name as a shell takes it for one word. Headers can name anything.
+fn quote(name: &str) -> Cow<'_, str> {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+=:,@%".contains(c);
+    match !name.is_empty() && name.chars().all(plain) {
+        true => name.into(),
+        false => format!("'{}'", name.replace('\'', r"'\''")).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_one_word_for_a_shell() {
+        for (name, quoted) in
+            [("a/b-1.qcow2", "a/b-1.qcow2"), ("", "''"), ("a b", "'a b'"), ("it's;$(x)", r"'it'\''s;$(x)'")]
+        {
+            assert_eq!(quote(name), quoted);
         }
     }
 }

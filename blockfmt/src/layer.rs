@@ -1,5 +1,6 @@
 //! One instance of a format.
 
+use crate::disk::Preallocation;
 use crate::format::check::{CheckReport, Repair};
 use crate::gate::{Hold, Pass};
 use crate::storage::Storage;
@@ -379,6 +380,23 @@ pub trait Layer: Send + Sync + Debug {
 
     /// Changes the size. New space reads as zeros.
     fn resize(&self, size: u64, below: Below<'_>) -> Result<()>;
+
+    /// Fails if [`preallocate`](Layer::preallocate) cannot do this for images of this kind.
+    fn check_preallocation(&self, how: Preallocation) -> Result<()> {
+        match how {
+            Preallocation::Off => Ok(()),
+            _ => {
+                Err(crate::Error::unsupported(self.storage().name(), "preallocation of an image that grows"))
+            }
+        }
+    }
+
+    /// Allocates the space from `from` on, which a [`resize`](Layer::resize) just made. Nobody else uses the layer
+    /// meanwhile.
+    fn preallocate(&self, from: u64, how: Preallocation) -> Result<()> {
+        let _ = from;
+        self.check_preallocation(how)
+    }
 
     /// Copies those bytes of a range that this layer does not hold from `below` into it. Concurrent writes
     /// are not overwritten.

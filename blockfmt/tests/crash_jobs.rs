@@ -316,6 +316,9 @@ fn merging() {
     inner.check(3, 65536);
     inner.check(4, 512);
     inner.check(6, OVERLAY);
+    let all = Scenario::new("commit of two layers", |_, disk, control| job::commit_into(disk, 2, control));
+    all.after("base").check(7, 65536);
+    all.after("base").check(8, OVERLAY);
 }
 
 #[test]

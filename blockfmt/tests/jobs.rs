@@ -32,6 +32,89 @@ fn commit_merges_the_active_layer() {
 }
 
 #[test]
+fn commit_merges_all_layers_above_a_base_at_once() {
+    for (layers, base) in [(5, 3), (4, 4)] {
+        let mut chain = Chain::new(6, layers);
+        let between = chain.at(layers - 1);
+        let before = std::fs::metadata(&between).unwrap().len();
+        let cancelled = chain.busy(|disk| job::commit_into(disk, base, &cancelling(SIZE / 3)));
+        assert!(matches!(cancelled, Err(Error::Cancelled)), "{cancelled:?}");
+        assert_same(&chain.disk, &chain.model);
+        chain.busy(|disk| job::commit_into(disk, base, &JobControl::new())).unwrap();
+        assert_eq!(std::fs::metadata(&between).unwrap().len(), before, "nothing is copied on the way");
+        chain.exercise(30);
+        let result = job::commit_into(&chain.disk, 0, &JobControl::new());
+        assert!(matches!(result, Err(Error::InvalidOption(_))), "{result:?}");
+        match base == layers {
+            false => {
+                let top = chain.at(layers - base);
+                chain.verify(&top, layers - base + 1);
+            }
+            true => {
+                assert_same(&chain.disk, &chain.model);
+                drop(chain.disk);
+                assert!(std::fs::read(chain.dir.path().join("0")).unwrap() == chain.model);
+            }
+        }
+    }
+}
+
+#[test]
+fn commit_makes_a_base_larger() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut model = vec![0; 3 << 20];
+    std::fs::write(at("base"), [1; 1 << 20]).unwrap();
+    for (child, parent, format, size) in [("mid", "base", Format::Raw, 2), ("top", "mid", Format::Qcow2, 3)] {
+        CreateOptions::new(Format::Qcow2, size << 20).backing(parent, format).create(&at(child)).unwrap();
+        let disk = OpenOptions::new(Format::Qcow2).open(at(child)).unwrap();
+        let last = (size << 20) - 4096;
+        disk.write_at(&[size as u8; 4096], last).unwrap();
+        model[last as usize..][..4096].fill(size as u8);
+    }
+    model[..1 << 20].fill(1);
+    let disk = OpenOptions::new(Format::Qcow2).open(at("top")).unwrap();
+    job::commit_into(&disk, 2, &JobControl::new()).unwrap();
+    drop(disk);
+    assert!(std::fs::read(at("base")).unwrap() == model);
+}
+
+#[test]
+fn disks_are_concatenated() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut rng = Rng(9);
+    let mut model = Vec::new();
+    let mut sources = Vec::new();
+    // Ends within a sector, a cluster and a piece, with holes between; and nothing at all.
+    for (n, (data, hole)) in
+        [(1000, 0), (0, 0), (70_000, 100_001), ((1 << 20) + 13, 3 << 20), (512, 7)].into_iter().enumerate()
+    {
+        let mut bytes = rng.bytes(data);
+        bytes.resize(data + hole, 0);
+        let path = dir.path().join(n.to_string());
+        std::fs::write(&path, &bytes).unwrap();
+        sources.push(OpenOptions::new(Format::Raw).read_only(true).open(path).unwrap());
+        model.resize(model.len().next_multiple_of(512), 0);
+        model.append(&mut bytes);
+    }
+    assert_eq!(job::concatenated_size(&sources).unwrap(), model.len() as u64);
+    for (compress, sparse_size) in [(false, 4096), (false, 0), (false, 1 << 20), (true, 4096), (true, 0)] {
+        // A target that is larger and full of something.
+        let tail = 100_000;
+        let path = dir.path().join("target");
+        CreateOptions::new(Format::Qcow2, (model.len() + tail) as u64).create(&path).unwrap();
+        let target = OpenOptions::new(Format::Qcow2).open(&path).unwrap();
+        target.write_at(&vec![0xee; model.len() + tail], 0).unwrap();
+        let options =
+            ConvertOptions { compress, sparse_size, target_is_zero: false, ..ConvertOptions::default() };
+        job::concatenate(&sources, &target, options, &JobControl::new()).unwrap();
+        assert_same(&target, &[&model[..], &vec![0xee; tail]].concat());
+        std::fs::remove_file(&path).unwrap();
+    }
+    assert!(job::concatenated_size(&[]).is_err());
+}
+
+#[test]
 fn commit_reaches_a_raw_base() {
     let mut chain = Chain::new(3, 1);
     chain.busy(|disk| job::commit(disk, 0, &JobControl::new())).unwrap();

@@ -210,7 +210,7 @@ fn a_changed_parent_is_noticed() {
     drop(open(&at("child.vhdx")));
     open(&at("base.vhdx")).write_at(&[1; 512], 0).unwrap();
     let error = OpenOptions::new(Format::Vhdx).open(at("child.vhdx")).unwrap_err();
-    assert!(matches!(error, Error::ParentChanged(_)), "{error}");
+    assert!(matches!(error, Error::ParentChanged { .. }), "{error}");
 }
 
 #[test]

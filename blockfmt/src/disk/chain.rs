@@ -242,7 +242,8 @@ impl Disk {
             let options = self.0.options.for_layer(layer.format());
             let storage = Arc::new(options.open_for_writing(Path::new(&path))?);
             if storage.file_id() != layer.storage().file_id() || storage.file_id().is_none() {
-                return Err(Error::ParentChanged(path));
+                let (what, remedy) = ("is not the file that was opened", "open the disk again".into());
+                return Err(Error::ParentChanged { parent: path, what, remedy });
             }
             options.open_layer(layer.format(), storage, Path::new(&path), false)
         };

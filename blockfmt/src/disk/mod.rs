@@ -242,6 +242,15 @@ impl Disk {
     /// Changes the size while the disk is in use, but not while it is copied. New space reads as zeros; shrinking
     /// loses what is cut.
     pub fn resize(&self, size: u64) -> Result<()> {
+        self.resize_with(size, Preallocation::Off)
+    }
+
+    /// [`resize`](Disk::resize) that allocates the new space in advance; requests wait meanwhile. If that fails, the
+    /// disk has its old size again.
+    ///
+    /// Fails with [`Error::Unsupported`] if the format cannot do that, and with [`Error::InvalidOption`] if the disk
+    /// does not grow.
+    pub fn resize_with(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         if self.0.read_only {
             return Err(Error::ReadOnly);
         }
@@ -250,8 +259,22 @@ impl Disk {
             let closed = self.0.gate.close();
             let state = closed.get();
             state.check_unobserved()?;
-            state.top().resize(size, state.below())?;
-            state.top().flush()?;
+            let (top, old) = (state.top(), state.top().size());
+            if preallocation != Preallocation::Off && size <= old {
+                return Err(Error::InvalidOption("Only a disk that grows has space to preallocate".into()));
+            }
+            // Not every image that grew can shrink again.
+            top.check_preallocation(preallocation)?;
+            top.resize(size, state.below())?;
+            if preallocation != Preallocation::Off
+                && let Err(error) = top.preallocate(old, preallocation)
+            {
+                if let Err(error) = top.resize(old, state.below()) {
+                    tracing::warn!(%error, disk = top.storage().name(), "The disk stays larger");
+                }
+                return Err(error);
+            }
+            top.flush()?;
         }
         self.report_size(size);
         Ok(())

@@ -212,7 +212,7 @@ impl OpenOptions {
                 seen.push(id);
             }
             match layers[layers.len() - 1].check_parent(&*layer) {
-                Err(Error::ParentChanged(parent)) if self.changed_parents || self.repair => {
+                Err(Error::ParentChanged { parent, .. }) if self.changed_parents || self.repair => {
                     tracing::warn!(parent, child = name, "A parent changed since its child was made");
                 }
                 result => result?,

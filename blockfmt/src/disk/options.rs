@@ -5,6 +5,7 @@ use crate::format::qcow2::Compression;
 use crate::format::vhd::VhdKind;
 use crate::format::vhdx::VhdxKind;
 use crate::{BackingRef, CipherMode, Error, Format, Hash, IvGenerator, LuksOptions, Result};
+use std::str::FromStr;
 
 impl CreateOptions {
     /// Sets what a list names, with the names and values that `qemu-img create -o` has for the image's format:
@@ -50,15 +51,7 @@ impl CreateOptions {
                 let path = self.backing.take().map(|backing| backing.path).unwrap_or_default();
                 self.backing = Some(BackingRef { path, format: Some(format) });
             }
-            ("preallocation", _) => {
-                self.preallocation = match value {
-                    "off" => Preallocation::Off,
-                    "metadata" => Preallocation::Metadata,
-                    "falloc" => Preallocation::Falloc,
-                    "full" => Preallocation::Full,
-                    _ => return invalid("preallocation is off, metadata, falloc or full".into()),
-                }
-            }
+            ("preallocation", _) => self.preallocation = value.parse()?,
             ("compat", Qcow2) => match value {
                 "0.10" | "v2" => q.version = 2,
                 "1.1" | "v3" => q.version = 3,
@@ -106,6 +99,20 @@ impl CreateOptions {
             _ => return invalid(format!("format {format} has no option {key:?}")),
         }
         Ok(())
+    }
+}
+
+impl FromStr for Preallocation {
+    type Err = Error;
+    /// Takes the names of qemu-img.
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "off" => Ok(Preallocation::Off),
+            "metadata" => Ok(Preallocation::Metadata),
+            "falloc" => Ok(Preallocation::Falloc),
+            "full" => Ok(Preallocation::Full),
+            _ => invalid("preallocation is off, metadata, falloc or full".into()),
+        }
     }
 }
 

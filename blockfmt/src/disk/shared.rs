@@ -77,7 +77,11 @@ impl Registry {
             && let Some(layer) = base.layer.upgrade()
         {
             if base.modified != modified {
-                return Err(Error::ParentChanged(layer.storage().name()));
+                return Err(Error::ParentChanged {
+                    parent: layer.storage().name(),
+                    what: "changed since it was opened",
+                    remedy: "close the disks that are based on it, and open them again".into(),
+                });
             }
             state.shared += 1;
             return Ok(layer);

@@ -104,6 +104,24 @@ impl Layer for Raw {
         self.size.store(size, Ordering::Release);
         Ok(())
     }
+
+    fn check_preallocation(&self, how: Preallocation) -> Result<()> {
+        match how {
+            Preallocation::Metadata => Err(Error::InvalidOption(
+                "A raw image has no metadata to preallocate; use falloc or full".into(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn preallocate(&self, from: u64, how: Preallocation) -> Result<()> {
+        let len = self.size().saturating_sub(from);
+        match how {
+            Preallocation::Off | Preallocation::Metadata => self.check_preallocation(how),
+            Preallocation::Falloc => self.io("allocate", self.storage.allocate(from, len)),
+            Preallocation::Full => write_zero_bytes(&self.storage, from, len),
+        }
+    }
 }
 
 /// Makes `storage` a raw image.

@@ -4,6 +4,7 @@ use super::parallel::each_piece;
 use super::{JobControl, Mirror, MirrorMode, copy};
 use crate::disk::Claim;
 use crate::{Below, Disk, Error, Extent, Layer, Result, Source};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Unit of work in bytes.
@@ -14,23 +15,38 @@ const PIECE: u64 = 1 << 20;
 /// Layer 0 is the active one: the guest's writes during the job are merged too, and the parent becomes the
 /// active layer. The file of the merged layer stays where it is; nobody refers to it any more.
 pub fn commit(disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
-    commit_claimed(disk.claim()?, disk, index, control)
+    commit_claimed(disk.claim()?, disk, index..index + 1, control)
 }
 
-fn commit_claimed(claim: Claim, disk: &Disk, index: usize, control: &JobControl) -> Result<()> {
+/// Merges the active layer and all others above layer number `base` into this one, which becomes the active layer. Every
+/// byte is copied once, from the uppermost layer that holds it.
+///
+/// While the job runs and afterwards, what the disk shows does not change; but the layers between do not show any more
+/// what they did, as their parent changes. Their files stay where they are, of no use.
+pub fn commit_into(disk: &Disk, base: usize, control: &JobControl) -> Result<()> {
+    if base == 0 {
+        return Err(Error::InvalidOption("The active layer is not merged into itself".into()));
+    }
+    commit_claimed(disk.claim()?, disk, 0..base, control)
+}
+
+/// Merges some layers into the one below them.
+fn commit_claimed(claim: Claim, disk: &Disk, merged: Range<usize>, control: &JobControl) -> Result<()> {
     let layers = disk.layers();
-    if index + 1 >= layers.len() {
+    let (index, base) = (merged.start, merged.end);
+    if base >= layers.len() {
         return Err(Error::InvalidOption("The layer has no parent to commit to".into()));
     }
-    let parent = disk.make_writable(index + 1)?;
+    let parent = disk.make_writable(base)?;
     if parent.size() < layers[index].size() {
-        parent.resize(layers[index].size(), Below::new(&layers[index + 2..]))?;
+        parent.resize(layers[index].size(), Below::new(&layers[base + 1..]))?;
     }
-    let mut merged = vec![parent.clone()];
-    merged.extend_from_slice(&layers[index + 2..]);
-    let target = Disk::borrow_layers(merged)?;
+    let mut target = vec![parent.clone()];
+    target.extend_from_slice(&layers[base + 1..]);
+    let target = Disk::borrow_layers(target)?;
+    let depth = Some(merged.len());
     if index == 0 {
-        let mirror = Mirror::start_claimed(claim, disk, &target, MirrorMode::Background, Some(1), false)?;
+        let mirror = Mirror::start_claimed(claim, disk, &target, MirrorMode::Background, depth, false)?;
         return mirror.run(control)?.pivot(control);
     }
     let size = layers[index].size();
@@ -43,11 +59,11 @@ fn commit_claimed(claim: Claim, disk: &Disk, index: usize, control: &JobControl)
         || Ok(Vec::new()),
         |offset, len, buffer| {
             control.step(len)?;
-            copy::copy_range(source, Some(1), &target, offset, len, buffer)
+            copy::copy_range(source, depth, &target, offset, len, buffer)
         },
     )?;
     parent.flush()?;
-    disk.drop_layers(index, index + 1)
+    disk.drop_layers(index, base)
 }
 
 /// Pulls what the layers between number `index` and number `base` hold up into layer `index`, and removes
@@ -128,13 +144,13 @@ pub fn remove(disk: &Disk, index: usize, control: &JobControl) -> Result<String>
                 Ok(()) => Ok(lower.storage().name()),
                 // Found out before anything is moved.
                 Err(Error::Unsupported { .. }) => {
-                    commit_claimed(claim, disk, index - 1, control).map(|()| upper.storage().name())
+                    commit_claimed(claim, disk, index - 1..index, control).map(|()| upper.storage().name())
                 }
                 Err(error) => Err(error),
             }
         }
         _ => match disk.make_writable(index) {
-            Ok(_) => commit_claimed(claim, disk, index - 1, control).map(|()| upper.storage().name()),
+            Ok(_) => commit_claimed(claim, disk, index - 1..index, control).map(|()| upper.storage().name()),
             // Others use it.
             Err(Error::Locked { .. } | Error::NoLease { .. } | Error::Unsupported { .. }) => {
                 stream_claimed(&claim, disk, index - 1, base, control).map(|()| lower.storage().name())

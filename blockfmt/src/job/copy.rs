@@ -2,13 +2,16 @@
 
 use super::JobControl;
 use super::parallel::each_piece;
+use super::sources::Sources;
 use crate::{Below, Disk, Error, Result, Scatter, Source, Stored};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Largest piece that is moved at once: small enough for the processor's cache, where it is written from.
 const PIECE: u64 = 512 << 10;
-/// Runs of zeros of at least this length become holes.
-const HOLE: usize = 4096;
+/// Runs of zeros are looked for in blocks of this size.
+const BLOCK: usize = 4096;
+/// Largest [`ConvertOptions::sparse_size`].
+const MAX_SPARSE: u64 = 16 << 20;
 
 /// How [`convert`] works.
 #[derive(Clone, Copy, Debug)]
@@ -17,8 +20,9 @@ pub struct ConvertOptions {
     pub compress: bool,
     /// Whether the target is new and reads as zeros everywhere.
     pub target_is_zero: bool,
-    /// Look for zeros in the data and do not write them.
-    pub detect_zeroes: bool,
+    /// Runs of at least this many zeros in the data are not written: a multiple of 512 bytes up to 16 MiB. With 0,
+    /// every byte is written, those of holes of the source, too, and the target is allocated in full.
+    pub sparse_size: u64,
     /// Threads that work at the same time; 0 for one per processor, and more while they wait for storage.
     pub threads: usize,
     /// Write only what differs: the target may hold a part of the copy already, for example because an
@@ -31,7 +35,7 @@ impl Default for ConvertOptions {
         ConvertOptions {
             compress: false,
             target_is_zero: true,
-            detect_zeroes: true,
+            sparse_size: BLOCK as u64,
             threads: 0,
             resume: false,
         }
@@ -40,9 +44,28 @@ impl Default for ConvertOptions {
 
 /// Copies all of `source` to `target`, which is at least as large, and flushes it.
 pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &JobControl) -> Result<()> {
+    concatenate(std::slice::from_ref(source), target, options, control)
+}
+
+/// Copies several disks to `target`, each behind the one before, from the next multiple of 512 bytes on, and flushes it.
+/// The target has at least [`concatenated_size`](super::concatenated_size) bytes; what it has beyond is left as it is.
+pub fn concatenate(
+    sources: &[Disk],
+    target: &Disk,
+    options: ConvertOptions,
+    control: &JobControl,
+) -> Result<()> {
+    let source = Sources::new(sources)?;
     let size = source.size();
     if target.size() < size {
-        return Err(Error::InvalidOption("The target is smaller than the source".into()));
+        let has = target.size();
+        return Err(Error::InvalidOption(format!(
+            "The target has {has} bytes and the source {size}; enlarge the target"
+        )));
+    }
+    if !options.sparse_size.is_multiple_of(512) || options.sparse_size > MAX_SPARSE {
+        let what = "The size of runs of zeros is a multiple of 512 bytes up to 16 MiB";
+        return Err(Error::InvalidOption(what.into()));
     }
     let target_is_zero = options.target_is_zero && target.layers()[0].starts_as_zero();
     let options = ConvertOptions { target_is_zero, ..options };
@@ -51,9 +74,10 @@ pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &
     }
     control.begin(size);
     match options.compress {
-        true => convert_compressed(source, target, options, control)?,
+        true => convert_compressed(&source, target, options, control)?,
         false => {
-            let piece = PIECE.max(target.layers()[0].cluster_size());
+            // Runs of zeros end with a piece.
+            let piece = PIECE.max(target.layers()[0].cluster_size()).max(2 * options.sparse_size);
             each_piece(
                 size,
                 piece,
@@ -63,7 +87,7 @@ pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &
                     let mut done = 0;
                     while done < len {
                         done += convert_some(
-                            source,
+                            &source,
                             target,
                             offset + done,
                             len - done,
@@ -82,7 +106,7 @@ pub fn convert(source: &Disk, target: &Disk, options: ConvertOptions, control: &
 
 /// Converts the start of a range and returns its length.
 fn convert_some(
-    source: &Disk,
+    source: &Sources<'_>,
     target: &Disk,
     at: u64,
     len: u64,
@@ -90,10 +114,13 @@ fn convert_some(
     options: ConvertOptions,
     control: &JobControl,
 ) -> Result<u64> {
-    let (extent, n) = whole(source, at, len)?;
+    let (extent, n) = match options.sparse_size {
+        0 => (None, len),
+        _ => source.map(at, len).map(|(extent, n)| (Some(extent), n))?,
+    };
     match extent {
-        Source::Zero { .. } if options.target_is_zero && !options.resume => control.skip(n)?,
-        Source::Zero { .. } => {
+        Some(Source::Zero { .. }) if options.target_is_zero && !options.resume => control.skip(n)?,
+        Some(Source::Zero { .. }) => {
             control.step(n)?;
             if !options.resume || !Below::new(&target.layers()).is_zero(at, n)? {
                 target.write_zeroes(at, n, true)?;
@@ -120,7 +147,7 @@ fn convert_some(
 
 /// Converts cluster by cluster, each compressed if that makes it smaller.
 fn convert_compressed(
-    source: &Disk,
+    source: &Sources<'_>,
     target: &Disk,
     options: ConvertOptions,
     control: &JobControl,
@@ -132,27 +159,30 @@ fn convert_compressed(
     let size = layer.cluster_size();
     let state = || Ok((qcow2.compressor()?, vec![0; size as usize]));
     each_piece(source.size(), size, options.threads, state, |offset, len, (compressor, cluster)| {
-        if options.target_is_zero
-            && let (Source::Zero { .. }, n) = whole(source, offset, len)?
+        let skips = options.target_is_zero && options.sparse_size > 0;
+        if skips
+            && let (Source::Zero { .. }, n) = source.map(offset, len)?
             && n == len
         {
             return control.skip(len);
         }
         control.step(len)?;
-        source.read(Scatter::new(&mut cluster[..len as usize]), offset)?;
+        source.read_at(&mut cluster[..len as usize], offset)?;
         cluster[len as usize..].fill(0);
-        if options.target_is_zero && options.detect_zeroes && is_zero(cluster) {
+        if skips && is_zero(cluster) {
             return Ok(());
         }
+        // A compressed cluster would be zero where a larger target goes on.
+        let whole = len == size || offset + len == target.size();
         match compressor.compress(cluster) {
-            Some(bytes) => qcow2.write_compressed(offset, bytes),
-            None => target.write_at(&cluster[..len as usize], offset),
+            Some(bytes) if whole => qcow2.write_compressed(offset, bytes),
+            _ => target.write_at(&cluster[..len as usize], offset),
         }
     })
 }
 
 /// The source of the bytes at `offset` and how many share it.
-fn whole(disk: &Disk, offset: u64, len: u64) -> Result<(Source, u64)> {
+pub(super) fn whole(disk: &Disk, offset: u64, len: u64) -> Result<(Source, u64)> {
     let (extent, _) = disk.map(offset, len)?;
     let source =
         if extent.source == Source::Below { Source::Zero { allocated: false } } else { extent.source };
@@ -161,26 +191,35 @@ fn whole(disk: &Disk, offset: u64, len: u64) -> Result<(Source, u64)> {
 
 /// Writes data without its runs of zeros.
 fn write_sparse(target: &Disk, data: &[u8], offset: u64, options: ConvertOptions) -> Result<()> {
-    if !options.detect_zeroes {
+    let least = options.sparse_size as usize;
+    if least == 0 {
         return target.write_at(data, offset);
     }
-    let mut start = 0;
-    while start < data.len() {
+    let unit = if least < BLOCK { 512 } else { BLOCK };
+    let write = |from: usize, to: usize| match from < to {
+        true => target.write_at(&data[from..to], offset + from as u64),
+        false => Ok(()),
+    };
+    // Data from `start` on is not written yet.
+    let (mut start, mut at) = (0, 0);
+    while at < data.len() {
         // A run of blocks that are all zero or all not.
-        let block = |at: usize| &data[at..data.len().min(at + HOLE)];
-        let zero = is_zero(block(start));
-        let mut end = (start + HOLE).min(data.len());
+        let block = |at: usize| &data[at..data.len().min(at + unit)];
+        let zero = is_zero(block(at));
+        let mut end = (at + unit).min(data.len());
         while end < data.len() && is_zero(block(end)) == zero {
-            end = (end + HOLE).min(data.len());
+            end = (end + unit).min(data.len());
         }
-        match zero {
-            true if options.target_is_zero => {}
-            true => target.write_zeroes(offset + start as u64, (end - start) as u64, true)?,
-            false => target.write_at(&data[start..end], offset + start as u64)?,
+        if zero && (end - at).next_multiple_of(unit) >= least {
+            write(start, at)?;
+            if !options.target_is_zero {
+                target.write_zeroes(offset + at as u64, (end - at) as u64, true)?;
+            }
+            start = end;
         }
-        start = end;
+        at = end;
     }
-    Ok(())
+    write(start, data.len())
 }
 
 /// Whether all bytes are zero.

@@ -1,15 +1,13 @@
 //! Creation.
 
 use super::header::{Header, autoclear, compatible, extension, incompatible};
-use super::refcount::{Run, write_entry};
-use super::tables::COPIED;
+use super::refcount::write_entry;
 use super::{Compression, Qcow2, parent};
 use crate::crypt::{self, LuksOptions};
 use crate::disk::{CreateOptions, Preallocation};
 use crate::format::LayerOptions;
 use crate::{Below, Error, Layer, Result, Storage};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// Options of new qcow2 images.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,6 +158,7 @@ pub(crate) fn create(
     header.set_backing(options.backing.as_ref())?;
     let parent = options.backing.as_ref().and_then(|backing| parent::of_file(&storage, backing));
     header.set_extension(extension::PARENT, parent);
+    header.warn_if_unguarded(&storage.name());
     header.set_extension(extension::DATA_FILE, o.data_file.clone().map(String::into_bytes));
     // Header, refcount table and one refcount block make a valid image of size zero; then it grows.
     let mut block = vec![0; cluster as usize];
@@ -182,7 +181,7 @@ pub(crate) fn create(
         image.install_luks(&luks)?;
     }
     image.resize_image(options.size, Below::new(&[]))?;
-    image.preallocate(options.preallocation)?;
+    image.preallocate_from(0, options.preallocation)?;
     image.close()
 }
 
@@ -197,50 +196,5 @@ impl Qcow2 {
         header.set_luks(offset, luks.len() as u64);
         self.write_header(&mut header)?;
         self.storage.sync()
-    }
-
-    /// Maps every guest cluster to a host cluster.
-    fn preallocate(&self, how: Preallocation) -> Result<()> {
-        if how == Preallocation::Off {
-            return Ok(());
-        }
-        // Subclusters that are not marked as data have their place and still show what is below.
-        let units = if self.header.lock().backing.is_some() { 0 } else { 0xffff_ffff };
-        let end = self.virtual_size().div_ceil(self.p.cluster);
-        let mut first = 0;
-        while first < end {
-            let (slice, index) = self.slice_of(first);
-            let want = (self.p.slice_entries - index as u64).min(end - first);
-            self.ensure_table(first)?;
-            let Run { start, count, fresh } = match self.data.is_some() {
-                true => Run { start: first, count: want, fresh: true },
-                false => self.refcounts.lock().allocate(want, false)?,
-            };
-            let (offset, len) = (start << self.p.cluster_bits, count << self.p.cluster_bits);
-            let storage = self.payload();
-            match how {
-                // A refcount table that grew was here, or what a block device held before.
-                Preallocation::Metadata | Preallocation::Falloc if !fresh => {
-                    storage.zero(offset, len, how == Preallocation::Metadata)?;
-                }
-                Preallocation::Falloc => {
-                    storage.allocate(offset, len).map_err(|e| self.io("allocate", e))?;
-                }
-                Preallocation::Full => super::super::raw::write_zero_bytes(storage, offset, len)?,
-                Preallocation::Metadata | Preallocation::Off => {
-                    if storage.length()? < offset + len {
-                        storage.truncate(offset + len)?;
-                    }
-                }
-            }
-            self.barrier.store(true, Ordering::Release);
-            self.with_slice(slice, |s| {
-                for i in 0..count {
-                    s.set(index + i as usize, (start + i) << self.p.cluster_bits | COPIED, units);
-                }
-            })?;
-            first += count;
-        }
-        Ok(())
     }
 }

@@ -321,8 +321,24 @@ impl Header {
         out
     }
 
+    /// Warns if what is known of the parent has no room in the header, so that changes of it will not be noticed.
+    pub fn warn_if_unguarded(&self, image: &str) {
+        if self.extension(extension::PARENT).is_some() && self.layout().is_ok_and(|(_, guarded)| !guarded) {
+            tracing::warn!(
+                image,
+                "The header has no room for the state of the parent, whose changes will not be noticed; a shorter \
+                 name of the parent makes room"
+            );
+        }
+    }
+
     /// The header cluster: header, extensions, backing file name.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        self.layout().map(|(bytes, _)| bytes)
+    }
+
+    /// The header cluster, and whether it says what is known of the parent.
+    fn layout(&self) -> Result<(Vec<u8>, bool)> {
         let mut out = vec![0; 72];
         out[0..4].copy_from_slice(&MAGIC.to_be_bytes());
         out[4..8].copy_from_slice(&self.version.to_be_bytes());
@@ -357,13 +373,14 @@ impl Header {
         // if it stays like that.
         let end = 8 + self.backing.as_ref().map_or(0, String::len);
         let mut add_optional = |kind, data: &[u8]| {
-            if out.len() + 8 + data.len().next_multiple_of(8) + end <= SECTOR {
+            let fits = out.len() + 8 + data.len().next_multiple_of(8) + end <= SECTOR;
+            if fits {
                 add(&mut out, kind, data);
             }
+            fits
         };
-        if let Some(parent) = self.extension(extension::PARENT) {
-            add_optional(extension::PARENT, parent);
-        }
+        let parent = self.extension(extension::PARENT);
+        let guarded = parent.is_some_and(|parent| add_optional(extension::PARENT, parent));
         if self.version >= 3 {
             add_optional(extension::FEATURE_NAMES, &Self::feature_names());
         }
@@ -377,7 +394,7 @@ impl Header {
         if out.len() > 1 << self.cluster_bits {
             return Err(Error::InvalidOption("The header does not fit into a cluster".into()));
         }
-        Ok(out)
+        Ok((out, guarded))
     }
 
     /// Writes the header cluster. The caller flushes.

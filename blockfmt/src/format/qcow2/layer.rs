@@ -3,6 +3,7 @@
 use super::header::{Header, compatible, extension, incompatible};
 use super::write::Payload;
 use super::{Qcow2, map, parent};
+use crate::disk::Preallocation;
 use crate::format::check::{CheckReport, Repair};
 use crate::layer::{LayerHold, LayerPass};
 use crate::{
@@ -83,9 +84,10 @@ impl Layer for Qcow2 {
     }
 
     fn check_parent(&self, below: &dyn Layer) -> Result<()> {
-        match parent::changed(&self.storage, &self.header.lock(), below) {
-            true => Err(Error::ParentChanged(below.storage().name())),
-            false => Ok(()),
+        let changed = parent::changed(&self.storage, &self.header.lock(), below);
+        match changed {
+            Some(what) => Err(Error::parent_changed(self, below, what)),
+            None => Ok(()),
         }
     }
 
@@ -208,6 +210,21 @@ impl Layer for Qcow2 {
         self.resize_image(size, below)
     }
 
+    fn check_preallocation(&self, how: Preallocation) -> Result<()> {
+        match how != Preallocation::Off && self.plain.is_some() {
+            true => Err(Error::unsupported(&self.name, "preallocation of an encrypted image")),
+            false => Ok(()),
+        }
+    }
+
+    fn preallocate(&self, from: u64, how: Preallocation) -> Result<()> {
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        self.check_preallocation(how)?;
+        self.preallocate_from(from, how)
+    }
+
     fn populate(&self, offset: u64, len: u64, below: Below<'_>) -> Result<()> {
         let _pass = self.enter_to_change()?;
         self.populate_guest(offset, len, below)
@@ -223,6 +240,7 @@ impl Layer for Qcow2 {
         header.set_backing(backing)?;
         let known = backing.and_then(|backing| parent::of_file(&self.storage, backing));
         header.set_extension(extension::PARENT, known);
+        header.warn_if_unguarded(&self.name);
         self.write_header(&mut header)?;
         self.storage.sync()
     }

@@ -16,6 +16,7 @@ mod header;
 mod layer;
 mod map;
 mod parent;
+mod preallocate;
 mod recording;
 mod refcount;
 mod resize;

@@ -43,10 +43,17 @@ impl Facts {
         Facts { length: be64(data, at), modified: be64(data, at + 8) }
     }
 
-    /// Whether the file became another one. `timed` says that its time tells something.
-    fn changed(self, now: Self, timed: bool) -> bool {
+    /// What tells that the file became another one, if something does. `timed` says that its time tells something.
+    fn changed(self, now: Self, timed: bool) -> Option<&'static str> {
         // A crash, or a file system with coarser times, may make it older; a write makes it newer.
-        self.length != now.length || (timed && self.modified != 0 && now.modified > self.modified)
+        let written = timed && self.modified != 0 && now.modified > self.modified;
+        match self.length != now.length {
+            true => Some("has another length than when its child was made"),
+            false if written => {
+                Some("was modified, or only touched, since its child was made (its length is the same)")
+            }
+            false => None,
+        }
     }
 }
 
@@ -129,15 +136,18 @@ pub(super) fn of_layer(child: &Arc<dyn Storage>, header: &Header, below: &dyn La
     Some(Record::of(child, header.backing.as_deref()?, below)?.encode())
 }
 
-/// Whether the open parent is not what the image knows of it.
-pub(super) fn changed(child: &Arc<dyn Storage>, header: &Header, below: &dyn Layer) -> bool {
+/// What tells that the open parent is not what the image knows of it, if something does.
+pub(super) fn changed(child: &Arc<dyn Storage>, header: &Header, below: &dyn Layer) -> Option<&'static str> {
     let now = header.backing.as_deref().and_then(|name| Record::of(child, name, below));
     match (Record::read(header), now) {
         (Some(known), Some(now)) if known.name == now.name => {
             let timed = known.child != 0 && known.child == now.child;
-            known.file.changed(now.file, timed)
-                || known.data.is_some_and(|data| now.data.is_none_or(|now| data.changed(now, timed)))
+            let data = known.data.and_then(|data| match now.data {
+                Some(now) => data.changed(now, timed).map(|_| "has an external data file that changed"),
+                None => Some("has its external data file no more"),
+            });
+            known.file.changed(now.file, timed).or(data)
         }
-        _ => false,
+        _ => None,
     }
 }

@@ -81,7 +81,7 @@ impl Layer for Vhd {
         // A copy may have an older time; a write makes it newer.
         let written = time != 0 && modified.is_some_and(|m| m > time);
         match other_uuid || written {
-            true => Err(Error::ParentChanged(below.storage().name())),
+            true => Err(Error::parent_changed(self, below, "changed since its child was made")),
             false => Ok(()),
         }
     }

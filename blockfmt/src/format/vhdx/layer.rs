@@ -73,7 +73,10 @@ impl Layer for Vhdx {
 
     fn check_parent(&self, below: &dyn Layer) -> Result<()> {
         let changed = parent::changed(&self.facts.lock().metadata, below);
-        if changed { Err(Error::ParentChanged(below.storage().name())) } else { Ok(()) }
+        match changed {
+            true => Err(Error::parent_changed(self, below, "changed since its child was made")),
+            false => Ok(()),
+        }
     }
 
     fn note_parent(&self, below: Option<&dyn Layer>) -> Result<()> {

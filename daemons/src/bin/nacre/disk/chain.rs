@@ -10,7 +10,9 @@ use std::process::ExitCode;
 
 /// Merge an image into its parent, or into one further below.
 ///
-/// Afterwards that one has the contents of the disk; the images above it are not needed any more.
+/// Afterwards that one has the contents of the disk; the images above it are not needed any more. Those between lose
+/// theirs, and so do other images on top of them or of the one that takes the contents. Ctrl-C leaves the disk as it is
+/// (the images between are lost nevertheless); the same command goes on.
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk commit -p -f qcow2 child.qcow2
@@ -32,9 +34,7 @@ pub fn commit(args: Commit) -> Result<ExitCode> {
         bail!("An image is not merged into itself");
     }
     let control = args.work.control()?;
-    for _ in 0..below {
-        job::commit(&disk, 0, &control)?;
-    }
+    job::commit_into(&disk, below, &control)?;
     disk.close()?;
     args.work.report(&control)?;
     Ok(ExitCode::SUCCESS)

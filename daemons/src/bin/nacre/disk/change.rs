@@ -3,79 +3,18 @@
 use super::common::{Image, Work, apply_options, parse_size, print_json};
 use super::progress::human;
 use anyhow::{Context, Result, bail};
-use blockfmt::job::{self, ConvertOptions};
-use blockfmt::nbd::Uri;
-use blockfmt::{CreateOptions, Format, OpenOptions};
+use blockfmt::disk::Preallocation;
+use blockfmt::{CreateOptions, Format, job};
 use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Copy a disk into a new image of another (or the same) format.
-#[derive(Args)]
-#[command(after_help = "Examples:
-  nacre disk convert -p -f raw -O qcow2 disk.raw disk.qcow2
-  nacre disk convert -f raw -O qcow2 'nbd://backup.example/root' root.qcow2
-  nacre disk convert -c -f qcow2 -O qcow2 -o compression_type=zstd disk.qcow2 small.qcow2")]
-pub struct Convert {
-    #[command(flatten)]
-    image: Image,
-    /// Format of the new image.
-    #[arg(short = 'O', long, value_name = "FORMAT")]
-    target_format: Format,
-    /// Options of the new format, as key=value.
-    #[arg(short, value_name = "OPTIONS")]
-    options: Vec<String>,
-    /// Compress (qcow2).
-    #[arg(short, long)]
-    compress: bool,
-    /// Threads that work at the same time; 0 for one per processor, and more while they wait for storage.
-    #[arg(short = 'm', long, default_value_t = 0)]
-    threads: usize,
-    #[command(flatten)]
-    work: Work,
-    /// The new image, which must not exist; or the URI of an NBD export, which must.
-    target: PathBuf,
-}
-
-pub fn convert(args: Convert) -> Result<ExitCode> {
-    let source = args.image.open(true)?;
-    let mut create = CreateOptions::new(args.target_format, source.size());
-    apply_options(&mut create, &args.options)?;
-    create.size = source.size();
-    create.secret = args.image.secrets.read()?.into_iter().next();
-    let remote = args.target.to_str().is_some_and(Uri::matches);
-    if !remote {
-        create.create(&args.target).with_context(|| format!("Cannot create {}", args.target.display()))?;
-    }
-    let control = args.work.control()?;
-    let run = || -> Result<()> {
-        let target = args.image.secrets.apply(OpenOptions::new(args.target_format))?.open(&args.target)?;
-        let options = ConvertOptions {
-            compress: args.compress,
-            threads: args.threads,
-            target_is_zero: !remote,
-            ..ConvertOptions::default()
-        };
-        job::convert(&source, &target, options, &control)?;
-        target.close()?;
-        Ok(())
-    };
-    if let Err(error) = run() {
-        if !remote {
-            // A partial image is of no use.
-            let _ = std::fs::remove_file(&args.target);
-        }
-        return Err(error.context(format!("Cannot convert {}", args.image.path.display())));
-    }
-    args.work.report(&control)?;
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Change the size of a disk.
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk resize -f qcow2 disk.qcow2 +10G
+  nacre disk resize -f qcow2 --preallocation=falloc disk.qcow2 +10G
   nacre disk resize -f qcow2 --shrink disk.qcow2 5G")]
 pub struct Resize {
     #[command(flatten)]
@@ -86,6 +25,9 @@ pub struct Resize {
     /// Allow to make the disk smaller. What is cut off is lost.
     #[arg(long)]
     shrink: bool,
+    /// Allocate the new space in advance: off, metadata, falloc (reserved) or full (written with zeros).
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    preallocation: Preallocation,
 }
 
 pub fn resize(args: Resize) -> Result<ExitCode> {
@@ -100,24 +42,32 @@ pub fn resize(args: Resize) -> Result<ExitCode> {
     if size < disk.size() && !args.shrink {
         bail!("Shrinking loses data; use --shrink if the space is unused");
     }
-    disk.resize(size)?;
+    disk.resize_with(size, args.preallocation)?;
     disk.close()?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Take, list, apply or delete internal snapshots of a qcow2 image; delete external ones.
+/// Take, list, apply or delete internal snapshots of a qcow2 image; take or delete external ones.
 ///
-/// An external snapshot is an image with another one on top: "create -b" takes one, and rolls back to one.
+/// An external snapshot is an image with another one on top, which takes the writes from then on. "create -b" rolls back
+/// to one. Snapshots of a disk that nacre-blk exports are taken through its API.
 #[derive(Args)]
 #[command(after_help = "Examples:
   nacre disk snapshot -f qcow2 -c before-upgrade disk.qcow2
   nacre disk snapshot -f qcow2 -a before-upgrade disk.qcow2
+  nacre disk snapshot -f qcow2 --external tuesday.qcow2 monday.qcow2
   nacre disk snapshot -f qcow2 --delete-image monday.qcow2 disk.qcow2")]
 pub struct Snapshot {
     #[command(flatten)]
     image: Image,
     #[command(flatten)]
     action: Action,
+    /// Format of the new image (with --external) [default: qcow2].
+    #[arg(short = 'O', long, value_name = "FORMAT", requires = "external")]
+    target_format: Option<Format>,
+    /// Options of the new image, as key=value (with --external).
+    #[arg(short, value_name = "OPTIONS", requires = "external")]
+    options: Vec<String>,
     #[command(flatten)]
     work: Work,
 }
@@ -137,6 +87,10 @@ struct Action {
     /// Delete a snapshot.
     #[arg(short, long, value_name = "NAME")]
     delete: Option<String>,
+    /// Take an external snapshot: make this new image, and let it take the writes from now on. The disk is to be opened
+    /// by it; the present image, of any format, keeps the disk as it is.
+    #[arg(long, value_name = "NEW")]
+    external: Option<PathBuf>,
     /// Delete the external snapshot that an image below the disk keeps: the image is merged with the one on top of it,
     /// into that or the other way, whichever is less work. The disk must be its only child. Prints which image is of no
     /// use any more and which one the disk is.
@@ -148,6 +102,9 @@ pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
     let action = &args.action;
     if let Some(image) = &action.delete_image {
         return delete_image(&args, image);
+    }
+    if let Some(image) = &action.external {
+        return take_external(&args, image);
     }
     let change = action.create.is_some() || action.apply.is_some() || action.delete.is_some();
     let disk = args.image.open(!change)?;
@@ -166,6 +123,22 @@ pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
         for s in image.snapshots()? {
             println!("{:<8}{:<32}{:>12}{:>14}", s.id, s.name, s.date_sec, human(s.disk_size));
         }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn take_external(args: &Snapshot, new: &Path) -> Result<ExitCode> {
+    // For writing: nobody else writes to the image then.
+    let disk = args.image.open(false)?;
+    let snapshot = disk.layers()[0].storage().name();
+    let mut create = CreateOptions::new(args.target_format.unwrap_or(Format::Qcow2), disk.size());
+    apply_options(&mut create, &args.options)?;
+    create.secret = args.image.secrets.read()?.into_iter().next();
+    disk.snapshot(new, &create).with_context(|| format!("Cannot create {}", new.display()))?;
+    disk.close()?;
+    match args.work.json {
+        true => print_json(&json!({ "snapshot": snapshot, "active": new }))?,
+        false => println!("{snapshot} keeps the disk as it is; the disk is {}", new.display()),
     }
     Ok(ExitCode::SUCCESS)
 }

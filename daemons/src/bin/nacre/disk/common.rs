@@ -134,6 +134,24 @@ impl Work {
     }
 }
 
+/// The form of what a command tells.
+#[derive(Args)]
+pub struct Output {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// What to print: "human", or "json" as --json does.
+    #[arg(long, value_name = "FORM", value_parser = ["human", "json"], conflicts_with = "json")]
+    output: Option<String>,
+}
+
+impl Output {
+    /// Whether JSON is asked for.
+    pub fn json(&self) -> bool {
+        self.json || self.output.as_deref() == Some("json")
+    }
+}
+
 /// Parses a size in bytes with an optional suffix of powers of 1024.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     blockfmt::disk::parse_size(text).map_err(|error| match error {

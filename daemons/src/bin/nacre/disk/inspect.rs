@@ -1,11 +1,11 @@
 //! Commands that tell about images.
 
-use super::common::{Image, Secrets, Work, apply_options, policy, print_json};
+use super::common::{Image, Output, Secrets, Work, apply_options, policy, print_json};
 use super::progress::human;
 use anyhow::{Context, Result};
 use blockfmt::format::check::{CheckReport, Repair};
 use blockfmt::job::{self, Comparison};
-use blockfmt::{CreateOptions, Format, OpenOptions, Source};
+use blockfmt::{CreateOptions, Format, OpenOptions};
 use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
@@ -20,9 +20,8 @@ pub struct Info {
     /// Tell about the images below it, too.
     #[arg(long)]
     backing_chain: bool,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 pub fn info(args: Info) -> Result<ExitCode> {
@@ -31,6 +30,11 @@ pub fn info(args: Info) -> Result<ExitCode> {
     let mut list = Vec::new();
     for layer in disk.layers() {
         let mut value = serde_json::to_value(layer.info()?)?;
+        if let Some(backing) = layer.backing() {
+            // The names that qemu-img has for them.
+            value["backing-filename"] = backing.path.into();
+            value["backing-filename-format"] = backing.format.into();
+        }
         if let Some(qcow2) = layer.as_qcow2() {
             let snapshots = qcow2.snapshots()?;
             if !snapshots.is_empty() {
@@ -39,7 +43,7 @@ pub fn info(args: Info) -> Result<ExitCode> {
         }
         list.push((layer.info()?, value));
     }
-    if args.json {
+    if args.output.json() {
         let values: Vec<_> = list.into_iter().map(|(_, value)| value).collect();
         match (args.backing_chain, values.as_slice()) {
             (false, [one]) => print_json(one)?,
@@ -70,86 +74,6 @@ pub fn info(args: Info) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// List where the disk's bytes are.
-#[derive(Args)]
-#[command(after_help = "Example:\n  nacre disk map -f qcow2 --json disk.qcow2")]
-pub struct Map {
-    #[command(flatten)]
-    image: Image,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Clone, PartialEq)]
-struct Run {
-    start: u64,
-    length: u64,
-    depth: usize,
-    source: Source,
-}
-
-/// Whether `next` continues `run`, also in the file.
-fn continues(run: &Run, next: &Run) -> bool {
-    let source = match (run.source, next.source) {
-        (Source::Data { file: f, offset: o }, Source::Data { file, offset }) => {
-            f == file && o + run.length == offset
-        }
-        (a, b) => a == b,
-    };
-    source && run.depth == next.depth && run.start + run.length == next.start
-}
-
-pub fn map(args: Map) -> Result<ExitCode> {
-    let disk = args.image.open(true)?;
-    let depth = disk.layers().len();
-    let mut runs: Vec<Run> = Vec::new();
-    let mut start = 0;
-    while start < disk.size() {
-        let (extent, holder) = disk.map(start, disk.size() - start)?;
-        let source =
-            if extent.source == Source::Below { Source::Zero { allocated: false } } else { extent.source };
-        let run = Run { start, length: extent.len, depth: holder.unwrap_or(depth - 1), source };
-        match runs.last_mut() {
-            Some(last) if continues(last, &run) => last.length += run.length,
-            _ => runs.push(run),
-        }
-        start += extent.len;
-    }
-    if args.json {
-        let list: Vec<_> = runs
-            .iter()
-            .map(|run| {
-                let data = matches!(run.source, Source::Data { .. } | Source::Opaque { .. });
-                let compressed = run.source == Source::Opaque { compressed: true };
-                let present = data || run.source == Source::Zero { allocated: true };
-                let mut value = json!({
-                    "start": run.start, "length": run.length, "depth": run.depth, "present": present,
-                    "zero": !data, "data": data, "compressed": compressed,
-                });
-                if let Source::Data { offset, .. } = run.source {
-                    value["offset"] = offset.into();
-                }
-                value
-            })
-            .collect();
-        print_json(&list)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
-    let layers = disk.layers();
-    for run in runs {
-        let place = match run.source {
-            Source::Data { offset, .. } => format!("{offset:#x}"),
-            Source::Opaque { .. } => "compressed".into(),
-            _ => continue,
-        };
-        let name = layers[run.depth].storage().name();
-        println!("{:<16}{:<16}{place:<16}{name}", format!("{:#x}", run.start), format!("{:#x}", run.length));
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Check the consistency of an image.
 ///
 /// Exit codes: 0 consistent, 1 the check failed, 2 corrupt, 3 clusters leak, 63 the format has no check.
@@ -161,9 +85,8 @@ pub struct Check {
     /// Repair: "leaks" or "all".
     #[arg(short, long, value_parser = ["leaks", "all"])]
     repair: Option<String>,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Repair an image: the same as `check -r all`.
@@ -172,13 +95,12 @@ pub struct Check {
 pub struct RepairArgs {
     #[command(flatten)]
     image: Image,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 pub fn repair(args: RepairArgs) -> ExitCode {
-    check(Check { image: args.image, repair: Some("all".into()), json: args.json })
+    check(Check { image: args.image, repair: Some("all".into()), output: args.output })
 }
 
 pub fn check(args: Check) -> ExitCode {
@@ -210,7 +132,7 @@ fn try_check(args: &Check) -> Result<CheckReport> {
     let disk = disk.with_context(|| format!("Cannot open {}", args.image.path.display()))?;
     let layer = disk.layers().remove(0);
     let report = layer.check(repair)?;
-    if args.json {
+    if args.output.json() {
         print_json(&report)?;
         return Ok(report);
     }
@@ -305,9 +227,8 @@ pub struct Measure {
     /// Options of the new format, as key=value.
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
-    /// Print JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: Output,
 }
 
 pub fn measure(args: Measure) -> Result<ExitCode> {
@@ -315,7 +236,7 @@ pub fn measure(args: Measure) -> Result<ExitCode> {
     let mut create = CreateOptions::new(args.target_format, disk.size());
     apply_options(&mut create, &args.options)?;
     let measure = job::measure(&disk, &create)?;
-    match args.json {
+    match args.output.json() {
         true => print_json(&measure)?,
         false => {
             println!("required size: {}", measure.required);

@@ -3,9 +3,11 @@
 mod chain;
 mod change;
 mod common;
+mod convert;
 mod copy;
 mod create;
 mod inspect;
+mod map;
 mod progress;
 mod remote;
 mod tree;
@@ -28,13 +30,13 @@ enum Command {
     Create(create::Create),
     Clone(create::Clone),
     Info(inspect::Info),
-    Map(inspect::Map),
+    Map(map::Map),
     Tree(tree::Tree),
     Check(inspect::Check),
     Repair(inspect::RepairArgs),
     Compare(inspect::Compare),
     Measure(inspect::Measure),
-    Convert(change::Convert),
+    Convert(convert::Convert),
     Mirror(copy::Mirror),
     Migrate(copy::Migrate),
     Backup(copy::Backup),
@@ -65,13 +67,13 @@ fn run_command(args: Args) -> anyhow::Result<ExitCode> {
         Command::Create(args) => create::create(args),
         Command::Clone(args) => create::clone(args),
         Command::Info(args) => inspect::info(args),
-        Command::Map(args) => inspect::map(args),
+        Command::Map(args) => map::map(args),
         Command::Tree(args) => tree::tree(args),
         Command::Check(args) => Ok(inspect::check(args)),
         Command::Repair(args) => Ok(inspect::repair(args)),
         Command::Compare(args) => Ok(inspect::compare(args)),
         Command::Measure(args) => inspect::measure(args),
-        Command::Convert(args) => change::convert(args),
+        Command::Convert(args) => convert::convert(args),
         Command::Mirror(args) => copy::mirror(args),
         Command::Migrate(args) => copy::migrate(args),
         Command::Backup(args) => copy::backup(args),
