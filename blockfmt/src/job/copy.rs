@@ -254,12 +254,16 @@ pub fn compare(a: &Disk, b: &Disk, control: &JobControl) -> Result<Comparison> {
             if offset > first.load(Ordering::Relaxed) {
                 return Ok(());
             }
+            // Bytes beyond the end of a disk read as zeros through `Below`.
+            let (a, b) = (Below::new(&layers[0]), Below::new(&layers[1]));
+            if a.is_zero(offset, len)? && b.is_zero(offset, len)? {
+                return control.skip(len);
+            }
             control.step(len)?;
             let (left, right) = buffer.split_at_mut(PIECE as usize);
             let (left, right) = (&mut left[..len as usize], &mut right[..len as usize]);
-            // Bytes beyond the end of a disk read as zeros through `Below`.
-            Below::new(&layers[0]).read(Scatter::new(left), offset)?;
-            Below::new(&layers[1]).read(Scatter::new(right), offset)?;
+            a.read(Scatter::new(left), offset)?;
+            b.read(Scatter::new(right), offset)?;
             if left != right
                 && let Some(at) = left.iter().zip(&*right).position(|(x, y)| x != y)
             {
