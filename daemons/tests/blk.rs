@@ -485,7 +485,7 @@ fn a_disk_whose_parent_changed_is_exported_on_demand_only() {
     std::fs::write(d.at("base"), [6; 65536 * 2]).unwrap();
     let mut add = json!({ "command": "add", "name": "child", "path": "child", "format": "qcow2" });
     let refused = d.api(&add)["error"].as_str().unwrap().to_owned();
-    assert!(refused.contains("changed"), "{refused}");
+    assert!(refused.contains("rebase -u"), "{refused}");
     add["changed-parents"] = json!(true);
     d.ok(add);
     d.io("child", &["read -P 6 0 64k"]);
