@@ -16,6 +16,8 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod output;
+
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
@@ -23,6 +25,8 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
+
+pub use output::print;
 
 /// Exit status for a command line that is not understood.
 const WRONG_COMMAND_LINE: u8 = 2;

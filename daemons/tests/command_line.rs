@@ -1,7 +1,7 @@
 //! What all programs do alike with a wrong command line and with an error: one line, and the exit status says which.
 #![expect(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 const PROGRAMS: [(&str, &str); 4] = [
     ("nacre", env!("CARGO_BIN_EXE_nacre")),
@@ -27,6 +27,21 @@ fn a_wrong_command_line_is_one_line_and_exit_status_2() {
         assert_eq!(text.lines().count(), 1, "{name}: {text}");
         assert!(text.starts_with(&format!("{name}: ")) && text.contains("--no-such-option"), "{text}");
     }
+}
+
+/// As with `nacre schema | head -1`, and on a full disk.
+#[test]
+fn output_that_nobody_takes_ends_a_program_in_good_order() {
+    let nacre = |output: Stdio| {
+        let output = Command::new(PROGRAMS[0].1).arg("schema").stdout(output).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    assert_eq!(nacre(writer.into()), (Some(141), String::new()));
+    let (status, text) = nacre(std::fs::File::options().write(true).open("/dev/full").unwrap().into());
+    assert_eq!(status, Some(1));
+    assert!(text.starts_with("Cannot write to standard output") && text.lines().count() == 1, "{text}");
 }
 
 #[test]

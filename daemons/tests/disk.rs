@@ -73,6 +73,23 @@ fn convert_compare_and_map() {
     b.fails("compare -f raw -F qcow2 data.raw b.raw", 2, "Cannot open");
 }
 
+/// Readers that count in sectors see the last bytes, too.
+#[test]
+fn images_end_with_a_whole_sector() {
+    let b = Bench::new();
+    std::fs::write(b.path().join("odd.raw"), [7; 1000]).unwrap();
+    b.ok("convert -f raw -O qcow2 odd.raw copy.qcow2");
+    b.ok("clone -f raw odd.raw clone.qcow2");
+    for image in ["copy.qcow2", "clone.qcow2"] {
+        b.qemu("qemu-img", &format!("convert -f qcow2 -O raw {image} back.raw"));
+        assert_eq!(std::fs::read(b.path().join("back.raw")).unwrap()[..1000], [7; 1000], "{image}");
+    }
+    b.ok("resize -f qcow2 copy.qcow2 +100");
+    assert_eq!(b.json("info -f qcow2 --json copy.qcow2")["virtual-size"], 1536);
+    b.ok("convert -f raw -O raw odd.raw odd2.raw");
+    assert_eq!(std::fs::metadata(b.path().join("odd2.raw")).unwrap().len(), 1000);
+}
+
 #[test]
 fn chains_are_merged_and_moved() {
     let b = Bench::new();

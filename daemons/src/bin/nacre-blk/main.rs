@@ -106,7 +106,7 @@ fn run(args: &Args) -> Result<()> {
     for spec in &args.export {
         exports.add(spec)?;
         if let Some(socket) = &spec.vhost {
-            println!("listening vhost-user {}", socket.display());
+            daemons::outln!("listening vhost-user {}", socket.display());
         }
     }
     if let Some(directory) = &args.tls_certificates {
@@ -114,10 +114,10 @@ fn run(args: &Args) -> Result<()> {
     }
     for path in &args.unix {
         exports.server().listen_unix(path)?;
-        println!("listening unix {}", path.display());
+        daemons::outln!("listening unix {}", path.display());
     }
     for address in &args.tcp {
-        println!("listening tcp {}", exports.server().listen_tcp(*address)?);
+        daemons::outln!("listening tcp {}", exports.server().listen_tcp(*address)?);
     }
     let api = args.api.as_deref().map(|path| api::Api::start(path, exports.clone())).transpose()?;
     signals.wait().context("Cannot wait for signals")?;

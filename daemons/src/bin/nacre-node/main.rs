@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<ExitCode> {
     let Some(path) = args.config.as_deref().filter(|_| !args.schema) else {
-        println!("{:#}", AgentConfig::schema());
+        daemons::outln!("{:#}", AgentConfig::schema());
         return Ok(ExitCode::SUCCESS);
     };
     let config = AgentConfig::load(path)?;

@@ -172,12 +172,12 @@ fn ask(question: Question) -> Result<()> {
             let answer = control::ask(&control, &Request::Show { what: what.into(), limit })?;
             if every.is_some() && !json {
                 // Clears the terminal.
-                print!("\x1b[H\x1b[2J");
+                daemons::out!("\x1b[H\x1b[2J");
             }
             if json {
-                println!("{answer:#}");
+                daemons::outln!("{answer:#}");
             } else {
-                print!("{}", control::table(what.into(), &answer));
+                daemons::out!("{}", control::table(what.into(), &answer));
             }
             match every {
                 Some(seconds) => std::thread::sleep(Duration::from_secs(seconds)),
@@ -185,16 +185,16 @@ fn ask(question: Question) -> Result<()> {
             }
         },
         Question::Metrics { control } => {
-            print!("{}", control::ask(&control, &Request::Metrics)?.as_str().unwrap_or_default());
+            daemons::out!("{}", control::ask(&control, &Request::Metrics)?.as_str().unwrap_or_default());
         }
         Question::Trace { frame, port, control } => {
             let answer = control::ask(&control, &Request::Trace { port, frame })?;
             for line in answer.as_array().into_iter().flatten() {
-                println!("{}", line.as_str().unwrap_or_default());
+                daemons::outln!("{}", line.as_str().unwrap_or_default());
             }
         }
         Question::ExportPort { port, control } => {
-            println!("{:#}", control::ask(&control, &Request::ExportPort { port })?);
+            daemons::outln!("{:#}", control::ask(&control, &Request::ExportPort { port })?);
         }
         Question::ImportPort { control } => {
             let state = serde_json::from_reader(std::io::stdin().lock())
@@ -214,7 +214,7 @@ fn run(args: Args) -> Result<()> {
         return ask(question);
     }
     if args.schema {
-        println!("{:#}", SwitchConfig::schema());
+        daemons::outln!("{:#}", SwitchConfig::schema());
         return Ok(());
     }
     // Blocked before any thread starts, so that the signals wait for `wait` below.
@@ -255,7 +255,7 @@ fn run(args: Args) -> Result<()> {
     let control = switches.iter().zip(&args.control).map(|(s, path)| ControlServer::start(s, path));
     let _control = control.collect::<vswitch::Result<Vec<_>>>()?;
     for p in switches.iter().flat_map(|s| s.ports()) {
-        println!("port {} {} {}", p.id, p.kind, p.name);
+        daemons::outln!("port {} {} {}", p.id, p.kind, p.name);
     }
     while signals.wait().context("Cannot wait for signals")? == Signal::SIGHUP {
         for (switch, path) in switches.iter().zip(&args.config) {

@@ -1,6 +1,5 @@
 //! `nacre accel`.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -20,12 +19,11 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let report = probe::probe();
-    let mut out = std::io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+        daemons::outln!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         for probed in &report.accelerators {
-            writeln!(out, "{}", line(probed, report.chosen == Some(probed.kind)))?;
+            daemons::outln!("{}", line(probed, report.chosen == Some(probed.kind)));
         }
     }
     Ok(if report.chosen.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

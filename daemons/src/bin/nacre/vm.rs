@@ -139,7 +139,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         bail!("{error}");
     }
     if reply.as_object().is_some_and(|reply| !reply.is_empty()) {
-        println!("{reply}");
+        daemons::outln!("{reply}");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -197,7 +197,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         })?,
     };
     if args.json {
-        println!("{:#}", serde_json::to_value(&reply)?);
+        daemons::outln!("{:#}", serde_json::to_value(&reply)?);
     } else {
         show::print(&reply);
     }

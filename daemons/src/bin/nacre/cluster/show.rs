@@ -33,7 +33,7 @@ pub fn print(reply: &ApiReply) {
                 vec![m.vm.0.to_string(), m.from.0.to_string(), m.to.0.to_string(), m.size.to_string()]
             });
             for host in &plan.unsolved {
-                println!("{host} stays overloaded: no host has room that the rules allow");
+                daemons::outln!("{host} stays overloaded: no host has room that the rules allow");
             }
         }
         ApiReply::Done => {}
@@ -45,21 +45,23 @@ pub fn print(reply: &ApiReply) {
 }
 
 fn print_status(s: &Status) {
-    println!("{} ({}), boot {}", s.host.host, s.name, s.host.generation);
-    println!("quorate      {}", if s.quorate { "yes" } else { "NO" });
-    println!("coordinator  {}", s.coordinator.map_or("none".into(), |h| h.to_string()));
+    daemons::outln!("{} ({}), boot {}", s.host.host, s.name, s.host.generation);
+    daemons::outln!("quorate      {}", if s.quorate { "yes" } else { "NO" });
+    daemons::outln!("coordinator  {}", s.coordinator.map_or("none".into(), |h| h.to_string()));
     if s.halted == Some(true) {
-        println!("halted       yes: no VM is started before `nacre cluster halt off`");
+        daemons::outln!("halted       yes: no VM is started before `nacre cluster halt off`");
     }
-    println!("watchdog     {}", if s.watchdog { "yes" } else { "NO" });
+    daemons::outln!("watchdog     {}", if s.watchdog { "yes" } else { "NO" });
     for l in &s.leases {
         match l.generation {
-            Some(g) => println!("lease        {}: generation {g}, {} s left", l.space, l.expires_in / 1000),
-            None => println!("lease        {}: NOT HELD", l.space),
+            Some(g) => {
+                daemons::outln!("lease        {}: generation {g}, {} s left", l.space, l.expires_in / 1000)
+            }
+            None => daemons::outln!("lease        {}: NOT HELD", l.space),
         }
     }
     for v in &s.vms {
-        println!("vm           {}: {}", v.vm.0, format!("{:?}", v.status).to_lowercase());
+        daemons::outln!("vm           {}: {}", v.vm.0, format!("{:?}", v.status).to_lowercase());
     }
 }
 
@@ -111,6 +113,6 @@ fn table<T>(head: &[&str], rows: &[T], row: impl Fn(&T) -> Vec<String>) {
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     for line in &lines {
         let cells: Vec<String> = line.iter().zip(&widths).map(|(c, w)| format!("{c:w$}")).collect();
-        println!("{}", cells.join("  ").trim_end());
+        daemons::outln!("{}", cells.join("  ").trim_end());
     }
 }

@@ -30,9 +30,9 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if let Some(seed) = args.trace {
         let schedule = Schedule::random(seed);
-        println!("{schedule}");
+        daemons::outln!("{schedule}");
         for line in trace(&schedule, None) {
-            println!("{line}");
+            daemons::outln!("{line}");
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -43,10 +43,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         starts += outcome.starts;
         fenced += outcome.fenced;
         if let Some((at, violation)) = outcome.violation {
-            println!("FAILED at {:.3} s: {violation}\n{}", at as f64 / 1000.0, shrink(&schedule, None));
+            daemons::outln!(
+                "FAILED at {:.3} s: {violation}\n{}",
+                at as f64 / 1000.0,
+                shrink(&schedule, None)
+            );
             return Ok(ExitCode::FAILURE);
         }
     }
-    println!("{} schedules hold: {starts} VM starts, {fenced} hosts fenced", args.schedules);
+    daemons::outln!("{} schedules hold: {starts} VM starts, {fenced} hosts fenced", args.schedules);
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,6 @@
 //! Commands that make or change one image.
 
-use super::common::{Image, Work, apply_options, parse_size, print_json};
+use super::common::{Image, Work, apply_options, parse_size, print_json, whole_sectors};
 use super::progress::human;
 use anyhow::{Context, Result, bail};
 use blockfmt::disk::Preallocation;
@@ -39,6 +39,7 @@ pub fn resize(args: Resize) -> Result<ExitCode> {
         _ => Some(parse(&args.size)?),
     };
     let size = size.context("The new size is out of range")?;
+    let size = whole_sectors(disk.layers()[0].format(), size);
     if size < disk.size() && !args.shrink {
         bail!("Shrinking loses data; use --shrink if the space is unused");
     }
@@ -119,9 +120,9 @@ pub fn snapshot(args: Snapshot) -> Result<ExitCode> {
     } else if args.work.json {
         print_json(&image.snapshots()?)?;
     } else {
-        println!("{:<8}{:<32}{:>12}{:>14}", "ID", "NAME", "DATE", "DISK SIZE");
+        daemons::outln!("{:<8}{:<32}{:>12}{:>14}", "ID", "NAME", "DATE", "DISK SIZE");
         for s in image.snapshots()? {
-            println!("{:<8}{:<32}{:>12}{:>14}", s.id, s.name, s.date_sec, human(s.disk_size));
+            daemons::outln!("{:<8}{:<32}{:>12}{:>14}", s.id, s.name, s.date_sec, human(s.disk_size));
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -138,7 +139,7 @@ fn take_external(args: &Snapshot, new: &Path) -> Result<ExitCode> {
     disk.close()?;
     match args.work.json {
         true => print_json(&json!({ "snapshot": snapshot, "active": new }))?,
-        false => println!("{snapshot} keeps the disk as it is; the disk is {}", new.display()),
+        false => daemons::outln!("{snapshot} keeps the disk as it is; the disk is {}", new.display()),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -151,7 +152,7 @@ fn delete_image(args: &Snapshot, image: &Path) -> Result<ExitCode> {
     let active = disk.layers()[0].storage().name();
     match args.work.json {
         true => print_json(&json!({ "unused": unused, "active": active }))?,
-        false => println!("{unused} is of no use any more; the disk is {active}"),
+        false => daemons::outln!("{unused} is of no use any more; the disk is {active}"),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -257,7 +258,7 @@ pub fn bitmap(args: Bitmap) -> Result<ExitCode> {
                 (_, true) => "enabled",
                 _ => "disabled",
             };
-            println!("{}: granularity {}, {state}", b.name, human(b.granularity));
+            daemons::outln!("{}: granularity {}, {state}", b.name, human(b.granularity));
         }
     }
     Ok(ExitCode::SUCCESS)

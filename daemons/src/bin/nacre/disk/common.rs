@@ -152,6 +152,14 @@ impl Output {
     }
 }
 
+/// The size of an image of this format: others read formats that count in sectors only to the end of the last whole one.
+pub fn whole_sectors(format: Format, size: u64) -> u64 {
+    match format {
+        Format::Raw => size,
+        _ => size.next_multiple_of(512),
+    }
+}
+
 /// Parses a size in bytes with an optional suffix of powers of 1024.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     blockfmt::disk::parse_size(text).map_err(|error| match error {
@@ -167,6 +175,6 @@ pub fn apply_options(create: &mut CreateOptions, lists: &[String]) -> Result<()>
 
 /// Prints a value as JSON.
 pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
+    daemons::outln!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
 }

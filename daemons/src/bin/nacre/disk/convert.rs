@@ -1,6 +1,6 @@
 //! Copying disks into an image of another format.
 
-use super::common::{Image, Work, apply_options, parse_size, policy};
+use super::common::{Image, Work, apply_options, parse_size, policy, whole_sectors};
 use anyhow::{Context, Result, bail};
 use blockfmt::job::{self, ConvertOptions};
 use blockfmt::nbd::Uri;
@@ -151,7 +151,7 @@ impl Convert {
     fn create_options(&self, size: u64) -> Result<CreateOptions> {
         let mut create = CreateOptions::new(self.target_format, size);
         apply_options(&mut create, &self.options)?;
-        create.size = size;
+        create.size = whole_sectors(self.target_format, size);
         create.secret = self.image.secrets.read()?.into_iter().next();
         if let (Some(path), Some(format)) = (&self.backing, self.backing_format) {
             create.backing = Some(BackingRef { path: path.clone(), format: Some(format.name().into()) });

@@ -1,6 +1,6 @@
 //! Making images.
 
-use super::common::{Secrets, apply_options, parse_size, policy};
+use super::common::{Secrets, apply_options, parse_size, policy, whole_sectors};
 use anyhow::{Context, Result, bail};
 use blockfmt::disk::as_path;
 use blockfmt::{BackingRef, CreateOptions, Format, OpenOptions};
@@ -70,6 +70,7 @@ pub fn create(args: Create) -> Result<ExitCode> {
     } else if create.size == 0 && create.backing.is_none() {
         bail!("Name the size of the disk");
     }
+    create.size = whole_sectors(args.format, create.size);
     create.create(&args.path).with_context(|| format!("Cannot create {}", args.path.display()))?;
     Ok(ExitCode::SUCCESS)
 }

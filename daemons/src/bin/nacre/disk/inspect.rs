@@ -52,23 +52,27 @@ pub fn info(args: Info) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     for (info, value) in list {
-        println!("image: {}", info.filename);
-        println!("file format: {}", info.format);
-        println!("virtual size: {} ({} bytes)", human(info.virtual_size), info.virtual_size);
-        println!("disk size: {}", human(info.actual_size));
+        daemons::outln!("image: {}", info.filename);
+        daemons::outln!("file format: {}", info.format);
+        daemons::outln!("virtual size: {} ({} bytes)", human(info.virtual_size), info.virtual_size);
+        daemons::outln!("disk size: {}", human(info.actual_size));
         if let Some(size) = info.cluster_size {
-            println!("cluster_size: {size}");
+            daemons::outln!("cluster_size: {size}");
         }
         if let Some(backing) = info.backing {
-            println!("backing file: {}", backing.path);
-            println!("backing file format: {}", backing.format.as_deref().unwrap_or("not named"));
+            daemons::outln!("backing file: {}", backing.path);
+            daemons::outln!("backing file format: {}", backing.format.as_deref().unwrap_or("not named"));
         }
         if let Some(data) = info.format_specific["data"].as_object() {
-            println!("Format specific information:");
-            data.iter().for_each(|(key, value)| println!("    {}: {value}", key.replace('-', " ")));
+            daemons::outln!("Format specific information:");
+            data.iter().for_each(|(key, value)| daemons::outln!("    {}: {value}", key.replace('-', " ")));
         }
         for s in value["snapshots"].as_array().into_iter().flatten() {
-            println!("snapshot {}: {}", s["id"].as_str().unwrap_or(""), s["name"].as_str().unwrap_or(""));
+            daemons::outln!(
+                "snapshot {}: {}",
+                s["id"].as_str().unwrap_or(""),
+                s["name"].as_str().unwrap_or("")
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -136,15 +140,19 @@ fn try_check(args: &Check) -> Result<CheckReport> {
         print_json(&report)?;
         return Ok(report);
     }
-    report.findings.iter().for_each(|finding| println!("{finding}"));
+    report.findings.iter().for_each(|finding| daemons::outln!("{finding}"));
     if report.corruptions_fixed + report.leaks_fixed > 0 {
-        println!("Repaired {} corruptions and {} leaks.", report.corruptions_fixed, report.leaks_fixed);
+        daemons::outln!(
+            "Repaired {} corruptions and {} leaks.",
+            report.corruptions_fixed,
+            report.leaks_fixed
+        );
     }
     match report.is_clean() {
-        true => println!("No errors were found on the image."),
-        false => println!("{} corruptions, {} leaked clusters.", report.corruptions, report.leaks),
+        true => daemons::outln!("No errors were found on the image."),
+        false => daemons::outln!("{} corruptions, {} leaked clusters.", report.corruptions, report.leaks),
     }
-    println!(
+    daemons::outln!(
         "{}/{} clusters allocated, {} fragmented, {} compressed; the image ends at {}",
         report.allocated_clusters,
         report.total_clusters,
@@ -210,7 +218,7 @@ fn try_compare(args: &Compare) -> Result<bool> {
     };
     match args.work.json {
         true => print_json(&json!({ "identical": identical, "offset": offset }))?,
-        false => println!("{text}"),
+        false => daemons::outln!("{text}"),
     }
     Ok(identical)
 }
@@ -239,8 +247,8 @@ pub fn measure(args: Measure) -> Result<ExitCode> {
     match args.output.json() {
         true => print_json(&measure)?,
         false => {
-            println!("required size: {}", measure.required);
-            println!("fully allocated size: {}", measure.fully_allocated);
+            daemons::outln!("required size: {}", measure.required);
+            daemons::outln!("fully allocated size: {}", measure.fully_allocated);
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -109,7 +109,7 @@ fn describe(run: &Run) -> serde_json::Value {
 }
 
 fn print(disk: &Disk, runs: &[Run]) {
-    println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
+    daemons::outln!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to");
     let layers = disk.layers();
     for run in runs.iter().filter(|run| run.kind.data) {
         let layer = &layers[run.kind.depth];
@@ -119,6 +119,10 @@ fn print(disk: &Disk, runs: &[Run]) {
             None => ("encrypted".into(), layer.storage()),
         };
         let name = file.name();
-        println!("{:<16}{:<16}{place:<16}{name}", format!("{:#x}", run.start), format!("{:#x}", run.length));
+        daemons::outln!(
+            "{:<16}{:<16}{place:<16}{name}",
+            format!("{:#x}", run.start),
+            format!("{:#x}", run.length)
+        );
     }
 }

@@ -43,7 +43,7 @@ pub fn tree(args: Tree) -> Result<ExitCode> {
     let trees = snapshot_tree(&disks)?;
     match args.json {
         true => print_json(&trees)?,
-        false => print!("{}", trees.iter().map(|tree| draw(tree, "", "")).collect::<String>()),
+        false => daemons::out!("{}", trees.iter().map(|tree| draw(tree, "", "")).collect::<String>()),
     }
     Ok(ExitCode::SUCCESS)
 }
