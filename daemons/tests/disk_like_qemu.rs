@@ -7,7 +7,9 @@ mod disk_bench;
 
 use disk_bench::{Bench, MIB};
 use serde_json::Value;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
 
 impl Bench {
@@ -71,10 +73,15 @@ impl Server {
         server.args(["--persistent", "-f", format, "-k", socket.to_str().unwrap(), image]);
         let server = Server(server.current_dir(bench.path()).spawn().unwrap());
         let start = std::time::Instant::now();
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
-            assert!(start.elapsed().as_secs() < 60, "qemu-nbd does not listen");
+        let mut client = loop {
+            match UnixStream::connect(&socket) {
+                Ok(client) => break client,
+                Err(_) => assert!(start.elapsed().as_secs() < 60, "qemu-nbd does not listen"),
+            }
             std::thread::yield_now();
-        }
+        };
+        // It listens before it opens the image, and greets afterwards.
+        client.read_exact(&mut [0; 8]).unwrap();
         server
     }
 }

@@ -35,5 +35,6 @@ fuzz_target!(|kernel: &[u8]| {
         }
         (EntryMode::Protected, 0) => reached("pvh"),
         (EntryMode::Protected, _) => reached("multiboot"),
+        (EntryMode::Real, _) => unreachable!("a kernel is not entered as firmware is"),
     }
 });
