@@ -36,6 +36,8 @@ struct FrontEnd<'a> {
     memory: File,
     small: File,
     event: EventFd,
+    /// Not its own: it would lose answers to who takes it for a queue's event.
+    socket: UnixStream,
     /// Descriptors that go with the next message.
     descriptors: Vec<RawFd>,
     /// Whether packed rings were asked for.
@@ -52,7 +54,7 @@ impl FrontEnd<'_> {
                     0 => self.memory.as_raw_fd(),
                     1 => self.event.as_raw_fd(),
                     2 => self.small.as_raw_fd(),
-                    _ => self.stream.as_raw_fd(),
+                    _ => self.socket.as_raw_fd(),
                 };
                 self.descriptors = body.iter().take(16).map(choose).collect();
             }
@@ -125,11 +127,13 @@ fuzz_target!(|data: &[u8]| {
     let (port, driver) = VhostUserPort::driven(1 + usize::from(pairs % 3)).expect("port");
     let guest = switch.add_port("guest", port, PortConfig::default()).expect("port");
     let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let (socket, _peer) = UnixStream::pair().expect("sockets");
     let mut front = FrontEnd {
         stream: ours,
         memory: file(MEMORY),
         small: file(SMALL),
         event: EventFd::new(0).expect("eventfd"),
+        socket,
         descriptors: Vec::new(),
         packed: false,
         switch: &switch,
