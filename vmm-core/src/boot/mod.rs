@@ -5,9 +5,9 @@
 //! - ELF with the PVH note (`XEN_ELFNOTE_PHYS32_ENTRY`): 32-bit protected mode, EBX holds `hvm_start_info`.
 //! - A Multiboot kernel (a 32-bit ELF file, or any file whose header has addresses): 32-bit protected mode, EAX holds
 //!   the boot loader's magic number and EBX the Multiboot information.
-//! - A BIOS image ([`load_firmware`]): real mode, at its reset vector.
-//! - ELF without it: long mode with the first 4 GiB mapped one to one; RDI holds `hvm_start_info` and RSI a Linux
+//! - ELF without that note: long mode with the first 4 GiB mapped one to one; RDI holds `hvm_start_info` and RSI a Linux
 //!   `boot_params` page.
+//! - A BIOS image ([`load_firmware`]): real mode, at its reset vector.
 
 mod bzimage;
 mod decompress;

@@ -58,15 +58,7 @@ fn debian_backports_boots_to_userland_with_one_cpu_and_on_two_nodes() {
 /// Puts the root file system on a new differencing disk in `dir`; returns its path.
 fn add_root(config: &mut VmConfig, images: &Path, dir: &Path) -> PathBuf {
     let child = dir.join(format!("child-{}.qcow2", config.mmio));
-    let base = images.join("base.raw");
-    let size = std::fs::metadata(&base).unwrap().len();
-    blockfmt::CreateOptions::new(blockfmt::Format::Qcow2, size)
-        .backing(base.to_str().unwrap(), blockfmt::Format::Raw)
-        .create(&child)
-        .unwrap();
-    let disk = serde_json::json!({"path": child, "format": "qcow2", "allow": [images]});
-    config.disks.push(serde_json::from_value(disk).unwrap());
-    child
+    super::add_child(config, &images.join("base.raw"), child)
 }
 
 /// The kernel prints its messages on the first port once its driver is there: that of vsock, loaded later, for one. The other port stays silent.

@@ -30,14 +30,7 @@ fn seabios() -> VmConfig {
 /// Puts a child of the disk with GRUB on it into `dir`.
 fn add_disk(config: &mut VmConfig, dir: &Path) -> PathBuf {
     let images = images("", &["kernel", "initrd", "bootdisk"]);
-    let (base, child) = (images.join("bootdisk.raw"), dir.join("child.qcow2"));
-    blockfmt::CreateOptions::new(blockfmt::Format::Qcow2, std::fs::metadata(&base).unwrap().len())
-        .backing(base.to_str().unwrap(), blockfmt::Format::Raw)
-        .create(&child)
-        .unwrap();
-    let disk = serde_json::json!({"path": child, "format": "qcow2", "allow": [images]});
-    config.disks.push(serde_json::from_value(disk).unwrap());
-    child
+    super::add_child(config, &images.join("bootdisk.raw"), dir.join("child.qcow2"))
 }
 
 /// The machine is saved while GRUB loads the kernel through the BIOS, and goes on in another one.

@@ -13,7 +13,7 @@ mod snapshot;
 mod spans;
 mod virtio;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -44,6 +44,17 @@ fn config(kernel: &Path, accel: AccelChoice) -> VmConfig {
         debug_ports: true,
         ..VmConfig::default()
     }
+}
+
+/// Adds a disk: a new child of the raw image `base`. Returns the child's path.
+fn add_child(config: &mut VmConfig, base: &Path, child: PathBuf) -> PathBuf {
+    blockfmt::CreateOptions::new(blockfmt::Format::Qcow2, std::fs::metadata(base).unwrap().len())
+        .backing(base.to_str().unwrap(), blockfmt::Format::Raw)
+        .create(&child)
+        .unwrap();
+    let disk = serde_json::json!({"path": child, "format": "qcow2", "allow": [base.parent()]});
+    config.disks.push(serde_json::from_value(disk).unwrap());
+    child
 }
 
 /// A machine that prints into a buffer.
