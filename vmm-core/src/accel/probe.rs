@@ -228,8 +228,16 @@ impl Guest {
     /// Runs from `start` for [`LOOP_TIME`], or longer when a busy host lets the guest do nothing in that time.
     fn speed(&mut self, level: Level, start: u64) -> Result<Speed, AccelError> {
         for time in [LOOP_TIME, LOOP_TIME * 10] {
-            if let Some(speed) = self.run_for(level, start, time)? {
-                return Ok(speed);
+            match self.run_for(level, start, time)? {
+                // The first run also paid for its pages and for translating.
+                Some(Speed::Mips(first)) => {
+                    return Ok(match self.run_for(level, start, time)? {
+                        Some(Speed::Mips(second)) => Speed::Mips(first.max(second)),
+                        _ => Speed::Mips(first),
+                    });
+                }
+                Some(fault) => return Ok(fault),
+                None => {}
             }
         }
         let last = self.run_for(level, start, LOOP_TIME * 100)?;
